@@ -1,0 +1,39 @@
+# `make demo` and `make test` set everything up themselves; they need Python 3.10 to 3.13 and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+
+.PHONY: demo test test-min test-peft lint clean
+
+demo: $(VENV)/ready
+	$(PY) examples/sentiment.py
+
+test: $(VENV)/ready
+	$(PY) -m pytest $(ARGS)
+
+# the same tests on the lowest versions that setup.cfg admits
+test-min: .venv-min/ready
+	.venv-min/bin/python -m pytest $(ARGS)
+
+# PEFT's own tests, unmodified, against EAS
+test-peft: $(VENV)/ready
+	$(PY) tests/peft_suite/run.py $(ARGS)
+
+lint: $(VENV)/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+$(VENV)/ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-min/ready: setup.cfg constraints-min.txt
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/python -m pip install -q -c constraints-min.txt torch
+	.venv-min/bin/python -m pip install -q -c constraints-min.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-min .cache outputs runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,22 @@
+"""Effective Attention Skipping (EAS) for PEFT: fine-tune, skip redundant attentions, merge, lose the adapters.
+
+Importing this package registers the tuner type "EAS" with PEFT and merged models with transformers' auto classes.
+"""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from transformers import CONFIG_MAPPING
+
+from .config import EASConfig, EASType
+from .families import FAMILIES, Family
+from .model import EASModel
+from .modeling_eas import prompt_mask, register_config
+
+__version__ = "0.1.0"
+__all__ = ["FAMILIES", "EASConfig", "EASModel", "EASType", "Family", "prompt_mask"]
+
+PEFT_TYPE_TO_CONFIG_MAPPING[EASType.EAS] = EASConfig
+PEFT_TYPE_TO_TUNER_MAPPING[EASType.EAS] = EASModel
+PEFT_TYPE_TO_PREFIX_MAPPING[EASType.EAS] = EASModel.prefix
+
+for _family in FAMILIES.values():
+    register_config(CONFIG_MAPPING[_family.model_type])

@@ -1,0 +1,163 @@
+"""`EASConfig`: what the user says about adapters, gates and the number of attentions to skip."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+
+class EASType(str, enum.Enum):
+    """PEFT's own enum of methods is closed to plugins; one that equals its string works in every mapping of PEFT."""
+
+    EAS = "EAS"
+
+
+@dataclass
+class EASConfig(PeftConfig):
+    """Configuration of Effective Attention Skipping (arXiv 2403.15226) for PEFT.
+
+    A retained attention gets a low-rank adapter of rank `r` in front of its input projections; a skipped attention is
+    replaced by a PIA (propagation-of-information adapter) of rank `r_pia` in front of the layer's FFN. All of it folds
+    into the neighbouring weights in `merge_and_unload()`.
+
+    Args:
+        r (`int`): Rank of the adapters of retained attentions; a multiple of `groups`.
+        r_pia (`int`): Rank of the PIAs; a multiple of `groups`.
+        num_skip (`int` or `float`, *optional*): How many attentions to skip: a count (`int`), or a fraction in (0, 1)
+            (`float`) of the model's attentions. Defaults to as many as `skip_layers` names, or to a quarter.
+        skip_layers (`list[int]`, *optional*): Indices of the decoder layers whose attention is skipped. If `None`, no
+            attention is skipped until a set is chosen by a search or by `model.set_skip_layers(...)`.
+        groups (`int`): Number of blocks of the block-diagonal up-projections (the paper uses 2).
+        router (`"static"` or `"prompt"`): Weights of the two up-projection branches: learned constants, or the paper's
+            function of the prompt. Only `"static"` folds into the weights.
+        propagation (`"prompt"` or `"none"`): Whether a PIA adds the mean of the prompt's tokens (the paper's) or not.
+        temperature (`float`): Temperature of the softmax of `router="prompt"`.
+        dropout (`float`): Dropout probability of the adapters' inputs while training.
+        scaling (`float`): Factor `s` of the adapters' output.
+        use_bias (`bool`): Whether down- and up-projections have biases. Merged linears then have one, too.
+        init_weights (`bool`): `True` makes a fresh adapter an identity; `False` draws the up-projections at random.
+        target_modules (`list[str]` or `str`, *optional*): Restricts the attention and FFN modules that get adapters, by
+            suffix or regular expression. Defaults to those of every decoder layer that has an attention.
+        exclude_modules (`list[str]` or `str`, *optional*): Attention and FFN modules that are left alone.
+        layers_to_transform (`list[int]` or `int`, *optional*): Layers that get adapters. Defaults to all.
+        modules_to_save (`list[str]`, *optional*): Further modules that are trained and saved as a whole.
+
+    Raises:
+        ValueError: for every value outside of what is allowed.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the adapters of retained attentions."})
+    r_pia: int = field(default=32, metadata={"help": "Rank of the adapters that replace skipped attentions."})
+    num_skip: int | float | None = field(
+        default=None, metadata={"help": "Attentions to skip: a count, or a fraction in (0, 1). Default: a quarter."}
+    )
+    skip_layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the decoder layers whose attention is skipped; then no search."}
+    )
+    groups: int = field(default=2, metadata={"help": "Blocks of the block-diagonal up-projections."})
+    router: str = field(default="static", metadata={"help": "'static' or 'prompt': weights of the two branches."})
+    propagation: str = field(default="prompt", metadata={"help": "'prompt' or 'none': what a PIA adds to its tokens."})
+    temperature: float = field(default=10.0, metadata={"help": "Temperature of router='prompt'."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapters' inputs."})
+    scaling: float = field(default=1.0, metadata={"help": "Factor of the adapters' output."})
+    use_bias: bool = field(default=True, metadata={"help": "Whether the adapters' projections have biases."})
+    init_weights: bool = field(default=True, metadata={"help": "True: a fresh adapter changes nothing."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Attention and FFN modules that get adapters. Default: all of the decoder's."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Attention and FFN modules that get no adapters."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers that get adapters. Default: all."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules besides the adapters that are trained and saved."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = EASType.EAS
+        _check_int("groups", self.groups, minimum=1)
+        for name in ("r", "r_pia"):
+            rank = _check_int(name, getattr(self, name), minimum=1)
+            if rank % self.groups:
+                raise ValueError(f"`{name}` must be a multiple of `groups`={self.groups}, got {rank}.")
+        _check_choice("router", self.router, ("static", "prompt"))
+        _check_choice("propagation", self.propagation, ("prompt", "none"))
+        _check_number("temperature", self.temperature, lambda v: v > 0, "a number above 0")
+        _check_number("dropout", self.dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
+        _check_number("scaling", self.scaling, lambda v: v != 0, "a finite number other than 0")
+        for name in ("use_bias", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        self.skip_layers = _check_indices("skip_layers", self.skip_layers)
+        if not isinstance(self.layers_to_transform, int) or isinstance(self.layers_to_transform, bool):
+            self.layers_to_transform = _check_indices("layers_to_transform", self.layers_to_transform)
+        self._check_num_skip()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+    def _check_num_skip(self) -> None:
+        value = self.num_skip
+        if value is None:
+            return
+        allowed = "a count of at least 0 (int) or a fraction in (0, 1) (float)"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"`num_skip` must be {allowed}, got {value!r}.")
+        if value < 0 if isinstance(value, int) else not 0 < value < 1:
+            raise ValueError(f"`num_skip` must be {allowed}, got {value!r}.")
+        if isinstance(value, int) and self.skip_layers is not None and value != len(self.skip_layers):
+            raise ValueError(
+                f"`num_skip`={value} contradicts `skip_layers`, which names {len(self.skip_layers)} layers: "
+                "give one of the two."
+            )
+
+    def count_to_skip(self, num_attentions: int) -> int:
+        """Number of attentions to skip in a model that has `num_attentions` of them.
+
+        Raises:
+            ValueError: if it is more than there are.
+        """
+        if self.skip_layers is not None:
+            return len(self.skip_layers)
+        wanted = 0.25 if self.num_skip is None else self.num_skip
+        count = wanted if isinstance(wanted, int) else round(wanted * num_attentions)
+        if count > num_attentions:
+            raise ValueError(f"`num_skip`={count} is more than the {num_attentions} attentions that can be skipped.")
+        return count
+
+
+def _check_int(name: str, value: object, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+    return value
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _check_number(name: str, value: object, accept, allowed: str) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not accept(value):
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+
+
+def _check_indices(name: str, value: object) -> list[int] | None:
+    if value is None:
+        return None
+    wrong = ValueError(f"`{name}` must be a list of distinct layer indices (0 or more), got {value!r}.")
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise wrong
+    indices = list(value)
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices) or len(set(indices)) < len(indices):
+        raise wrong
+    return sorted(indices)

@@ -1,0 +1,361 @@
+"""The tuner layers: an attention with its adapter and skip gate, and a FFN with its PIA."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from torch.nn import functional as F
+
+from . import pia
+from .config import EASConfig
+from .modeling_eas import (
+    PROMPT_MASK,
+    PromptContext,
+    cache_state,
+    current_context,
+    enter_layer,
+    prompt_linear,
+    prompt_mean,
+    prompt_slot,
+)
+
+
+class Adapter(NamedTuple):
+    """The parameters of one adapter as the mathematics has them; groups are block-diagonal matrices here."""
+
+    down: torch.Tensor  # (r, d): A of equation (1), C of (2)
+    down_bias: torch.Tensor | None  # (r,)
+    up: torch.Tensor  # (2, d, r), scaling included
+    up_bias: torch.Tensor | None  # (2, d), scaling included
+    prompt_down: torch.Tensor | None  # (r, d): A of equation (3)
+    prompt_down_bias: torch.Tensor | None  # (r,)
+
+
+class EASLayer(nn.Module, BaseTunerLayer):
+    """What the wrappers of an attention and of a FFN share: parameters by adapter, and folding into the linears.
+
+    Args:
+        base_layer: The attention or the FFN.
+        inputs: Names of its linears that read its input.
+    """
+
+    adapter_layer_names: tuple[str, ...] = (
+        "eas_A",
+        "eas_a",
+        "eas_C",
+        "eas_c",
+        "eas_B",
+        "eas_b",
+        "eas_router",
+        "eas_router_bias",
+    )
+    other_param_names: tuple[str, ...] = ("eas_config", "gates")
+
+    def __init__(self, base_layer: nn.Module, inputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.inputs = inputs
+        self.hidden_size = base_layer.get_submodule(inputs[0]).in_features
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.eas_dropout = nn.ModuleDict()
+        self.eas_config: dict[str, EASConfig] = {}
+        # Whether each adapter skips the attention; one dictionary for the attention and the FFN of a layer.
+        self.gates: dict[str, bool] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unfolded: dict[str, nn.Module] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # model code reads attributes of its attentions
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    # Adapters ---------------------------------------------------------------------------------------------------------
+
+    def create_adapter(self, adapter_name: str, config: EASConfig) -> None:
+        """Create the parameters of an adapter, an identity if `config.init_weights`."""
+        raise NotImplementedError
+
+    def _create(self, adapter_name: str, config: EASConfig, rank: int, is_pia: bool) -> None:
+        d, groups = self.hidden_size, config.groups
+        if d % groups:
+            raise ValueError(f"`groups`={groups} does not divide the model's hidden size {d}.")
+        parameters = {
+            "C" if is_pia else "A": _kaiming(rank, d),
+            "B": torch.zeros(2, groups, d // groups, rank // groups),
+        }
+        if is_pia and config.propagation == "prompt":
+            parameters["A"] = _kaiming(rank, d)
+        if config.use_bias:
+            parameters |= {k.lower(): torch.zeros(rank) for k in ("A", "C") if k in parameters}
+            parameters["b"] = torch.zeros(2, d)
+        if config.router == "prompt":
+            # drawn, since two equal branches would never part
+            parameters |= {"router": _kaiming(2, d), "router_bias": torch.zeros(2)}
+        else:
+            parameters["router"] = torch.zeros(2)
+        if not config.init_weights:
+            nn.init.normal_(parameters["B"], std=0.02)
+        for name, value in parameters.items():
+            getattr(self, f"eas_{name}")[adapter_name] = nn.Parameter(value)
+        self.eas_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether the parameters of `adapter_name` exist here."""
+        return adapter_name in self.eas_B
+
+    def adapter(self, adapter_name: str) -> Adapter:
+        """The parameters of an adapter, in the form that the mathematics has them."""
+
+        def get(name: str) -> torch.Tensor | None:
+            parameters = getattr(self, f"eas_{name}")
+            return parameters[adapter_name] if adapter_name in parameters else None
+
+        config = self.eas_config[adapter_name]
+        up, up_bias = pia.dense_up(get("B")) * config.scaling, get("b")
+        is_pia = get("C") is not None
+        return Adapter(
+            down=get("C") if is_pia else get("A"),
+            down_bias=get("c") if is_pia else get("a"),
+            up=up / 2 if is_pia else up,
+            up_bias=None if up_bias is None else up_bias * config.scaling,
+            prompt_down=get("A") if is_pia else None,
+            prompt_down_bias=get("a") if is_pia else None,
+        )
+
+    def acting_adapter(self) -> str | None:
+        """The adapter that this forward goes through, if any."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return None
+        names = self.merged_adapters or self.active_adapters
+        return names[0] if names and names[0] in self.eas_config else None
+
+    def delta(self, z: torch.Tensor, adapter_name: str, context: PromptContext) -> torch.Tensor:
+        """What the adapter adds to the input `z (B, T, d)`: equations (1) and (2) without their first term."""
+        config, adapter = self.eas_config[adapter_name], self.adapter(adapter_name)
+        wide = self.eas_dropout[adapter_name](self._cast_input_dtype(z, adapter.down.dtype))
+        router = self.eas_router[adapter_name]
+        if config.router == "static":
+            alpha = torch.softmax(router, dim=-1)
+        else:
+            bias = self.eas_router_bias[adapter_name]
+            alpha = context.once(
+                "alpha",
+                lambda mask: torch.softmax(
+                    F.linear(prompt_mean(wide, mask), router, bias) / config.temperature, dim=-1
+                ),
+            )
+        hidden = F.linear(wide, adapter.down, adapter.down_bias)
+        if adapter.prompt_down is not None:
+            hidden = hidden + context.once(
+                "p", lambda mask: F.linear(prompt_mean(wide, mask), adapter.prompt_down, adapter.prompt_down_bias)
+            )
+        return pia.up_project(hidden, adapter.up, adapter.up_bias, alpha).to(z.dtype)
+
+    # Folding ----------------------------------------------------------------------------------------------------------
+
+    def is_folded_by(self, adapter_name: str) -> bool:
+        """Whether this adapter changes this module, and in a way that its weights can hold."""
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold an adapter into the linears that read this module's input; they are kept aside for `unmerge`.
+
+        Raises:
+            ValueError: if several adapters are named, or `safe_merge` finds values that are not finite.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        if not adapter_names:
+            return
+        check_single(adapter_names)
+        adapter_name = adapter_names[0]
+        if adapter_name not in self.eas_config:
+            return
+        if self.is_folded_by(adapter_name):
+            self._unfolded = self.fold(adapter_name, safe_merge)
+        self.merged_adapters.append(adapter_name)
+
+    def fold(self, adapter_name: str, safe_merge: bool) -> dict[str, nn.Module]:
+        """Put folded linears in place, and return those that were there, by name."""
+        adapter = self.adapter(adapter_name)
+        alpha = torch.softmax(self.eas_router[adapter_name], dim=-1)
+        up = pia.mix(adapter.up, alpha)
+        up_bias = None if adapter.up_bias is None else pia.mix(adapter.up_bias, alpha)
+        before = {}
+        with torch.no_grad():
+            for name in self.inputs:
+                linear = self.base_layer.get_submodule(name)
+                if linear.weight.device.type == "meta":
+                    raise ValueError("The model's weights are offloaded: load it without offloading before merging it.")
+                weight, bias, prompt_up = pia.fold(
+                    linear.weight, linear.bias, adapter.down, adapter.down_bias, up, up_bias
+                )
+                if adapter.prompt_down is None:
+                    prompt_up = None
+                for tensor in (weight, bias, prompt_up):
+                    if safe_merge and tensor is not None and not torch.isfinite(tensor).all():
+                        for done, module in before.items():
+                            self.base_layer.set_submodule(done, module)
+                        raise ValueError(
+                            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+                        )
+                before[name] = linear
+                self.base_layer.set_submodule(name, _folded(linear, name, weight, bias, prompt_up))
+        return before
+
+    def unmerge(self) -> None:
+        """Put the original linears back: the very tensors, so nothing is lost to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for name, linear in self._unfolded.items():
+            self.base_layer.set_submodule(name, linear.to(self.base_layer.get_submodule(name).weight.device))
+        self._unfolded = {}
+        self.merged_adapters = []
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base module, with the adapter folded in if `merge`; called by PEFT."""
+        if not merge:
+            if self.merged:
+                self.unmerge()
+        elif not self.merged:
+            names = check_adapters_to_merge(self, adapter_names)
+            if names and names[0] in self.eas_config and self.is_folded_by(names[0]):
+                self.fold(names[0], safe_merge)
+        return self.base_layer
+
+    # PEFT -------------------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_names, str):
+            check_single(adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        for parameter in base_layer.parameters():
+            return parameter.device, parameter.dtype if parameter.is_floating_point() else None
+        return None, None
+
+
+class EASAttention(EASLayer):
+    """An attention that its layer keeps, with an adapter in front (1), or that is skipped and gives zero.
+
+    The gate is saved with the adapter, as the buffer `eas_skip`, so that it survives a resume.
+    """
+
+    other_param_names = (*EASLayer.other_param_names, "eas_skip")
+
+    def __init__(self, base_layer: nn.Module, inputs: tuple[str, ...]) -> None:
+        super().__init__(base_layer, inputs)
+        self.eas_skip = BufferDict(persistent=True)
+        self.register_load_state_dict_post_hook(_read_gates)
+
+    def create_adapter(self, adapter_name: str, config: EASConfig) -> None:
+        self._create(adapter_name, config, config.r, is_pia=False)
+
+    def set_gate(self, adapter_name: str, skip: bool) -> None:
+        """Skip this attention whenever `adapter_name` is active, or don't."""
+        self.gates[adapter_name] = skip
+        device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
+        self.eas_skip[adapter_name] = torch.tensor(skip, device=device)
+
+    def needs_prompt(self) -> bool:
+        """Whether this layer, as it stands, depends on the prompt."""
+        name = self.acting_adapter()
+        if name is None:
+            return False
+        config = self.eas_config[name]
+        return config.router == "prompt" or (self.gates[name] and config.propagation == "prompt")
+
+    def is_folded_by(self, adapter_name: str) -> bool:
+        return not self.gates[adapter_name] and self.eas_config[adapter_name].router == "static"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.pop(PROMPT_MASK, None)
+        name = self.acting_adapter()
+        cache = kwargs.get("past_key_values")
+        if name is not None and self.gates[name]:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            state = {} if cache is None else prompt_slot(cache, self.base_layer.layer_idx).prompt_state
+            enter_layer(PromptContext(mask, state))
+            return torch.zeros_like(hidden_states), None
+        enter_layer(None)
+        if name is None or (self.merged and self.is_folded_by(name)):
+            return self.base_layer(*args, **kwargs)
+        routed = self.eas_config[name].router == "prompt"
+        context = PromptContext(mask, cache_state(cache, self.base_layer.layer_idx)) if routed else None
+        if args:
+            args = (args[0] + self.delta(args[0], name, context), *args[1:])
+        else:
+            z = kwargs["hidden_states"]
+            kwargs["hidden_states"] = z + self.delta(z, name, context)
+        return self.base_layer(*args, **kwargs)
+
+
+class EASFeedForward(EASLayer):
+    """A FFN, with a PIA (2) in front while its layer's attention is skipped."""
+
+    def create_adapter(self, adapter_name: str, config: EASConfig) -> None:
+        self._create(adapter_name, config, config.r_pia, is_pia=True)
+
+    def is_folded_by(self, adapter_name: str) -> bool:
+        return self.gates.get(adapter_name, False) and self.eas_config[adapter_name].router == "static"
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        context, name = current_context(), self.acting_adapter()
+        if context is not None and name is not None:
+            if self.merged and self.is_folded_by(name):
+                adapter = self.adapter(name)
+                context.down = functools.partial(F.linear, weight=adapter.prompt_down, bias=adapter.prompt_down_bias)
+            else:
+                hidden_states = hidden_states + self.delta(hidden_states, name, context)
+        return self.base_layer(hidden_states, *args, **kwargs)
+
+
+def check_single(adapter_names: list[str]) -> None:
+    """EAS adapters don't add up: each skips attentions of its own."""
+    if len(adapter_names) > 1:
+        raise ValueError(
+            f"EAS adapters can't be combined, since each skips attentions of its own: choose one of {adapter_names}."
+        )
+
+
+def _kaiming(rows: int, columns: int) -> torch.Tensor:
+    """As PEFT's LoRA and `nn.Linear` initialise a projection."""
+    weight = torch.empty(rows, columns)
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    return weight
+
+
+def _folded(
+    linear: nn.Linear, name: str, weight: torch.Tensor, bias: torch.Tensor | None, prompt_up: torch.Tensor | None
+) -> nn.Linear:
+    new = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    new.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    new.bias = None if bias is None else nn.Parameter(bias, requires_grad=linear.weight.requires_grad)
+    if prompt_up is not None:
+        new = prompt_linear(new, prompt_up.shape[1], name)
+        new.prompt_up = nn.Parameter(prompt_up, requires_grad=linear.weight.requires_grad)
+    return new.train(linear.training)
+
+
+def _read_gates(module: EASAttention, _incompatible_keys: Any) -> None:
+    """After loading: the gate that a forward looks at is a Python bool, since reading a tensor would synchronise."""
+    for name, gate in module.eas_skip.items():
+        module.gates[name] = bool(gate)

@@ -1,0 +1,218 @@
+"""`EASModel`: the PEFT tuner."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from .config import EASConfig
+from .families import find_layers
+from .layer import EASAttention, EASFeedForward, EASLayer, check_single
+from .merge import finish_merge, plan_merge
+from .modeling_eas import PromptBoundary, generation
+
+
+class EASModel(BaseTuner):
+    """Injects adapters and skip gates into the decoder layers of a transformers model.
+
+    Made by `get_peft_model(model, EASConfig(...))`; its public members are members of the `PeftModel`, too.
+
+    Raises:
+        ValueError: for a model whose family is not known, or a configuration that does not fit the model; the model is
+            left as it was.
+    """
+
+    prefix: str = "eas_"
+    tuner_layer_cls = EASLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # Injection --------------------------------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: EASConfig, model_config: dict) -> EASConfig:
+        return peft_config  # the defaults need the model, see `_prepare_model`
+
+    def _prepare_model(self, peft_config: EASConfig, model: nn.Module) -> None:
+        layers = find_layers(model)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = {layers.family.attention, layers.family.ffn}
+        self._layers = layers
+        self._places = {layers.attention(i): (EASAttention, i) for i in layers.names}
+        self._places |= {layers.ffn(i): (EASFeedForward, i) for i in layers.names}
+        targeted = {name for name in self._places if self._check_target_module_exists(peft_config, name) is True}
+        if not targeted and isinstance(peft_config.target_modules, set):
+            raise ValueError(
+                f"EAS adapts whole attentions and FFNs, but `target_modules`={sorted(peft_config.target_modules)} with "
+                f"`exclude_modules` and `layers_to_transform` leaves none of them, such as "
+                f"{next(iter(self._places))!r}. Leave it out to adapt all."
+            )
+        skippable = [i for i in layers.names if {layers.attention(i), layers.ffn(i)} <= targeted]
+        self._check_skip_layers(peft_config.skip_layers or [], skippable)
+        peft_config.count_to_skip(len(skippable))
+
+    @staticmethod
+    def _check_skip_layers(skip_layers: list[int], skippable: list[int]) -> None:
+        wrong = sorted(set(skip_layers) - set(skippable))
+        if wrong:
+            raise ValueError(
+                f"`skip_layers` names {wrong}, but the layers whose attention and FFN have adapters are {skippable}."
+            )
+
+    def _check_target_module_exists(self, peft_config: EASConfig, key: str) -> Any:
+        return key in self._places and check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: EASConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        wrapper, index = self._places[current_key]
+        if not isinstance(target, EASLayer):
+            family = self._layers.family
+            inputs = family.attention_inputs if wrapper is EASAttention else family.ffn_inputs
+            target = wrapper(target, inputs)
+            self._replace_module(parent, target_name, target, target.base_layer)
+        target.eas_config[adapter_name] = peft_config
+        is_skipped = None if peft_config.skip_layers is None else index in peft_config.skip_layers
+        if wrapper is EASAttention:
+            target.set_gate(adapter_name, bool(is_skipped))
+        # Until the set is chosen, both the attention's adapter and the PIA are needed.
+        if is_skipped is None or is_skipped == (wrapper is EASFeedForward):
+            target.create_adapter(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            target.set_requires_grad(adapter_name, requires_grad=False)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        attentions = []
+        for index in self._layers.names:
+            attention, ffn = self._wrappers(index, model)
+            if attention is not None:
+                attentions.append(attention)
+                if ffn is not None:
+                    ffn.gates = attention.gates
+        _unwatch_prompt(model)
+        model.register_forward_pre_hook(PromptBoundary(model, AnyNeedsPrompt(attentions)), with_kwargs=True)
+        if model.can_generate():
+            model.generate = types.MethodType(_generate, model)
+
+    def _wrappers(
+        self, index: int, model: nn.Module | None = None
+    ) -> tuple[EASAttention | None, EASFeedForward | None]:
+        """The wrapped attention and FFN of layer `index`; `None` for what has no adapter."""
+        model = self.model if model is None else model
+        modules = (model.get_submodule(self._layers.attention(index)), model.get_submodule(self._layers.ffn(index)))
+        attention, ffn = (module if isinstance(module, EASLayer) else None for module in modules)
+        return attention, ffn
+
+    # The skip set -----------------------------------------------------------------------------------------------------
+
+    @property
+    def skip_layers(self) -> list[int]:
+        """Indices of the layers whose attention the active adapter skips."""
+        gates = {i: self._wrappers(i)[0] for i in self._layers.names}
+        return [i for i, a in gates.items() if a is not None and any(a.gates.get(n) for n in self.active_adapters)]
+
+    def set_skip_layers(self, skip_layers: list[int], adapter_name: str | None = None) -> None:
+        """Skip the attentions of just these layers.
+
+        An adapter or PIA that is needed for the first time is created, as an identity.
+
+        Args:
+            skip_layers: Layer indices.
+            adapter_name: Adapter; the active one by default.
+
+        Raises:
+            ValueError: for an index that the adapter has no such layer for, or while merged.
+        """
+        if adapter_name is None:
+            (adapter_name,) = self.active_adapters
+        config = self.peft_config[adapter_name]
+        wrappers = {i: self._wrappers(i) for i in self._layers.names}
+        targeted = {
+            i: pair for i, pair in wrappers.items() if all(w is not None and adapter_name in w.eas_config for w in pair)
+        }
+        self._check_skip_layers(skip_layers, list(targeted))
+        if any(adapter_name in w.merged_adapters for pair in targeted.values() for w in pair):
+            raise ValueError(
+                f"Adapter {adapter_name!r} is merged: call `unmerge_adapter()` before changing its skip set."
+            )
+        for index, (attention, ffn) in targeted.items():
+            is_skipped = index in skip_layers
+            attention.set_gate(adapter_name, is_skipped)
+            needed = ffn if is_skipped else attention
+            if not needed.has_adapter(adapter_name):
+                needed.create_adapter(adapter_name, config)
+                self._cast_adapter_dtype(adapter_name)
+                needed.set_adapter(needed.active_adapters, inference_mode=config.inference_mode)
+        config.skip_layers = sorted(skip_layers)
+        if config.num_skip is not None:
+            config.num_skip = len(skip_layers)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: EASConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Follow the skip set of a checkpoint that is loaded into an adapter that exists (resume, best model)."""
+        prefix = "base_model.model."
+        tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
+        if tuner is not None:
+            gates = {i: state_dict.get(f"{prefix}{tuner._layers.attention(i)}.eas_skip") for i in tuner._layers.names}
+            skip_layers = [i for i, gate in gates.items() if gate is not None and bool(gate)]
+            if any(gate is not None for gate in gates.values()):
+                tuner.set_skip_layers(skip_layers, adapter_name) if config.skip_layers is not None else None
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    # Merging ----------------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_name, str):
+            check_single(adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        plan = plan_merge(self, adapter_names) if merge else None
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        _unwatch_prompt(model)
+        model.__dict__.pop("generate", None)
+        return model if plan is None else finish_merge(model, plan)
+
+
+class AnyNeedsPrompt:
+    """Whether some of these attentions' layers depend on the prompt now."""
+
+    def __init__(self, attentions: list[EASAttention]) -> None:
+        self.attentions = attentions
+
+    def __call__(self) -> bool:
+        return any(attention.needs_prompt() for attention in self.attentions)
+
+
+def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of a model with adapters: the class's own, with the prompt's length known to the forwards."""
+    with generation(args, kwargs):
+        return type(self).generate(self, *args, **kwargs)
+
+
+def _unwatch_prompt(model: nn.Module) -> None:
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, PromptBoundary):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
