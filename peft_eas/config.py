@@ -120,18 +120,11 @@ class EASConfig(PeftConfig):
             )
 
     def count_to_skip(self, num_attentions: int) -> int:
-        """Number of attentions to skip in a model that has `num_attentions` of them.
-
-        Raises:
-            ValueError: if it is more than there are.
-        """
+        """Number of attentions to skip in a model that has `num_attentions` of them."""
         if self.skip_layers is not None:
             return len(self.skip_layers)
         wanted = 0.25 if self.num_skip is None else self.num_skip
-        count = wanted if isinstance(wanted, int) else round(wanted * num_attentions)
-        if count > num_attentions:
-            raise ValueError(f"`num_skip`={count} is more than the {num_attentions} attentions that can be skipped.")
-        return count
+        return wanted if isinstance(wanted, int) else round(wanted * num_attentions)
 
 
 def _check_int(name: str, value: object, minimum: int) -> int:

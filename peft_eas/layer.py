@@ -91,10 +91,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
         d, groups = self.hidden_size, config.groups
         if d % groups:
             raise ValueError(f"`groups`={groups} does not divide the model's hidden size {d}.")
-        parameters = {
-            "C" if is_pia else "A": _kaiming(rank, d),
-            "B": torch.zeros(2, groups, d // groups, rank // groups),
-        }
+        parameters = {"C" if is_pia else "A": _kaiming(rank, d)}
         if is_pia and config.propagation == "prompt":
             parameters["A"] = _kaiming(rank, d)
         if config.use_bias:
@@ -105,8 +102,8 @@ class EASLayer(nn.Module, BaseTunerLayer):
             parameters |= {"router": _kaiming(2, d), "router_bias": torch.zeros(2)}
         else:
             parameters["router"] = torch.zeros(2)
-        if not config.init_weights:
-            nn.init.normal_(parameters["B"], std=0.02)
+        blocks = torch.empty(2, groups, d // groups, rank // groups)
+        parameters["B"] = nn.init.zeros_(blocks) if config.init_weights else nn.init.normal_(blocks, std=0.02)
         for name, value in parameters.items():
             getattr(self, f"eas_{name}")[adapter_name] = nn.Parameter(value)
         self.eas_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
@@ -121,7 +118,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
         def get(name: str) -> torch.Tensor | None:
             parameters = getattr(self, f"eas_{name}")
-            return parameters[adapter_name] if adapter_name in parameters else None
+            return parameters.get(adapter_name)
 
         config = self.eas_config[adapter_name]
         up, up_bias = pia.dense_up(get("B")) * config.scaling, get("b")
@@ -148,16 +145,14 @@ class EASLayer(nn.Module, BaseTunerLayer):
         """What the adapter adds to the input `z (B, T, d)`: equations (1) and (2) without their first term."""
         config, adapter = self.eas_config[adapter_name], self.adapter(adapter_name)
         wide = self.eas_dropout[adapter_name](self._cast_input_dtype(z, adapter.down.dtype))
-        router = self.eas_router[adapter_name]
+        router, temperature = self.eas_router[adapter_name], config.temperature
         if config.router == "static":
             alpha = torch.softmax(router, dim=-1)
         else:
             bias = self.eas_router_bias[adapter_name]
             alpha = context.once(
                 "alpha",
-                lambda mask: torch.softmax(
-                    F.linear(prompt_mean(wide, mask), router, bias) / config.temperature, dim=-1
-                ),
+                lambda mask: torch.softmax(F.linear(prompt_mean(wide, mask), router, bias) / temperature, dim=-1),
             )
         hidden = F.linear(wide, adapter.down, adapter.down_bias)
         if adapter.prompt_down is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from typing import Any
 
@@ -42,7 +43,7 @@ class EASModel(BaseTuner):
         self._layers = layers
         self._places = {layers.attention(i): (EASAttention, i) for i in layers.names}
         self._places |= {layers.ffn(i): (EASFeedForward, i) for i in layers.names}
-        targeted = {name for name in self._places if self._check_target_module_exists(peft_config, name) is True}
+        targeted = {name for name in self._places if self._check_target_module_exists(peft_config, name)}
         if not targeted and isinstance(peft_config.target_modules, set):
             raise ValueError(
                 f"EAS adapts whole attentions and FFNs, but `target_modules`={sorted(peft_config.target_modules)} with "
@@ -51,18 +52,34 @@ class EASModel(BaseTuner):
             )
         skippable = [i for i in layers.names if {layers.attention(i), layers.ffn(i)} <= targeted]
         self._check_skip_layers(peft_config.skip_layers or [], skippable)
-        peft_config.count_to_skip(len(skippable))
+        count = peft_config.count_to_skip(len(skippable))
+        if count > len(skippable):
+            raise ValueError(f"`num_skip`={count} is more than the {len(skippable)} attentions that can be skipped.")
+        self._check_some_left(count)
 
-    @staticmethod
-    def _check_skip_layers(skip_layers: list[int], skippable: list[int]) -> None:
+    def _check_skip_layers(self, skip_layers: list[int], skippable: list[int]) -> None:
         wrong = sorted(set(skip_layers) - set(skippable))
         if wrong:
             raise ValueError(
                 f"`skip_layers` names {wrong}, but the layers whose attention and FFN have adapters are {skippable}."
             )
+        self._check_some_left(len(set(skip_layers)))
+
+    def _check_some_left(self, num_skip: int) -> None:
+        # without any attention, tokens know nothing of each other, and a KV cache can't tell how long it is
+        if num_skip == len(self._layers.names):
+            raise ValueError(f"All {num_skip} attentions of the model would be skipped: keep at least one.")
 
     def _check_target_module_exists(self, peft_config: EASConfig, key: str) -> Any:
-        return key in self._places and check_target_module_exists(peft_config, key)
+        if key not in self._places:
+            return False
+        layers = peft_config.layers_to_transform
+        if layers not in (None, []) and self._places[key][1] not in ([layers] if isinstance(layers, int) else layers):
+            return False
+        # PEFT reads the index off the name, and finds none in those of a bare decoder, such as "layers.0.mlp".
+        config = copy.copy(peft_config)
+        config.layers_to_transform = None
+        return check_target_module_exists(config, key)
 
     def _create_and_replace(
         self,
@@ -121,8 +138,11 @@ class EASModel(BaseTuner):
     @property
     def skip_layers(self) -> list[int]:
         """Indices of the layers whose attention the active adapter skips."""
-        gates = {i: self._wrappers(i)[0] for i in self._layers.names}
-        return [i for i, a in gates.items() if a is not None and any(a.gates.get(n) for n in self.active_adapters)]
+        return [i for name in self.active_adapters for i in self._skipped_by(name)]
+
+    def _skipped_by(self, adapter_name: str) -> list[int]:
+        attentions = {i: self._wrappers(i)[0] for i in self._layers.names}
+        return [i for i, attention in attentions.items() if attention is not None and attention.gates.get(adapter_name)]
 
     def set_skip_layers(self, skip_layers: list[int], adapter_name: str | None = None) -> None:
         """Skip the attentions of just these layers.
@@ -168,10 +188,10 @@ class EASModel(BaseTuner):
         prefix = "base_model.model."
         tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
         if tuner is not None:
-            gates = {i: state_dict.get(f"{prefix}{tuner._layers.attention(i)}.eas_skip") for i in tuner._layers.names}
-            skip_layers = [i for i, gate in gates.items() if gate is not None and bool(gate)]
-            if any(gate is not None for gate in gates.values()):
-                tuner.set_skip_layers(skip_layers, adapter_name) if config.skip_layers is not None else None
+            keys = {i: f"{prefix}{tuner._layers.attention(i)}.eas_skip" for i in tuner._layers.names}
+            saved = [i for i, key in keys.items() if key in state_dict and bool(state_dict[key])]
+            if saved != tuner._skipped_by(adapter_name):
+                tuner.set_skip_layers(saved, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Merging ----------------------------------------------------------------------------------------------------------
@@ -188,7 +208,7 @@ class EASModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        plan = plan_merge(self, adapter_names) if merge else None
+        plan = plan_merge(self, adapter_names, safe_merge) if merge else None
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         _unwatch_prompt(model)
         model.__dict__.pop("generate", None)

@@ -1,13 +1,14 @@
 """Models merged by peft_eas: what they need at run time.
 
-A merged model is a transformers model of its base class with some attentions gone. This file holds all that such a model
-needs, for every family, and imports nothing but torch and transformers: it travels with each checkpoint, so that
-`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` loads it where `peft_eas` is not installed. The names
-`EAS<class>` (`EASLlamaForCausalLM`, `EASLlamaConfig`, ...) are made on demand from the transformers class `<class>`.
+A merged model is a transformers model of its base class with some attentions gone. This file holds all that such a
+model needs, for every family, and imports nothing but torch and transformers: it travels with each checkpoint, so that
+`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` loads it where `peft_eas` is not installed. The
+names `EAS<class>` (`EASLlamaForCausalLM`, `EASLlamaConfig`, ...) are made on demand from the transformers `<class>`.
 
 What is skipped and folded is recorded in `config.eas`; see `restructure`. Where the layers depend on the prompt
-(`propagation="prompt"`, `router="prompt"`), the outermost model finds out which tokens are the prompt (`PromptBoundary`)
-and hands a mask down to the layers; what a layer makes of it is kept in that layer's entry of the KV cache (`PromptSlot`).
+(`propagation="prompt"`, `router="prompt"`), the outermost model finds out which tokens are the prompt
+(`PromptBoundary`) and hands a mask down to the layers; what a layer makes of it is kept in that layer's entry of the
+KV cache (`PromptSlot`).
 """
 
 from __future__ import annotations
@@ -165,15 +166,15 @@ class PromptBoundary:
         if length > 1 and not are_drafts:
             raise ValueError(
                 f"{_SUBJECT} was read already by this KV cache, and {length} more tokens come at once. If they belong "
-                "to the prompt (a further turn, chunked prefill), start with a new cache and all tokens; if not, say so: "
-                "`with prompt_mask(torch.zeros(batch, tokens)): model(...)`."
+                "to the prompt (a further turn, chunked prefill), start with a new cache and all tokens; if not, say "
+                "so: `with prompt_mask(torch.zeros(batch, tokens)): model(...)`."
             )
 
 
 _SUBJECT = "The prompt of a model with `propagation='prompt'` or `router='prompt'`"
 _WAYS_OUT = (
-    "Ways out: labels that are -100 for the prompt's tokens; `with peft_eas.prompt_mask(mask): ...` around the forward; "
-    "or a model with `propagation='none'` and `router='static'`."
+    "Ways out: labels that are -100 for the prompt's tokens; `with peft_eas.prompt_mask(mask): ...` around the "
+    "forward; or a model with `propagation='none'` and `router='static'`."
 )
 
 
@@ -279,8 +280,8 @@ def prompt_slot(cache: cache_utils.Cache, layer_idx: int) -> PromptSlot:
     if not isinstance(layer, PromptSlot):
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
             raise ValueError(
-                f"This KV cache holds keys and values of layer {layer_idx}, whose attention is skipped now. Start with a "
-                "new cache after changing which attentions are skipped."
+                f"This KV cache holds keys and values of layer {layer_idx}, whose attention is skipped now. Start with "
+                "a new cache after changing which attentions are skipped."
             )
         cache.layers[layer_idx] = PromptSlot()
     return cache.layers[layer_idx]
@@ -551,7 +552,8 @@ def auto_classes(model_type: str) -> dict[str, str]:
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         value = None if mapping is None or not name.startswith("AutoModel") else mapping._model_mapping.get(model_type)
-        if isinstance(value, str):
+        # some entries are models of another configuration
+        if isinstance(value, str) and getattr(transformers, value).config_class.model_type == model_type:
             found[name] = value
     return found
 

@@ -53,8 +53,8 @@ def fold(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Fold `z -> z + (z down^T + down_bias) up^T + up_bias` into the linear `y = z weight^T + bias` that reads it.
 
-    With `R = I + up down` and `t = up down_bias + up_bias` this is `weight R`, `bias + weight t` (from the weight as it
-    was, not the folded one) and, for a vector `p (r,)` added to the down-projection, `weight up`, as `y += weight up p`.
+    With `R = I + up down` and `t = up down_bias + up_bias` this is `weight R`, `bias + weight t` (from the weight as
+    it was, not the folded one) and, for a vector `p (r,)` added to the down-projection, `y += weight up p`.
 
     Args:
         weight: `(o, d)`.

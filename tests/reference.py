@@ -1,0 +1,92 @@
+"""What a model with EAS adapters computes, written from the formulas alone: stock model, float64, plain loops.
+
+Nothing of `peft_eas` is used. Skipping and adapting is done by hooks on a stock copy of the base model.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+
+def branches(h: torch.Tensor, p: dict, alpha: torch.Tensor, scaling: float) -> torch.Tensor:
+    """s * sum_j alpha_j (h B_j^T + b_j) with block-diagonal B_j; h (B, T, r), alpha (B, 2)."""
+    blocks = p["B"]
+    _, groups, out_size, in_size = blocks.shape
+    total = 0
+    for j in range(2):
+        parts = []
+        for g in range(groups):
+            part = h[..., g * in_size : (g + 1) * in_size]
+            parts.append(torch.einsum("bti,oi->bto", part, blocks[j, g]))
+        branch = torch.cat(parts, dim=-1)
+        assert branch.shape[-1] == groups * out_size
+        if "b" in p:
+            branch = branch + p["b"][j]
+        total = total + alpha[:, j, None, None] * branch
+    return scaling * total
+
+
+def down(z: torch.Tensor, p: dict, name: str) -> torch.Tensor:
+    h = torch.einsum("btd,rd->btr", z, p[name])
+    return h + p[name.lower()] if name.lower() in p else h
+
+
+def prompt_average(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Mean over the prompt's tokens, row by row: (B, T, n) -> (B, 1, n)."""
+    return torch.stack([row[where].mean(dim=0, keepdim=True) for row, where in zip(values, prompt, strict=True)])
+
+
+def weights_of_branches(z: torch.Tensor, p: dict, prompt: torch.Tensor, temperature: float) -> torch.Tensor:
+    if "router_bias" not in p:
+        return torch.softmax(p["router"], dim=0).expand(z.shape[0], 2)
+    mean = prompt_average(z, prompt)[:, 0]
+    return torch.softmax((mean @ p["router"].T + p["router_bias"]) / temperature, dim=-1)
+
+
+def adapt(z: torch.Tensor, p: dict, prompt: torch.Tensor, config) -> torch.Tensor:
+    alpha = weights_of_branches(z, p, prompt, config.temperature)
+    return z + branches(down(z, p, "A"), p, alpha, config.scaling)
+
+
+def pia(z: torch.Tensor, p: dict, prompt: torch.Tensor, config) -> torch.Tensor:
+    alpha = weights_of_branches(z, p, prompt, config.temperature)
+    h = down(z, p, "C")
+    if config.propagation == "prompt":
+        h = h + prompt_average(down(z, p, "A"), prompt)
+    return z + branches(h / 2, p, alpha, config.scaling)
+
+
+def adapters(peft_model) -> dict[str, dict[str, torch.Tensor]]:
+    """`{module of the base model: {short name: float64 tensor}}` of the adapter "default"."""
+    found: dict[str, dict] = {}
+    for key, value in peft_model.state_dict().items():
+        if ".eas_" in key and "dropout" not in key and "eas_skip" not in key:
+            module, _, rest = key.removeprefix("base_model.model.").rpartition(".eas_")
+            found.setdefault(module, {})[rest.removesuffix(".default")] = value.detach().double()
+    return found
+
+
+def logits(base, parameters: dict, config, inputs: dict, prompt: torch.Tensor) -> torch.Tensor:
+    """Logits of the adapted model. `base` is a stock model, `prompt (B, T)` says which tokens are the prompt."""
+    model = copy.deepcopy(base).double().eval()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    decoder = model.model.language_model if hasattr(model.model, "language_model") else model.model
+    prefix = "model.language_model.layers." if hasattr(model.model, "language_model") else "model.layers."
+
+    def before(linear, function):
+        linear.register_forward_pre_hook(lambda module, args: (function(args[0]), *args[1:]))
+
+    for index, layer in enumerate(decoder.layers):
+        if index in config.skip_layers:
+            layer.self_attn.forward = lambda hidden_states, **kw: (torch.zeros_like(hidden_states), None)
+            p = parameters[f"{prefix}{index}.mlp"]
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                before(linear, lambda z, p=p: pia(z, p, prompt, config))
+        else:
+            p = parameters[f"{prefix}{index}.self_attn"]
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                before(linear, lambda z, p=p: adapt(z, p, prompt, config))
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits

@@ -1,0 +1,122 @@
+"""The adapted model against the formulas in float64, for every family and setting."""
+
+import itertools
+
+import pytest
+import reference
+import tiny
+import torch
+from peft import get_peft_model
+
+from peft_eas import EASConfig, pia
+
+SETTINGS = [
+    dict(propagation=p, router=r, use_bias=b)
+    for p, r, b in itertools.product(("prompt", "none"), ("static", "prompt"), (True, False))
+]
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def answers(inputs, count=4):
+    """Labels that make the last `count` tokens of each row the answer."""
+    labels = inputs["input_ids"].clone()
+    labels[:, :-count] = -100
+    labels[inputs["attention_mask"] == 0] = -100
+    return labels
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_logits_are_those_of_the_formulas(family, settings):
+    inputs = tiny.inputs(family)
+    config = EASConfig(skip_layers=[0, 3], groups=2, scaling=0.7, temperature=3.0, **settings)
+    model = get_peft_model(tiny.model(family), config)
+    tiny.shake(model)
+    model.eval()
+    labels = answers(inputs)
+    prompt = (labels == -100) & inputs["attention_mask"].bool()
+    with torch.no_grad():
+        actual = model(**inputs, labels=labels).logits
+    expected = reference.logits(tiny.model(family), reference.adapters(model), config, inputs, prompt)
+    kept = inputs["attention_mask"].bool()
+    close(actual[kept], expected[kept])
+    unadapted = tiny.model(family)(**inputs).logits
+    assert (actual - unadapted)[kept].abs().max() > 0.05, "the adapters must matter, or this test can't fail"
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups(groups):
+    inputs = tiny.inputs("llama")
+    config = EASConfig(skip_layers=[1], groups=groups, r=4, r_pia=8)
+    model = get_peft_model(tiny.model("llama"), config)
+    tiny.shake(model)
+    model.eval()
+    prompt = inputs["attention_mask"].bool()
+    expected = reference.logits(tiny.model("llama"), reference.adapters(model), config, inputs, prompt)
+    close(model(**inputs).logits[prompt], expected[prompt])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("router", ["static", "prompt"])
+def test_a_fresh_adapter_changes_nothing_but_the_skipping(family, router):
+    inputs = tiny.inputs(family)
+    base = tiny.model(family)
+    expected = base(**inputs).logits
+    model = get_peft_model(base, EASConfig(skip_layers=[], router=router)).eval()
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
+    # with a skipped attention, it is the base model whose attention gives zero
+    model.set_skip_layers([1, 2])
+    stock = tiny.model(family)
+    for layer in stock.get_decoder().layers[1:3]:
+        layer.self_attn.forward = lambda hidden_states, **kwargs: (torch.zeros_like(hidden_states), None)
+    torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits, rtol=0, atol=0)
+
+
+def test_dropout_acts_in_training_only():
+    inputs = tiny.inputs("llama", padding=None)
+    model = get_peft_model(tiny.model("llama"), EASConfig(skip_layers=[1], dropout=0.5))
+    tiny.shake(model)
+    labels = answers(inputs)
+    first, second = (model.train()(**inputs, labels=labels).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    first, second = (model.eval()(**inputs, labels=labels).logits for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_init_weights_false_is_not_an_identity():
+    inputs = tiny.inputs("llama")
+    base = tiny.model("llama")
+    expected = base(**inputs).logits
+    model = get_peft_model(base, EASConfig(skip_layers=[], init_weights=False)).eval()
+    assert not torch.allclose(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_fold_against_float64(dtype, with_bias):
+    """W (z + (z D^T + e + p) U^T + u) + w0, computed unfolded in float64, against the folded weights."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    weight, down, up = draw(20, 12).to(dtype), draw(4, 12), draw(12, 4)
+    bias, down_bias, up_bias = (draw(20).to(dtype), draw(4), draw(12)) if with_bias else (None, None, None)
+    z, p = draw(7, 12).double(), draw(4).double()
+    zero = torch.zeros(1, dtype=torch.float64)
+
+    def wide(t):
+        return zero if t is None else t.double()
+
+    adapted = z + (z @ down.double().T + wide(down_bias) + p) @ up.double().T + wide(up_bias)
+    expected = adapted @ weight.double().T + wide(bias)
+    folded, folded_bias, projection = pia.fold(weight, bias, down, down_bias, up, up_bias)
+    assert folded.dtype == projection.dtype == dtype
+    assert (folded_bias is None) == (not with_bias)
+    actual = z @ folded.double().T + wide(folded_bias) + projection.double() @ p
+    # one rounding of each result to `dtype`
+    scale = z.abs() @ folded.double().abs().T + wide(folded_bias).abs() + projection.double().abs() @ p.abs()
+    assert ((actual - expected).abs() <= scale * torch.finfo(dtype).eps * 2).all()
