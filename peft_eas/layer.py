@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
         "eas_router_bias",
     )
     other_param_names: tuple[str, ...] = ("eas_config", "gates")
+    is_pia: bool
 
     def __init__(self, base_layer: nn.Module, inputs: tuple[str, ...]) -> None:
         super().__init__()
@@ -70,6 +72,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
         # Whether each adapter skips the attention; one dictionary for the attention and the FFN of a layer.
         self.gates: dict[str, bool] = {}
         self._disable_adapters = False
+        self.frozen_peft_weight_names = {}
         self.merged_adapters: list[str] = []
         self._unfolded: dict[str, nn.Module] = {}
 
@@ -83,14 +86,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
-    def create_adapter(self, adapter_name: str, config: EASConfig) -> None:
-        """Create the parameters of an adapter, an identity if `config.init_weights`."""
-        raise NotImplementedError
-
-    def _create(self, adapter_name: str, config: EASConfig, rank: int, is_pia: bool) -> None:
-        d, groups = self.hidden_size, config.groups
-        if d % groups:
-            raise ValueError(f"`groups`={groups} does not divide the model's hidden size {d}.")
+    def create_adapter(self, adapter_name: str, config: EASConfig, dtype: torch.dtype | None = None) -> None:
+        """Create the parameters of an adapter, an identity if `config.init_weights`; of the base's dtype by default."""
+        d, groups, is_pia = self.hidden_size, config.groups, self.is_pia
+        rank = config.r_pia if is_pia else config.r
         parameters = {"C" if is_pia else "A": _kaiming(rank, d)}
         if is_pia and config.propagation == "prompt":
             parameters["A"] = _kaiming(rank, d)
@@ -108,6 +107,9 @@ class EASLayer(nn.Module, BaseTunerLayer):
             getattr(self, f"eas_{name}")[adapter_name] = nn.Parameter(value)
         self.eas_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        for name in parameters if dtype is not None else ():
+            values = getattr(self, f"eas_{name}")
+            values[adapter_name] = values[adapter_name].to(dtype)
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether the parameters of `adapter_name` exist here."""
@@ -122,14 +124,13 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
         config = self.eas_config[adapter_name]
         up, up_bias = pia.dense_up(get("B")) * config.scaling, get("b")
-        is_pia = get("C") is not None
         return Adapter(
-            down=get("C") if is_pia else get("A"),
-            down_bias=get("c") if is_pia else get("a"),
-            up=up / 2 if is_pia else up,
+            down=get("C") if self.is_pia else get("A"),
+            down_bias=get("c") if self.is_pia else get("a"),
+            up=up / 2 if self.is_pia else up,
             up_bias=None if up_bias is None else up_bias * config.scaling,
-            prompt_down=get("A") if is_pia else None,
-            prompt_down_bias=get("a") if is_pia else None,
+            prompt_down=get("A") if self.is_pia else None,
+            prompt_down_bias=get("a") if self.is_pia else None,
         )
 
     def acting_adapter(self) -> str | None:
@@ -180,37 +181,48 @@ class EASLayer(nn.Module, BaseTunerLayer):
         adapter_name = adapter_names[0]
         if adapter_name not in self.eas_config:
             return
+        if safe_merge:
+            self.check_finite(adapter_name)
         if self.is_folded_by(adapter_name):
-            self._unfolded = self.fold(adapter_name, safe_merge)
+            self._unfolded = self.fold(adapter_name)
         self.merged_adapters.append(adapter_name)
 
-    def fold(self, adapter_name: str, safe_merge: bool) -> dict[str, nn.Module]:
+    @torch.no_grad()
+    def fold(self, adapter_name: str) -> dict[str, nn.Module]:
         """Put folded linears in place, and return those that were there, by name."""
+        before = {}
+        for name, folded in self._folded(adapter_name):
+            before[name] = self.base_layer.get_submodule(name)
+            self.base_layer.set_submodule(name, folded)
+        return before
+
+    @torch.no_grad()
+    def check_finite(self, adapter_name: str) -> None:
+        """Refuse an adapter with NaN or infinite values, or one whose fold has some; changes nothing.
+
+        Raises:
+            ValueError: in the words of PEFT's other tuners.
+        """
+        if not self.has_adapter(adapter_name):
+            return
+        tensors = [t for t in self.adapter(adapter_name) if t is not None]
+        if self.is_folded_by(adapter_name):
+            tensors += [p for _, linear in self._folded(adapter_name) for p in linear.parameters()]
+        if not all(torch.isfinite(t).all() for t in tensors):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+
+    def _folded(self, adapter_name: str) -> Iterator[tuple[str, nn.Linear]]:
+        """The linears that read this module's input, one by one, with the adapter folded in."""
         adapter = self.adapter(adapter_name)
         alpha = torch.softmax(self.eas_router[adapter_name], dim=-1)
         up = pia.mix(adapter.up, alpha)
         up_bias = None if adapter.up_bias is None else pia.mix(adapter.up_bias, alpha)
-        before = {}
-        with torch.no_grad():
-            for name in self.inputs:
-                linear = self.base_layer.get_submodule(name)
-                if linear.weight.device.type == "meta":
-                    raise ValueError("The model's weights are offloaded: load it without offloading before merging it.")
-                weight, bias, prompt_up = pia.fold(
-                    linear.weight, linear.bias, adapter.down, adapter.down_bias, up, up_bias
-                )
-                if adapter.prompt_down is None:
-                    prompt_up = None
-                for tensor in (weight, bias, prompt_up):
-                    if safe_merge and tensor is not None and not torch.isfinite(tensor).all():
-                        for done, module in before.items():
-                            self.base_layer.set_submodule(done, module)
-                        raise ValueError(
-                            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-                        )
-                before[name] = linear
-                self.base_layer.set_submodule(name, _folded(linear, name, weight, bias, prompt_up))
-        return before
+        for name in self.inputs:
+            linear = self.base_layer.get_submodule(name)
+            if linear.weight.device.type == "meta":
+                raise ValueError("The model's weights are offloaded: load it without offloading before merging it.")
+            weight, bias, prompt_up = pia.fold(linear.weight, linear.bias, adapter.down, adapter.down_bias, up, up_bias)
+            yield name, _linear(linear, name, weight, bias, None if adapter.prompt_down is None else prompt_up)
 
     def unmerge(self) -> None:
         """Put the original linears back: the very tensors, so nothing is lost to rounding."""
@@ -225,14 +237,17 @@ class EASLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base module, with the adapter folded in if `merge`; called by PEFT."""
+        """The base module, with the adapter folded in if `merge`; called by PEFT.
+
+        `safe_merge` is not looked at here: `EASModel` has checked all modules before the first is changed.
+        """
         if not merge:
             if self.merged:
                 self.unmerge()
         elif not self.merged:
             names = check_adapters_to_merge(self, adapter_names)
             if names and names[0] in self.eas_config and self.is_folded_by(names[0]):
-                self.fold(names[0], safe_merge)
+                self.fold(names[0])
         return self.base_layer
 
     # PEFT -------------------------------------------------------------------------------------------------------------
@@ -254,15 +269,13 @@ class EASAttention(EASLayer):
     The gate is saved with the adapter, as the buffer `eas_skip`, so that it survives a resume.
     """
 
+    is_pia = False
     other_param_names = (*EASLayer.other_param_names, "eas_skip")
 
     def __init__(self, base_layer: nn.Module, inputs: tuple[str, ...]) -> None:
         super().__init__(base_layer, inputs)
         self.eas_skip = BufferDict(persistent=True)
         self.register_load_state_dict_post_hook(_read_gates)
-
-    def create_adapter(self, adapter_name: str, config: EASConfig) -> None:
-        self._create(adapter_name, config, config.r, is_pia=False)
 
     def set_gate(self, adapter_name: str, skip: bool) -> None:
         """Skip this attention whenever `adapter_name` is active, or don't."""
@@ -306,8 +319,7 @@ class EASAttention(EASLayer):
 class EASFeedForward(EASLayer):
     """A FFN, with a PIA (2) in front while its layer's attention is skipped."""
 
-    def create_adapter(self, adapter_name: str, config: EASConfig) -> None:
-        self._create(adapter_name, config, config.r_pia, is_pia=True)
+    is_pia = True
 
     def is_folded_by(self, adapter_name: str) -> bool:
         return self.gates.get(adapter_name, False) and self.eas_config[adapter_name].router == "static"
@@ -338,7 +350,7 @@ def _kaiming(rows: int, columns: int) -> torch.Tensor:
     return weight
 
 
-def _folded(
+def _linear(
     linear: nn.Linear, name: str, weight: torch.Tensor, bias: torch.Tensor | None, prompt_up: torch.Tensor | None
 ) -> nn.Linear:
     new = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")

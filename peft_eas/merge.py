@@ -35,11 +35,11 @@ class MergePlan:
     routed: dict[str, modeling_eas.RoutedAdapter] = field(default_factory=dict)
 
 
-def plan_merge(tuner: EASModel, adapter_names: list[str] | None, safe_merge: bool = False) -> MergePlan:
+def plan_merge(tuner: EASModel, adapter_names: list[str] | None) -> MergePlan:
     """Work out what the merged model will look like, before anything is changed.
 
     Raises:
-        ValueError: if several adapters are named, or `safe_merge` finds values that are not finite in what is kept.
+        ValueError: if several adapters are named.
     """
     names = tuner.active_adapters if adapter_names is None else adapter_names
     check_single(names)
@@ -66,9 +66,6 @@ def plan_merge(tuner: EASModel, adapter_names: list[str] | None, safe_merge: boo
                 plan.prompt_down[index] = _prompt_down(wrapper, name)
         else:
             plan.routed[f"{index}.{where}"] = _routed_adapter(wrapper, name)
-    kept = [*plan.prompt_down.values(), *plan.routed.values()]
-    if safe_merge and not all(torch.isfinite(p).all() for module in kept for p in module.parameters()):
-        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
     plan.eas = {
         "format": modeling_eas.FORMAT,
         "model_type": tuner.model.config.model_type,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import types
+import functools
 from typing import Any
 
 import torch
@@ -50,6 +50,13 @@ class EASModel(BaseTuner):
                 f"`exclude_modules` and `layers_to_transform` leaves none of them, such as "
                 f"{next(iter(self._places))!r}. Leave it out to adapt all."
             )
+        width = (
+            model.get_submodule(layers.attention(next(iter(layers.names))))
+            .get_submodule(layers.family.attention_inputs[0])
+            .in_features
+        )
+        if width % peft_config.groups:
+            raise ValueError(f"`groups`={peft_config.groups} does not divide the model's hidden size {width}.")
         skippable = [i for i in layers.names if {layers.attention(i), layers.ffn(i)} <= targeted]
         self._check_skip_layers(peft_config.skip_layers or [], skippable)
         count = peft_config.count_to_skip(len(skippable))
@@ -122,7 +129,7 @@ class EASModel(BaseTuner):
         _unwatch_prompt(model)
         model.register_forward_pre_hook(PromptBoundary(model, AnyNeedsPrompt(attentions)), with_kwargs=True)
         if model.can_generate():
-            model.generate = types.MethodType(_generate, model)
+            model.generate = functools.partial(_generate, model)
 
     def _wrappers(
         self, index: int, model: nn.Module | None = None
@@ -147,7 +154,8 @@ class EASModel(BaseTuner):
     def set_skip_layers(self, skip_layers: list[int], adapter_name: str | None = None) -> None:
         """Skip the attentions of just these layers.
 
-        An adapter or PIA that is needed for the first time is created, as an identity.
+        An adapter or PIA that is needed for the first time is created, as an identity; one that is no longer needed is
+        kept, frozen, for the case that the set changes back.
 
         Args:
             skip_layers: Layer indices.
@@ -168,14 +176,17 @@ class EASModel(BaseTuner):
             raise ValueError(
                 f"Adapter {adapter_name!r} is merged: call `unmerge_adapter()` before changing its skip set."
             )
+        like = next(w.eas_B[adapter_name] for pair in targeted.values() for w in pair if w.has_adapter(adapter_name))
         for index, (attention, ffn) in targeted.items():
             is_skipped = index in skip_layers
             attention.set_gate(adapter_name, is_skipped)
-            needed = ffn if is_skipped else attention
+            needed, idle = (ffn, attention) if is_skipped else (attention, ffn)
             if not needed.has_adapter(adapter_name):
-                needed.create_adapter(adapter_name, config)
-                self._cast_adapter_dtype(adapter_name)
-                needed.set_adapter(needed.active_adapters, inference_mode=config.inference_mode)
+                needed.create_adapter(adapter_name, config, dtype=like.dtype)
+            needed.frozen_peft_weight_names.pop(adapter_name, None)
+            idle.frozen_peft_weight_names[adapter_name] = idle.adapter_layer_names
+            for wrapper in (needed, idle):
+                wrapper.set_adapter(wrapper.active_adapters, inference_mode=config.inference_mode)
         config.skip_layers = sorted(skip_layers)
         if config.num_skip is not None:
             config.num_skip = len(skip_layers)
@@ -201,6 +212,17 @@ class EASModel(BaseTuner):
             check_single(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names)
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, EASLayer):
+                for name in self.active_adapters if adapter_names is None else adapter_names:
+                    module.check_finite(name)
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -208,7 +230,9 @@ class EASModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        plan = plan_merge(self, adapter_names, safe_merge) if merge else None
+        if merge and safe_merge:  # before anything is changed
+            self._check_finite(adapter_names)
+        plan = plan_merge(self, adapter_names) if merge else None
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         _unwatch_prompt(model)
         model.__dict__.pop("generate", None)
@@ -225,10 +249,10 @@ class AnyNeedsPrompt:
         return any(attention.needs_prompt() for attention in self.attentions)
 
 
-def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a model with adapters: the class's own, with the prompt's length known to the forwards."""
     with generation(args, kwargs):
-        return type(self).generate(self, *args, **kwargs)
+        return type(model).generate(model, *args, **kwargs)
 
 
 def _unwatch_prompt(model: nn.Module) -> None:

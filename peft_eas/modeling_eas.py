@@ -130,9 +130,9 @@ class PromptBoundary:
         if _continues(inputs.get("past_key_values")):
             self._check_continuation(explicit, length)
             return None
-        if inputs.get("cu_seq_lens_q") is not None or inputs.get("seq_idx") is not None:
-            raise ValueError(f"{_SUBJECT} can't be told from its neighbours in a packed row. {_WAYS_OUT}")
         mask = _not_padding(inputs.get("attention_mask"), batch, length, tokens.device)
+        if _is_packed(inputs, mask):
+            raise ValueError(f"{_SUBJECT} can't be told from its neighbours in a packed row. {_WAYS_OUT}")
         if explicit is not None:
             return _checked(explicit.to(mask.device).bool() & mask, module)
         labels = inputs.get("labels") if self.generative else None
@@ -196,6 +196,17 @@ def _not_padding(attention_mask: object, batch: int, length: int, device: torch.
         own = torch.diagonal(attention_mask[:, 0, :, :length], dim1=-2, dim2=-1)
         return (own if own.dtype == torch.bool else own >= 0).expand(batch, length)
     return attention_mask[:, -length:].bool()
+
+
+def _is_packed(inputs: dict, not_padding: torch.Tensor) -> bool:
+    """Whether a row holds several sequences: by the arguments of flash attention, or positions that start anew."""
+    if inputs.get("cu_seq_lens_q") is not None or inputs.get("seq_idx") is not None:
+        return True
+    positions = inputs.get("position_ids")
+    if positions is None or positions.dim() != 2 or torch.compiler.is_compiling():
+        return False
+    both = not_padding[:, 1:] & not_padding[:, :-1]
+    return bool(((positions.diff(dim=-1) < 0) & both).any())
 
 
 def _checked(mask: torch.Tensor, module: nn.Module) -> torch.Tensor:

@@ -88,5 +88,4 @@ def logits(base, parameters: dict, config, inputs: dict, prompt: torch.Tensor) -
             p = parameters[f"{prefix}{index}.self_attn"]
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 before(linear, lambda z, p=p: adapt(z, p, prompt, config))
-    with torch.no_grad():
-        return model(**inputs, use_cache=False).logits
+    return model(**inputs, use_cache=False).logits

@@ -1,0 +1,318 @@
+"""merge_and_unload: equal to the unmerged model and to a hand-stripped one; what is left, saved, reloaded, sized."""
+
+import gc
+import json
+import subprocess
+import sys
+import weakref
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from safetensors import safe_open
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
+
+from peft_eas import EASConfig
+
+SETTINGS = [
+    dict(),
+    dict(use_bias=False),
+    dict(propagation="none"),
+    dict(propagation="none", use_bias=False),
+    dict(router="prompt"),
+    dict(router="prompt", propagation="none", use_bias=False),
+]
+
+
+def adapted(family="llama", base=None, **settings):
+    model = get_peft_model(base or tiny.model(family), EASConfig(**dict(skip_layers=[0, 3]) | settings)).eval()
+    tiny.shake(model)
+    return model
+
+
+def close(actual, expected, kept=...):
+    """1e-4 relative to the largest logit, in float32."""
+    scale = expected[kept].abs().max()
+    assert (actual[kept] - expected[kept]).abs().max() <= 1e-4 * scale
+
+
+def auto(family):
+    return AutoModelForImageTextToText if family == "llava" else AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_merged_equals_unmerged_saves_and_reloads(family, settings, tmp_path):
+    model, inputs = adapted(family, **settings), tiny.inputs(family)
+    kept = inputs["attention_mask"].bool()
+    expected = model(**inputs).logits
+    generated = model.generate(**inputs, max_new_tokens=6, pad_token_id=0)
+    merged = model.merge_and_unload()
+    close(merged(**inputs).logits, expected, kept)
+    assert torch.equal(merged.generate(**inputs, max_new_tokens=6, pad_token_id=0), generated)
+    # batches of any composition: each row gives what it gives alone
+    for row in range(3):
+        alone = {k: v[row : row + 1] for k, v in inputs.items()}
+        close(merged(**alone).logits[0], expected[row], kept[row])
+    nothing_of_peft_is_left(merged)
+    merged.save_pretrained(tmp_path)
+    for kwargs in (dict(), dict(trust_remote_code=True)):
+        reloaded = auto(family).from_pretrained(tmp_path, **kwargs).eval()
+        assert type(reloaded).__name__ == type(merged).__name__
+        torch.testing.assert_close(reloaded(**inputs).logits, merged(**inputs).logits, rtol=0, atol=0)
+        assert torch.equal(reloaded.generate(**inputs, max_new_tokens=6, pad_token_id=0), generated)
+    # and once more: a reloaded model is saved as it was
+    reloaded.save_pretrained(tmp_path / "again")
+    again = auto(family).from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(again(**inputs).logits, merged(**inputs).logits, rtol=0, atol=0)
+
+
+def nothing_of_peft_is_left(merged):
+    for module in merged.modules():
+        assert not type(module).__module__.startswith("peft."), module
+        assert type(module).__module__ != "peft_eas.layer", module
+        assert not hasattr(module, "base_layer")
+    assert not hasattr(merged, "peft_config")
+    assert "generate" not in vars(merged)
+    assert not [n for n, _ in merged.named_parameters() if "lora" in n or "base_layer" in n]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_merged_equals_a_model_stripped_by_hand(family):
+    """Without adapters' effect, merging is stripping: compare with the stock model minus its attentions."""
+    inputs = tiny.inputs(family)
+    kept = inputs["attention_mask"].bool()
+    merged = get_peft_model(tiny.model(family), EASConfig(skip_layers=[0, 3])).merge_and_unload().eval()
+    stock = tiny.model(family)
+    for index in (0, 3):
+        layer = stock.get_decoder().layers[index]
+        layer.self_attn.forward = lambda hidden_states, **kwargs: (torch.zeros_like(hidden_states), None)
+    torch.testing.assert_close(merged(**inputs).logits[kept], stock(**inputs).logits[kept], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_what_is_stripped(family, settings, tmp_path):
+    merged = adapted(family, **settings).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    base = {n: p.shape for n, p in tiny.model(family).named_parameters()}
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        saved = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118 (not a dict)
+    for index in (0, 3):
+        left = [n for n in saved if f".layers.{index}." in n and "vision" not in n]
+        assert not [n for n in left if any(k in n for k in ("q_proj", "k_proj", "v_proj", "o_proj", "input_layernorm"))]
+        assert (family == "gemma3_text") == any("pre_feedforward_layernorm" in n for n in left)
+        assert not [n for n in left if family == "gemma3_text" and "post_attention_layernorm" in n]
+        assert [n for n in left if "down_proj" in n]
+    gone = [
+        n for n in base
+        if any(f".layers.{i}." in n and "vision" not in n for i in (0, 3))
+        and ("self_attn" in n or "input_layernorm" in n or (family == "gemma3_text" and "post_attention" in n))
+    ]  # fmt: skip
+    parameters = {n: p.shape for n, p in merged.named_parameters()}
+    assert not set(gone) & set(parameters)
+    assert set(base) - set(gone) <= set(parameters)
+    assert all(parameters[n] == base[n] for n in set(base) - set(gone))
+    if settings == dict(propagation="none", use_bias=False):  # plain weights
+        assert set(parameters) == set(base) - set(gone)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config.get("text_config", config)
+    assert text["per_layer_config"] == {"0": {"skip": ["attention"]}, "3": {"skip": ["attention"]}}
+    assert config["model_type"] == f"eas_{family}"
+
+
+def test_a_merged_model_is_refused_without_this_package(tmp_path):
+    """Neither silently wrong nor a riddle, and right with `trust_remote_code=True`."""
+    inputs = tiny.inputs("llama")
+    merged = adapted().merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    torch.save({"inputs": inputs, "logits": merged(**inputs).logits}, tmp_path / "expected.pt")
+    script = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise SystemExit("loaded without being trusted")
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+assert not [m for m in sys.modules if m == "peft" or m.startswith("peft.") or m.startswith("peft_eas")]
+expected = torch.load({str(tmp_path / "expected.pt")!r})
+assert torch.equal(model(**expected["inputs"]).logits, expected["logits"])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_another_format_is_refused(tmp_path):
+    adapted().merge_and_unload().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["eas"]["format"] = 99
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="format 99"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_other_heads_load_from_a_merged_checkpoint(tmp_path):
+    merged, inputs = adapted().merge_and_unload(), tiny.inputs("llama")
+    merged.save_pretrained(tmp_path)
+    hidden = merged(**inputs, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(AutoModel.from_pretrained(tmp_path)(**inputs).last_hidden_state, hidden, rtol=0, atol=0)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    actual = classifier.model(**inputs).last_hidden_state
+    torch.testing.assert_close(actual, hidden, rtol=0, atol=0)
+
+
+def test_the_configuration_of_other_models_is_left_alone():
+    config = tiny.config("llama")
+    first, second = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    second.config = config
+    merged = get_peft_model(first, EASConfig(skip_layers=[1])).merge_and_unload()
+    assert second.config.model_type == config.model_type == "llama"
+    assert not hasattr(config, "eas")
+    assert {type(m.config).__name__ for m in merged.modules() if hasattr(m, "config")} == {"EASLlamaConfig"}
+
+
+def test_nothing_to_strip_gives_the_base_class():
+    merged = get_peft_model(tiny.model("llama"), EASConfig(skip_layers=[], use_bias=False)).merge_and_unload()
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    assert merged.config.model_type == "llama"
+
+
+def test_merge_of_a_named_adapter():
+    inputs = tiny.inputs("llama")
+    model = adapted()
+    model.add_adapter("other", EASConfig(skip_layers=[1, 2], init_weights=False))
+    model.set_adapter("other")
+    expected = model(**inputs).logits
+    model.set_adapter("default")
+    merged = model.merge_and_unload(adapter_names=["other"])
+    close(merged(**inputs).logits, expected)
+    assert merged.config.eas["skip"] == [1, 2]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_merge_adapter_and_back(family, settings):
+    """Unmerging gives back the very weights: the originals are kept aside while merged."""
+    model, inputs = adapted(family, **settings), tiny.inputs(family)
+    kept = inputs["attention_mask"].bool()
+    expected = model(**inputs).logits
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_adapter()
+    folded = model(**inputs).logits
+    close(folded, expected, kept)
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(**inputs).logits, folded, rtol=0, atol=0)
+    model.unmerge_adapter()
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
+    # merging for good from the merged state
+    model.merge_adapter()
+    close(model.merge_and_unload()(**inputs).logits, expected, kept)
+
+
+def test_disabling_a_merged_adapter_gives_the_base():
+    base, inputs = tiny.model("llama"), tiny.inputs("llama")
+    expected = base(**inputs).logits
+    model = adapted(base=base)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["eas_A", "eas_C", "eas_B"])
+@pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
+def test_safe_merge_refuses_nan(name, method):
+    model, inputs = adapted(), tiny.inputs("llama")
+    weights = {n: p.clone() for n, p in model.named_parameters() if "eas_" not in n}
+    parameter = next(p for n, p in model.named_parameters() if f".{name}." in n)
+    with torch.no_grad():
+        parameter.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        getattr(model, method)(safe_merge=True)
+    del parameter, inputs
+    after = dict(model.named_parameters())
+    for n, value in weights.items():  # the model is as it was
+        torch.testing.assert_close(after[n], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_half_precision(dtype, settings):
+    """Within rounding of the dtype: no further from the float32 model than the unmerged one, times two."""
+    inputs = tiny.inputs("llama")
+    exact = adapted(**settings)(**inputs).logits
+    model = adapted(base=tiny.model("llama").to(dtype), **settings)
+    unmerged = model(**inputs).logits.float()
+    merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    error = (merged(**inputs).logits.float() - exact).abs().max()
+    assert error <= 2 * (unmerged - exact).abs().max()
+
+
+def test_memory_peak_of_merging():
+    """Below 1.2 times the model: counted by tracing torch's CPU allocations."""
+    torch.manual_seed(0)
+    config = tiny.config("llama")
+    config.update(dict(hidden_size=256, intermediate_size=704, num_hidden_layers=12, vocab_size=400))
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), EASConfig(skip_layers=[1, 5, 9]))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    gc.collect()
+    with AllocatedBytes(model) as memory:
+        merged = model.merge_and_unload()
+    assert memory.now < 0, "stripped attentions are freed"
+    assert memory.peak <= 0.2 * size, f"{memory.peak / size:.2f} of the model on top of it"
+    assert sum(p.numel() * p.element_size() for p in merged.parameters()) < size
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Largest number of bytes that tensors made inside had more than those of `model` that were freed meanwhile."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+        for parameter in model.parameters():
+            self._watch(parameter.untyped_storage())
+
+    def _watch(self, storage):
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+            return storage.nbytes()
+        return 0
+
+    def _free(self, address, size):
+        self.known.discard(address)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.now += self._watch(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def test_offloaded_weights_are_refused():
+    model = adapted()
+    linear = model.base_model.model.model.layers[1].self_attn.base_layer.q_proj
+    linear.weight = nn.Parameter(linear.weight.to("meta"))
+    with pytest.raises(ValueError, match="offloaded"):
+        model.merge_and_unload()

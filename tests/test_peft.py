@@ -1,0 +1,266 @@
+"""What users of PEFT expect of any tuner."""
+
+import copy
+import pickle
+
+import pytest
+import tiny
+import torch
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+
+from peft_eas import EASConfig
+
+
+def adapted(family="llama", **settings):
+    model = get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=[0, 3]) | settings)).eval()
+    tiny.shake(model)
+    return model
+
+
+def equal(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_base_model_back_bit_for_bit(family):
+    base, inputs = tiny.model(family), tiny.inputs(family)
+    expected, names = base(**inputs).logits, {n: type(m) for n, m in base.named_modules()}
+    generated = base.generate(**inputs, max_new_tokens=5, pad_token_id=0)
+    model = get_peft_model(base, EASConfig(skip_layers=[0, 3], router="prompt"))
+    tiny.shake(model)
+    model.eval()
+    adapted_logits = model(**inputs).logits
+    with model.disable_adapter():
+        equal(model(**inputs).logits, expected)
+        equal(model.generate(**inputs, max_new_tokens=5, pad_token_id=0), generated)
+    equal(model(**inputs).logits, adapted_logits)
+    assert not torch.allclose(adapted_logits, expected)
+    unloaded = model.unload()
+    assert unloaded is base
+    assert {n: type(m) for n, m in unloaded.named_modules()} == names
+    assert not unloaded._forward_pre_hooks
+    assert "generate" not in vars(unloaded)
+    assert not hasattr(unloaded, "peft_config")
+    equal(unloaded(**inputs).logits, expected)
+    equal(unloaded.generate(**inputs, max_new_tokens=5, pad_token_id=0), generated)
+
+
+def test_unload_after_merge_adapter():
+    base, inputs = tiny.model("llama"), tiny.inputs("llama")
+    expected = base(**inputs).logits
+    model = get_peft_model(base, EASConfig(skip_layers=[0, 3], init_weights=False)).eval()
+    model.merge_adapter()
+    equal(model.unload()(**inputs).logits, expected)
+
+
+def test_several_adapters_with_different_skip_sets(tmp_path):
+    inputs = tiny.inputs("llama")
+    model = adapted()
+    model.add_adapter("other", EASConfig(skip_layers=[1, 2, 5], r=4, r_pia=8, router="prompt", init_weights=False))
+    model.add_adapter("partial", EASConfig(skip_layers=[4], layers_to_transform=[3, 4], init_weights=False))
+    logits = {}
+    for name, skip_layers in {"default": [0, 3], "other": [1, 2, 5], "partial": [4]}.items():
+        model.set_adapter(name)
+        assert model.skip_layers == skip_layers
+        logits[name] = model(**inputs).logits
+    assert not torch.allclose(logits["default"], logits["other"])
+    # what a model with this adapter alone computes
+    model.save_pretrained(tmp_path)
+    for name, path in {"default": tmp_path, "other": tmp_path / "other", "partial": tmp_path / "partial"}.items():
+        alone = PeftModel.from_pretrained(tiny.model("llama"), path).eval()
+        equal(alone(**inputs).logits, logits[name])
+    # loaded into a model that has another one
+    model = PeftModel.from_pretrained(tiny.model("llama"), tmp_path / "other", adapter_name="a").eval()
+    model.load_adapter(tmp_path, adapter_name="b")
+    for name, expected in {"b": "default", "a": "other"}.items():
+        model.set_adapter(name)
+        equal(model(**inputs).logits, logits[expected])
+    # deletion
+    model.delete_adapter("a")
+    assert not [n for n, _ in model.named_parameters() if n.endswith(".a")]
+    assert not [n for n in model.state_dict() if n.endswith(".a")]
+    equal(model(**inputs).logits, logits["default"])
+    with pytest.raises(ValueError, match="does not exist"):
+        model.delete_adapter("a")
+
+
+def test_deleting_the_last_adapter_gives_the_base():
+    base, inputs = tiny.model("llama"), tiny.inputs("llama")
+    expected = base(**inputs).logits
+    model = get_peft_model(base, EASConfig(skip_layers=[0, 3])).eval()
+    model.delete_adapter("default")
+    equal(model.base_model.model(**inputs).logits, expected)
+
+
+def test_adapters_are_not_combined():
+    model = adapted()
+    model.add_adapter("other", EASConfig(skip_layers=[1]))
+    with pytest.raises(ValueError, match="can't be combined"):
+        model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="can't be combined"):
+        model.merge_and_unload(adapter_names=["default", "other"])
+
+
+def test_trainable_parameters_are_those_in_use():
+    model, inputs = adapted(), tiny.inputs("llama")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :7] = -100
+    model.train()(**inputs, labels=labels).loss.backward()
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("eas_" in n for n in trainable)
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == trainable
+    layers = {n.split(".layers.")[1].split(".eas_")[0] for n in trainable}
+    assert layers == {"0.mlp", "1.self_attn", "2.self_attn", "3.mlp", "4.self_attn", "5.self_attn"}
+
+
+def test_set_skip_layers(tmp_path):
+    model, inputs = adapted(), tiny.inputs("llama")
+    model.set_skip_layers([4, 1])
+    assert model.skip_layers == model.peft_config["default"].skip_layers == [1, 4]
+    tiny.shake(model)
+    expected = model(**inputs).logits
+    assert all(p.requires_grad for n, p in model.named_parameters() if "layers.4.mlp.eas_" in n)
+    model.save_pretrained(tmp_path)
+    equal(PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()(**inputs).logits, expected)
+    with pytest.raises(ValueError, match=r"names \[17\]"):
+        model.set_skip_layers([17])
+    assert model.skip_layers == [1, 4]
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.set_skip_layers([2])
+
+
+def test_the_skip_set_of_a_checkpoint_wins_over_the_adapter_it_is_loaded_into(tmp_path):
+    """As in a resume: PEFT does not read the configuration of an adapter that exists."""
+    inputs = tiny.inputs("llama")
+    trained = adapted()
+    trained.set_skip_layers([2, 4])
+    tiny.shake(trained, seed=9)
+    trained.save_pretrained(tmp_path)
+    model = adapted()
+    model.load_adapter(tmp_path, "default")
+    assert model.skip_layers == model.peft_config["default"].skip_layers == [2, 4]
+    equal(model.eval()(**inputs).logits, trained(**inputs).logits)
+    # and where the whole state is loaded by torch
+    model = adapted()
+    model.set_skip_layers([2, 4])
+    state = model.state_dict() | trained.state_dict()
+    model.load_state_dict(state)
+    model.set_skip_layers([0, 3])
+    model.load_state_dict(state)
+    assert model.skip_layers == [2, 4]
+    equal(model(**inputs).logits, trained(**inputs).logits)
+
+
+def test_low_level_injection():
+    inputs = tiny.inputs("llama")
+    expected = adapted()
+    model = inject_adapter_in_model(EASConfig(skip_layers=[0, 3]), tiny.model("llama"))
+    state = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(expected).items()}
+    result = set_peft_model_state_dict(model, state)
+    assert not result.unexpected_keys
+    equal(model(**inputs).logits, expected(**inputs).logits)
+    model = inject_adapter_in_model(EASConfig(skip_layers=[0, 3]), tiny.model("llama"), state_dict=state)
+    set_peft_model_state_dict(model, state)
+    equal(model(**inputs).logits, expected(**inputs).logits)
+
+
+def test_modules_to_save(tmp_path):
+    inputs = tiny.inputs("llama")
+    model = adapted(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    equal(PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()(**inputs).logits, expected)
+    merged = model.merge_and_unload()
+    assert type(merged.lm_head) is torch.nn.Linear
+    torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_bases(dtype, autocast):
+    config = EASConfig(skip_layers=[0, 3])
+    model = get_peft_model(tiny.model("llama").to(dtype), config, autocast_adapter_dtype=autocast)
+    dtypes = {p.dtype for n, p in model.named_parameters() if "eas_" in n}
+    assert dtypes == {torch.float32 if autocast else dtype}
+    inputs = tiny.inputs("llama")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :7] = -100
+    output = model.train()(**inputs, labels=labels)
+    assert output.logits.dtype == dtype
+    output.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    # the skip set made later has the same dtypes
+    model.set_skip_layers([1])
+    assert {p.dtype for n, p in model.named_parameters() if "layers.1.mlp.eas_" in n} == dtypes
+
+
+def test_copies_and_pickles_stand_alone():
+    model, inputs = adapted(), tiny.inputs("llama")
+    expected = model(**inputs).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        equal(other(**inputs).logits, expected)
+        other.set_skip_layers([1])
+        assert not torch.allclose(other(**inputs).logits, expected)
+        assert other.base_model.model.generate.args[0] is other.base_model.model
+        other.disable_adapter_layers()
+        equal(model(**inputs).logits, expected)
+
+
+def test_half_adapted_models():
+    """Attentions or FFNs that are left alone keep working; only whole layers can be skipped."""
+    inputs = tiny.inputs("llama")
+    model = adapted(skip_layers=[2], exclude_modules=["layers.0.mlp", "layers.1.self_attn"])
+    assert type(model.base_model.model.model.layers[0].mlp).__name__ == "LlamaMLP"
+    assert type(model.base_model.model.model.layers[1].self_attn).__name__ == "LlamaAttention"
+    expected = model(**inputs).logits
+    torch.testing.assert_close(model.merge_and_unload()(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_that_users_ask_for():
+    inputs = tiny.inputs("llama")
+    model = get_peft_model(
+        tiny.model("llama", attn_implementation="eager"), EASConfig(skip_layers=[0, 3], init_weights=False)
+    ).eval()
+    for current in (model, model.merge_and_unload()):
+        output = current(**inputs, output_hidden_states=True, output_attentions=True)
+        assert len(output.hidden_states) == 7
+        assert len(output.attentions) == 4  # of the attentions that are there
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("settings", [dict(), dict(router="prompt"), dict(propagation="none")], ids=str)
+def test_torch_compile_without_graph_breaks(settings, merged):
+    torch._dynamo.reset()
+    model, inputs = adapted(**settings), tiny.inputs("llama")
+    if merged:
+        model = model.merge_and_unload()
+    inputs |= {"labels": inputs["input_ids"].clone()}
+    inputs["labels"][:, :7] = -100
+    expected = model(**inputs)
+    inner = model if merged else model.base_model.model
+    compiled = torch.compile(inner, backend="eager", fullgraph=True)
+    actual = compiled(**inputs)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    if not merged:
+        actual.loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                torch.testing.assert_close(grads[n], p.grad, rtol=1e-3, atol=1e-6)
+    # other skip sets are compiled anew, not taken for this one
+    if not merged:
+        model.set_skip_layers([1])
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs).logits, inner(**inputs).logits, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,194 @@
+"""Training: gradients, checkpointing, and the stock Trainer with resume and best model."""
+
+import pytest
+import reference
+import tiny
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from peft_eas import EASConfig
+
+SETTINGS = [dict(), dict(router="prompt"), dict(propagation="none")]
+
+
+def adapted(family="llama", seed=0, **settings):
+    torch.manual_seed(seed)
+    model = get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=[0, 3]) | settings))
+    tiny.shake(model, scale=0.05)
+    return model
+
+
+def batch(family="llama", seed=1, answer=4):
+    inputs = tiny.inputs(family, seed=seed)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :-answer] = -100
+    return inputs | {"labels": labels}
+
+
+def gradients(model, *batches):
+    model.train().zero_grad()
+    sum(model(**given).loss for given in batches).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gradient_checkpointing_gives_the_same_gradients(family, use_reentrant, settings):
+    model = adapted(family, **settings)
+    model.enable_input_require_grads()
+    # two forwards, with different prompts, before one backward: each is recomputed with its own
+    batches = [batch(family), batch(family, seed=5, answer=2)]
+    expected = gradients(model, *batches)
+    assert all(g.abs().max() > 0 for g in expected.values())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    same_gradients(gradients(model, *batches), expected)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gradients_are_those_of_the_formulas(family, settings):
+    model, given = adapted(family, **settings), batch(family)
+    actual = gradients(model, given)
+    leaves = reference.adapters(model)
+    for parameters in leaves.values():
+        for value in parameters.values():
+            value.requires_grad_(True)
+    labels = given.pop("labels")
+    prompt = (labels == -100) & given["attention_mask"].bool()
+    logits = reference.logits(tiny.model(family), leaves, model.peft_config["default"], given, prompt)
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    expected = {f"{module}.eas_{name}": p.grad for module, named in leaves.items() for name, p in named.items()}
+    assert len(actual) == len(expected)
+    for name, gradient in expected.items():
+        found = actual[f"base_model.model.{name}.default"].double()
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=name)
+
+
+def dataset(rows=24):
+    generator = torch.Generator().manual_seed(3)
+    examples = []
+    for _ in range(rows):
+        length = int(torch.randint(6, 12, (1,), generator=generator))
+        ids = torch.randint(3, 97, (length,), generator=generator).tolist()
+        ids[-1] = 10 + ids[0] % 2  # something to learn
+        examples.append({"input_ids": ids, "labels": [-100] * (length - 1) + ids[-1:]})
+    return Dataset.from_list(examples)
+
+
+def collate(examples):
+    def padded(name, value):
+        rows = [torch.tensor(e[name]) for e in examples]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    ids = padded("input_ids", 0)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": padded("labels", -100)}
+
+
+def trainer(path, model, callbacks=None, **kwargs):
+    settings = dict(
+        output_dir=str(path),
+        per_device_train_batch_size=4,
+        learning_rate=5e-3,
+        num_train_epochs=2,
+        logging_strategy="no",
+        report_to=[],
+        save_strategy="steps",
+        save_steps=3,
+        seed=7,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**settings | kwargs),
+        train_dataset=dataset(),
+        eval_dataset=dataset(8),
+        data_collator=collate,
+        callbacks=callbacks,
+    )
+
+
+def parameters(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "eas_" in n}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(),
+        dict(gradient_checkpointing=True),
+        dict(gradient_accumulation_steps=2, num_train_epochs=20),
+        dict(bf16=True),
+    ],
+    ids=str,
+)
+def test_the_stock_trainer_learns_and_what_it_learned_is_merged(tmp_path, kwargs):
+    model = adapted()
+    run = trainer(tmp_path, model, **dict(num_train_epochs=12) | kwargs)
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    after = run.evaluate()["eval_loss"]
+    assert after < 0.5 * before
+    inputs = tiny.inputs("llama")
+    # not the PeftModel, to whose forward `bf16=True` has added autocasting for good
+    expected = model.base_model.eval()(**inputs).logits
+    merged = model.merge_and_unload()(**inputs).logits
+    assert (merged - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path):
+    """With a skip set changed after injection, which the configuration of the resuming script does not know."""
+
+    def begin(path):
+        model = adapted(skip_layers=[1])
+        model.set_skip_layers([0, 3])
+        tiny.shake(model, seed=4, scale=0.05)
+        return trainer(path, model)
+
+    whole = begin(tmp_path / "whole")
+    whole.train()
+    begin(tmp_path / "halves").train()
+    resumed = trainer(tmp_path / "halves", adapted(skip_layers=[0, 3], seed=11))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "halves" / "checkpoint-6"))
+    assert resumed.model.skip_layers == [0, 3]
+    expected, actual = parameters(whole.model), parameters(resumed.model)
+    used = {n for n, p in resumed.model.named_parameters() if p.requires_grad}
+    for name in used:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
+    assert set(expected) >= used
+
+
+def test_load_best_model_at_end_brings_its_skip_set_back(tmp_path):
+    """The best checkpoint was saved with other attentions skipped than the model has in the end."""
+    model = adapted()
+    run = trainer(
+        tmp_path, model, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True,
+        metric_for_best_model="loss", callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+        learning_rate=3.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    run.train()
+    assert run.state.best_model_checkpoint is not None
+    best = run.state.best_model_checkpoint
+    loaded = adapted(seed=5)
+    loaded.set_skip_layers([2])
+    loaded.load_adapter(best, "default")
+    assert loaded.skip_layers == model.skip_layers == [0, 3]
+    inputs = tiny.inputs("llama")
+    torch.testing.assert_close(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits, rtol=0, atol=0)
+
+
+def test_label_smoothing_takes_the_labels_away_and_is_refused(tmp_path):
+    run = trainer(tmp_path, adapted(), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="without `labels`"):
+        run.train()
+    trainer(tmp_path, adapted(propagation="none"), label_smoothing_factor=0.1, max_steps=1).train()
