@@ -332,7 +332,9 @@ class EASFeedForward(EASLayer):
                 context.down = functools.partial(F.linear, weight=adapter.prompt_down, bias=adapter.prompt_down_bias)
             else:
                 hidden_states = hidden_states + self.delta(hidden_states, name, context)
-        return self.base_layer(hidden_states, *args, **kwargs)
+        output = self.base_layer(hidden_states, *args, **kwargs)
+        enter_layer(None)  # lets go of the tensors
+        return output
 
 
 def check_single(adapter_names: list[str]) -> None:

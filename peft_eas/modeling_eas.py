@@ -93,9 +93,9 @@ def generation(args: tuple, kwargs: dict) -> Iterator[None]:
 class PromptBoundary:
     """Forward pre-hook of the outermost model: finds the prompt's tokens and hands their mask to the layers.
 
-    The prompt is what `prompt_mask` says; else the tokens without a label, if a generative model gets labels; else, at
-    inference, all tokens that are not padding, up to the length that `generate` was given. A forward that continues a
-    KV cache has none: its layers use what the prefill left there.
+    The prompt is what `prompt_mask` says; else the tokens before the first that has a label, if a generative model gets
+    labels; else, at inference, all tokens up to the length that `generate` was given; padding never. A forward that
+    continues a KV cache has none: its layers use what the prefill left there.
 
     Args:
         model: The outermost model.
@@ -111,12 +111,12 @@ class PromptBoundary:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if kwargs.get(PROMPT_MASK) is not None or not self.is_needed():
             return None
-        mask = self._find(module, dict(zip(self.names, args, strict=False)) | kwargs)
+        mask = self._find(dict(zip(self.names, args, strict=False)) | kwargs, module.training)
         if _local.generations:
             _local.generations[-1].started = True
         return None if mask is None else (args, kwargs | {PROMPT_MASK: mask})
 
-    def _find(self, module: nn.Module, inputs: dict) -> torch.Tensor | None:
+    def _find(self, inputs: dict, training: bool) -> torch.Tensor | None:
         tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
         if tokens is None:
             raise ValueError(f"{_SUBJECT} needs `input_ids` or `inputs_embeds`.")
@@ -134,11 +134,12 @@ class PromptBoundary:
         if _is_packed(inputs, mask):
             raise ValueError(f"{_SUBJECT} can't be told from its neighbours in a packed row. {_WAYS_OUT}")
         if explicit is not None:
-            return _checked(explicit.to(mask.device).bool() & mask, module)
+            return _checked(explicit.to(mask.device).bool() & mask)
         labels = inputs.get("labels") if self.generative else None
         if labels is not None:
-            return _checked((labels.to(mask.device) == -100) & mask, module)
-        if self.generative and module.training and torch.is_grad_enabled():
+            # what follows the first answer, such as a further question, would tell the answer about its future
+            return _checked(((labels.to(mask.device) != -100).cumsum(-1) == 0) & mask)
+        if self.generative and training and torch.is_grad_enabled():
             raise ValueError(
                 f"{_SUBJECT} is not known: the model is being trained without `labels`, and its answers must not be "
                 f"taken for a prompt. {_WAYS_OUT}"
@@ -209,10 +210,10 @@ def _is_packed(inputs: dict, not_padding: torch.Tensor) -> bool:
     return bool(((positions.diff(dim=-1) < 0) & both).any())
 
 
-def _checked(mask: torch.Tensor, module: nn.Module) -> torch.Tensor:
+def _checked(mask: torch.Tensor) -> torch.Tensor:
     if not torch.compiler.is_compiling() and not mask.any(dim=-1).all():
         rows = (~mask.any(dim=-1)).nonzero().flatten().tolist()
-        raise ValueError(f"{_SUBJECT} is empty in row(s) {rows}: every token has a label or is padding. {_WAYS_OUT}")
+        raise ValueError(f"{_SUBJECT} is empty in row(s) {rows}: the first token has a label. {_WAYS_OUT}")
     return mask
 
 
@@ -285,9 +286,7 @@ def prompt_slot(cache: cache_utils.Cache, layer_idx: int) -> PromptSlot:
     Raises:
         ValueError: if the cache holds keys and values of this layer already.
     """
-    while len(cache.layers) <= layer_idx:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    layer = _entry(cache, layer_idx)
     if not isinstance(layer, PromptSlot):
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
             raise ValueError(
@@ -295,6 +294,12 @@ def prompt_slot(cache: cache_utils.Cache, layer_idx: int) -> PromptSlot:
                 "a new cache after changing which attentions are skipped."
             )
         cache.layers[layer_idx] = PromptSlot()
+    return cache.layers[layer_idx]
+
+
+def _entry(cache: cache_utils.Cache, layer_idx: int) -> object:
+    while len(cache.layers) <= layer_idx:  # a cache that grows as it is filled
+        cache.layers.append(cache.layer_class_to_replicate())
     return cache.layers[layer_idx]
 
 
@@ -386,7 +391,7 @@ class PromptLinear(nn.Linear):
         self.prompt_up = nn.Parameter(torch.zeros(out_features, rank, **factory))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        context = _local.context
+        context = _local.context or PromptContext(None, {})
         vector = context.once(self.name, lambda mask: F.linear(context.information(z), self.prompt_up))
         return super().forward(z) + vector
 
@@ -423,9 +428,7 @@ def cache_state(cache: cache_utils.Cache | None, layer_idx: int) -> dict[str, to
     """Where a retained attention keeps what it made of the prompt: beside its keys and values."""
     if cache is None:
         return {}
-    while len(cache.layers) <= layer_idx:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    layer = _entry(cache, layer_idx)
     if not hasattr(layer, "prompt_state"):
         layer.prompt_state = {}
     return layer.prompt_state

@@ -40,6 +40,20 @@ def test_answers_do_not_reach_earlier_tokens(settings, train, merged):
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_second_question_does_not_reach_the_first_answer(settings, merged):
+    """Causality in a conversation, where tokens without a label follow tokens with one."""
+    model, inputs = adapted(merged=merged, **settings).train(), tiny.inputs("llama", padding=None)
+    labels = labelled(inputs, 6)
+    labels[:, -4:-2] = -100
+    first = model(**inputs, labels=labels).logits
+    changed = inputs | {"input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][:, -4:-2] = 50
+    second = model(**changed, labels=labels).logits
+    torch.testing.assert_close(second[:, :-4], first[:, :-4], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(settings, side, merged):
     model, inputs = adapted(merged=merged, **settings), tiny.inputs("llama", padding=side)
