@@ -393,7 +393,7 @@ class PromptLinear(nn.Linear):
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         context = _local.context or PromptContext(None, {})
         vector = context.once(self.name, lambda mask: F.linear(context.information(z), self.prompt_up))
-        return super().forward(z) + vector
+        return super().forward(z).add_(vector)
 
 
 class RoutedAdapter(nn.Module):

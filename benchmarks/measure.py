@@ -1,0 +1,296 @@
+"""What the benchmarks share: models, counts of work from shapes, and timing side by side."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from peft_eas import EASConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_base(random_weights: bool = False) -> LlamaForCausalLM:
+    """SmolLM2-135M-Instruct in float32, or a model of its shape with random weights."""
+    if not random_weights:
+        from real_data import load_model
+
+        return load_model().eval()
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def spread(count: int, layers: int) -> list[int]:
+    """`count` of `layers` indices, evenly spread: which attentions go makes no difference to speed."""
+    return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
+
+
+def merge(base: PreTrainedModel, skip: list[int], propagation: str) -> PreTrainedModel:
+    """A merged copy of `base`; the adapters are drawn at random, as fresh ones would fold to nothing."""
+    config = EASConfig(skip_layers=skip, propagation=propagation, init_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(copy.deepcopy(base), config).merge_and_unload().eval()
+
+
+class HandStrippedLayer(nn.Module):
+    """A Llama decoder layer whose attention someone has deleted from the source code."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.mlp = layer.mlp
+
+    def forward(self, x: torch.Tensor, **_) -> torch.Tensor:
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def strip_by_hand(merged: PreTrainedModel, config: LlamaConfig, skip: list[int], cache: Cache) -> LlamaForCausalLM:
+    """The least that computes what `merged` computes: stock Llama code and plain linears, over the very same weights.
+
+    Args:
+        merged: The model to rebuild.
+        config: The base model's configuration.
+        skip: Layers without attention.
+        cache: KV cache after the prefill of the one prompt that the model will see. What the propagated information
+            adds for this prompt goes into the biases: nobody could do it with less work.
+    """
+    hand = LlamaForCausalLM(config).eval()
+    retained = [layer for i, layer in enumerate(hand.model.layers) if i not in skip]
+    for slot, layer in enumerate(retained):
+        layer.self_attn.layer_idx = slot
+    for i in skip:
+        hand.model.layers[i] = HandStrippedLayer(hand.model.layers[i])
+    state = merged.state_dict()
+    for name, module in hand.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.bias" in state:
+            module.bias = nn.Parameter(torch.empty(module.out_features))
+    missing = hand.load_state_dict(state, strict=False, assign=True).missing_keys
+    assert not missing, missing
+    for i in skip:
+        mlp, prompt = hand.model.layers[i].mlp, getattr(cache.layers[i], "prompt_state", {})
+        for name in ("gate_proj", "up_proj"):
+            if name in prompt:
+                linear = getattr(mlp, name)
+                linear.bias = nn.Parameter(linear.bias.detach() + prompt[name].flatten())
+    return hand
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counts of work, exact from the shapes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def prefill_flops(config: LlamaConfig, retained: int, tokens: int) -> int:
+    """Operations of the matrix products in the prefill of one row; logits of the last token only, as `generate` does.
+
+    Attention is causal: token `i` attends to `i` tokens. Norms, rotations, softmax and biases are not counted.
+    """
+    d, head = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    projections = 2 * tokens * d * (2 * q + 2 * kv)
+    scores_and_values = 2 * 2 * q * (tokens * (tokens + 1) // 2)
+    ffn = 2 * tokens * 3 * d * config.intermediate_size
+    return retained * (projections + scores_and_values) + config.num_hidden_layers * ffn + 2 * d * config.vocab_size
+
+
+def decode_bytes(model: PreTrainedModel, config: LlamaConfig, retained: int, cached: float) -> float:
+    """Bytes read to decode one token: each weight once, and keys and values of `cached` tokens.
+
+    Of the embedding one row is read; but here it is tied to the head, which is read as a whole. The projections of the
+    propagated information are read in the prefill only.
+    """
+    assert config.tie_word_embeddings
+    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".prompt_" not in name)
+    width = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    return weights + retained * cached * width
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that `cache` really holds."""
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time
+# ----------------------------------------------------------------------------------------------------------------------
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+Work = Callable[[Callable[[], float]], float]
+"""Does one piece of work with the clock it is given, and returns how long the part that counts took."""
+
+
+def prefill(model: PreTrainedModel, ids: torch.Tensor) -> Work:
+    """Work: read a prompt into a new KV cache."""
+
+    def work(clock: Callable[[], float]) -> float:
+        with torch.inference_mode():
+            start = clock()
+            model(ids, use_cache=True, logits_to_keep=1)
+            return clock() - start
+
+    return work
+
+
+def decode(model: PreTrainedModel, ids: torch.Tensor, steps: int) -> Work:
+    """Work: decode `steps` tokens, one at a time, after the prompt `ids`. The prefill does not count."""
+    with torch.inference_mode():
+        full = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def work(clock: Callable[[], float]) -> float:
+        with torch.inference_mode():
+            cache = copy.deepcopy(full)
+            start = clock()
+            for step in range(steps):
+                model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+            return clock() - start
+
+    return work
+
+
+def side_by_side(works: dict[str, Work], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Ratios to the first work of `works`, one a round, for each of the others.
+
+    In each round all works run once, in an order drawn anew, so that neither a machine that gets slower in the meantime
+    nor what ran just before favours any of them. A round before the first warms up and is not counted.
+    """
+    names, rng = list(works), random.Random(0)
+    ratios: dict[str, list[float]] = {name: [] for name in names[1:]}
+    for round_ in range(-1, rounds):
+        seconds = {name: works[name](clock) for name in rng.sample(names, len(names))}
+        if round_ >= 0:
+            for name in ratios:
+                ratios[name].append(seconds[name] / seconds[names[0]])
+    return ratios
+
+
+def summary(ratios: list[float]) -> dict:
+    """Median and quartiles of paired ratios."""
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"median": median, "q1": low, "q3": high, "rounds": len(ratios)}
+
+
+def attention_share(model: LlamaForCausalLM, work: Work, rounds: int, clock: Callable[[], float]) -> float:
+    """The share of a work's time that goes into the attentions and the norms that only they need: a median."""
+    spent = [0.0]
+
+    def enter(*_) -> None:
+        spent[0] -= clock()
+
+    def leave(*_) -> None:
+        spent[0] += clock()
+
+    handles = []
+    for layer in model.model.layers:
+        for module in (layer.input_layernorm, layer.self_attn):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    shares = []
+    for _ in range(rounds):
+        spent[0] = 0.0
+        seconds = work(clock)
+        shares.append(spent[0] / seconds)
+    for handle in handles:
+        handle.remove()
+    return statistics.median(shares)
+
+
+def profile_table(model: PreTrainedModel, work: Work) -> str:
+    """Where the time of one piece of work goes: the layers' parts (`part: ...`) and the operators."""
+    base = getattr(model, "model", model)
+    parts: dict[str, list[nn.Module]] = {"part: head": [model.lm_head], "part: final norm": [base.norm]}
+    for layer in base.layers:
+        for name, module in layer.named_children():
+            parts.setdefault(f"part: {name}", []).append(module)
+    handles = []
+    for name, modules in parts.items():
+        open_records: list = []
+
+        def enter(*_, name=name, open_records=open_records) -> None:
+            open_records.append(record_function(name))
+            open_records[-1].__enter__()
+
+        def leave(*_, open_records=open_records) -> None:
+            open_records.pop().__exit__(None, None, None)
+
+        for module in modules:
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    work(time.perf_counter)
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        work(time.perf_counter)
+    for handle in handles:
+        handle.remove()
+    return prof.key_averages().table(sort_by="cpu_time_total", row_limit=30, max_name_column_width=60)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def allocated(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of the tensors that `work` makes: the most at one time, and what is left while its result is kept.
+
+    They are summed up from every allocation and release that the profiler sees: exact, and the same in each run, unlike
+    a process's resident memory.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        result = work()
+    del result
+    held = peak = 0
+    events = (e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak, held
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict:
+    """What the numbers were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = named[0] if named else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }

@@ -1,0 +1,357 @@
+"""How fast EAS is, as ratios measured side by side in one process.
+
+    python benchmarks/speed.py stripped    merged models against the same models stripped by hand
+    python benchmarks/speed.py base        merged models against their base model, next to what the saved work allows
+    python benchmarks/speed.py training    a training step against PEFT's LoRA: time and memory
+    python benchmarks/speed.py all         all three, one after the other
+
+Each prints a table; without `--quick`, it also goes to `benchmarks/results/` as Markdown and JSON, `base` with a
+picture. Every ratio is the median of paired ratios, one a round: in a round, everything that is compared runs once, in
+turn. A `control` is a second copy of what the others are compared with: how far it is from 1 says what a ratio can
+resolve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import (
+    CLOCKS,
+    allocated,
+    attention_share,
+    decode,
+    decode_bytes,
+    kv_bytes,
+    load_base,
+    machine,
+    merge,
+    prefill,
+    prefill_flops,
+    profile_table,
+    side_by_side,
+    spread,
+    strip_by_hand,
+    summary,
+)
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_eas import EASConfig
+
+GOAL_STRIPPED = 1.02
+GOAL_TRAINING = 1.0
+TOLERANCE = 0.03
+"""How far a ratio to the base model may be from the bound before it needs an explanation."""
+
+
+def cached_prefill(model: nn.Module, ids: torch.Tensor):
+    """The KV cache after the prefill of `ids`."""
+    with torch.inference_mode():
+        return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The three questions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_stripped(args: argparse.Namespace) -> dict:
+    """Does a merged model cost more than one whose attentions were deleted by hand?"""
+    base = load_base(args.random_weights)
+    config, tokens = base.config, 64 if args.quick else 512
+    skip = spread(8, config.num_hidden_layers)
+    ids = torch.randint(config.vocab_size, (1, tokens))
+    rows = []
+    for propagation in ("prompt", "none"):
+        merged = merge(base, skip, propagation)
+        hand = strip_by_hand(merged, config, skip, cached_prefill(merged, ids))
+        twin = strip_by_hand(merged, config, skip, cached_prefill(merged, ids))
+        with torch.inference_mode():
+            torch.testing.assert_close(merged(ids).logits, hand(ids).logits, rtol=0, atol=0.01)
+        for case, make in (
+            (f"prefill of {tokens}", lambda model: prefill(model, ids)),
+            (f"decode after {tokens}", lambda model: decode(model, ids, args.steps)),
+        ):
+            works = {"hand": make(hand), "merged": make(merged), "control": make(twin)}
+            ratios = side_by_side(works, args.rounds, CLOCKS[args.clock])
+            measured, control = summary(ratios["merged"]), summary(ratios["control"])
+            rows.append(
+                {"propagation": propagation, "case": case, **measured, "control": control["median"]}
+                | {"goal": GOAL_STRIPPED, "reached": measured["median"] <= GOAL_STRIPPED, "ratios": ratios}
+            )
+            if args.profile:
+                for name, model in (("merged", merged), ("hand", hand)):
+                    write_profile(args, f"stripped {propagation} {case} {name}", model, works[name])
+    return {
+        "title": f"Merged against stripped by hand ({len(skip)} of {config.num_hidden_layers} attentions skipped)",
+        "note": "Both models share their weights, and their logits are equal. Below 1: merged is the faster one.",
+        "columns": ["propagation", "case", "median", "q1", "q3", "control", "goal", "reached"],
+        "rows": rows,
+    }
+
+
+def run_base(args: argparse.Namespace) -> dict:
+    """Is a merged model as much faster than its base model as the saved work allows?"""
+    base = load_base(args.random_weights)
+    config = base.config
+    layers, counts = config.num_hidden_layers, (8, 12)
+    models = {f"{k} skipped": merge(base, spread(k, layers), "prompt") for k in counts}
+    models = {"base": base, **models, "control": copy.deepcopy(base)}
+    retained = {"base": layers, **{f"{k} skipped": layers - k for k in counts}}
+    rows = []
+
+    def compare(case: str, ids: torch.Tensor, works: dict, amounts: dict) -> None:
+        ratios = side_by_side(works, args.rounds, CLOCKS[args.clock])
+        share = attention_share(base, works["base"], min(args.rounds, 5), CLOCKS[args.clock])
+        caches = {name: kv_bytes(cached_prefill(models[name], ids)) for name in retained}
+        for k in counts:
+            name = f"{k} skipped"
+            measured, bound, kv = summary(ratios[name]), amounts[name] / amounts["base"], caches[name] / caches["base"]
+            assert kv == (layers - k) / layers, kv
+            off = measured["median"] - bound
+            rows.append(
+                {"case": case, "skipped": k, **measured, "bound": bound, "points off": 100 * off}
+                | {"within": abs(off) <= TOLERANCE, "by time": 1 - k / layers * share}
+                | {"control": summary(ratios["control"])["median"], "KV": kv, "ratios": ratios}
+            )
+        if args.profile:
+            for name, model in models.items():
+                write_profile(args, f"base {case} {name}", model, works[name])
+
+    for tokens in (64, 128) if args.quick else (512, 2048):
+        ids = torch.randint(config.vocab_size, (1, tokens))
+        works = {name: prefill(model, ids) for name, model in models.items()}
+        amounts = {name: prefill_flops(config, count, tokens) for name, count in retained.items()}
+        compare(f"prefill of {tokens}", ids, works, amounts)
+    for tokens in (16, 64) if args.quick else (64, 2048):
+        ids = torch.randint(config.vocab_size, (1, tokens))
+        works = {name: decode(model, ids, args.steps) for name, model in models.items()}
+        cached = tokens + (args.steps + 1) / 2  # on average; a token's own keys and values are read, too
+        amounts = {name: decode_bytes(models[name], config, count, cached) for name, count in retained.items()}
+        compare(f"decode after {tokens}", ids, works, amounts)
+    return {
+        "title": f"Merged against base (of {layers} attentions, propagation='prompt')",
+        "note": "The bound is the ratio of the operations of the matrix products (prefill), or of the bytes of the "
+        "weights, keys and values that are read for a token (decode). 'By time' is 1 less the skipped attentions' "
+        "share of the base model's time, as measured in it. Where it is off the bound, attentions cost more or less "
+        "time than their operations or bytes suggest; where the measured ratio is above it, and by more than the "
+        "control is off 1, EAS costs that. 'KV' is the ratio of the bytes that the real caches hold.",
+        "columns": [
+            "case",
+            "skipped",
+            "median",
+            "q1",
+            "q3",
+            "bound",
+            "points off",
+            "within",
+            "by time",
+            "control",
+            "KV",
+        ],
+        "rows": rows,
+    }
+
+
+def run_training(args: argparse.Namespace) -> dict:
+    """Does a training step with EAS take more time or memory than one with LoRA?"""
+    base = load_base(args.random_weights)
+    rows_, tokens = (2, 32) if args.quick else (8, 64)
+    skip = spread(8, base.config.num_hidden_layers)
+    ids = torch.randint(base.config.vocab_size, (rows_, tokens))
+    labels = ids.masked_fill(torch.arange(tokens) < 3 * tokens // 4, -100)
+    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    configs = {
+        "LoRA": lora,
+        "control": lora,
+        "EAS, propagation prompt": EASConfig(r=8, skip_layers=skip, task_type="CAUSAL_LM"),
+        "EAS, propagation none": EASConfig(r=8, skip_layers=skip, propagation="none", task_type="CAUSAL_LM"),
+    }
+    works, facts = {}, {}
+    for name, config in configs.items():
+        own = copy.deepcopy(base)
+        made: list = []
+
+        def attach_and_train(own=own, config=config, made=made) -> None:
+            model = get_peft_model(own, copy.deepcopy(config)).train()
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+            made += [model, optimizer]
+            for _ in range(2):  # the second has the optimizer's state from the first
+                train_step(model, optimizer, ids, labels)
+
+        # from before the adapter is attached: its parameters, gradients and optimizer state count as well
+        peak, _ = allocated(attach_and_train)
+        model, optimizer = made
+        _, kept = allocated(lambda model=model: model(input_ids=ids, labels=labels).loss)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        facts[name] = {"peak memory": peak, "kept for backward": kept, "trainable": trainable}
+
+        def work(clock: Callable[[], float], model=model, optimizer=optimizer) -> float:
+            start = clock()
+            train_step(model, optimizer, ids, labels)
+            return clock() - start
+
+        works[name] = work
+        if args.profile:
+            write_profile(args, f"training {name}", model.get_base_model(), work)
+    ratios = side_by_side(works, args.rounds, CLOCKS[args.clock])
+    rows = []
+    control = summary(ratios.pop("control"))["median"]
+    for name in ratios:
+        measured = summary(ratios[name])
+        sizes = {fact: value / facts["LoRA"][fact] for fact, value in facts[name].items()}
+        reached = max(measured["median"], sizes["peak memory"]) <= GOAL_TRAINING
+        rows.append(
+            {
+                "adapter": name,
+                **measured,
+                "control": control,
+                **sizes,
+                "goal": GOAL_TRAINING,
+                "reached": reached,
+                "ratios": ratios[name],
+            }
+            | {"bytes and parameters": facts[name]}
+        )
+    return {
+        "title": f"A training step against LoRA on q_proj and v_proj (r=8, {len(skip)} attentions skipped, batch "
+        f"{rows_} x {tokens})",
+        "note": "Forward, backward and AdamW. All columns are ratios to LoRA. 'Peak memory': the most bytes allocated "
+        "at one time beyond the base model, counted from every allocation: adapters, optimizer state, gradients, "
+        "activations. "
+        "'Kept for backward': the same at the end of a forward. 'Trainable': parameters.",
+        "columns": [
+            "adapter",
+            "median",
+            "q1",
+            "q3",
+            "control",
+            "peak memory",
+            "kept for backward",
+            "trainable",
+            "goal",
+            "reached",
+        ],
+        "rows": rows,
+    }
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, labels: torch.Tensor) -> None:
+    model(input_ids=ids, labels=labels).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Output
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_profile(args: argparse.Namespace, name: str, model: nn.Module, work: Callable) -> None:
+    file = args.profile / (name.replace(",", "").replace(" ", "_") + ".txt")
+    args.profile.mkdir(parents=True, exist_ok=True)
+    file.write_text(profile_table(model, work))
+    print(f"wrote {file}")
+
+
+def cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def markdown(result: dict) -> str:
+    columns = result["columns"]
+    lines = [columns, ["---"] * len(columns), *[[cell(row[c]) for c in columns] for row in result["rows"]]]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    about = "; ".join(f"{key}: {value}" for key, value in result["machine"].items())
+    return (
+        f"# {result['title']}\n\n{table}\n\n{result['note']}\n\nMedian and quartiles (q1, q3) of "
+        f"{result['rows'][0]['rounds']} paired ratios, {result['clock']} clock, {result['weights']} weights.\n\n"
+        f"- {result['date']}, `{result['command']}`\n- {about}\n"
+    )
+
+
+def draw(result: dict, file: Path) -> None:
+    """Measured ratios next to their bounds."""
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"]
+    places = range(len(rows))[::-1]
+    fig, ax = plt.subplots(figsize=(7.5, 0.45 * len(rows) + 1.6), layout="constrained")
+    for y, row in zip(places, rows, strict=True):
+        ax.fill_betweenx([y - 0.3, y + 0.3], row["bound"] - TOLERANCE, row["bound"] + TOLERANCE, color="0.88", lw=0)
+        ax.plot([row["bound"]] * 2, [y - 0.3, y + 0.3], "k-", lw=2)
+        ax.plot([row["q1"], row["q3"]], [y, y], "k-", lw=1)
+        ax.plot(row["median"], y, "ko", mfc="white", ms=7)
+    ax.plot([], [], "k-", lw=2, label="bound by saved operations (prefill) or bytes (decode)")
+    ax.plot([], [], "ko-", lw=1, mfc="white", ms=7, label="measured: median and quartiles")
+    ax.fill_between([], [], [], color="0.88", label="3 points around the bound")
+    ax.axvline(1, color="k", ls=":", lw=1)
+    ax.set_yticks(places, [f"{row['case']}, {row['skipped']} skipped" for row in rows])
+    ax.set_xlabel("time of the merged model / time of its base model")
+    ax.set_ylabel("case (tokens)")
+    fig.legend(loc="outside upper center", ncols=1, fontsize=9, frameon=False)
+    fig.savefig(file, dpi=150)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*RUNS, "all"])
+    parser.add_argument("--quick", action="store_true", help="short inputs and few rounds, to see that it runs")
+    parser.add_argument("--rounds", type=int, help="paired measurements (default: 20, with --quick 3)")
+    parser.add_argument("--steps", type=int, default=8, help="tokens that one measurement decodes (default: 8)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1, the steadiest)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="'cpu' counts the process's own time: for a busy machine, with one thread (default: wall)",
+    )
+    parser.add_argument("--random-weights", action="store_true", help="a model of the same shape, without a download")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FOLDER", help="also write where the time goes, with torch.profiler"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results; --quick: none)")
+    args = parser.parse_args(argv)
+    args.rounds = max(2, args.rounds or (3 if args.quick else 20))  # quartiles need two
+    if args.out is None and not args.quick:
+        args.out = Path(__file__).parent / "results"
+    return args
+
+
+RUNS = {"stripped": run_stripped, "base": run_base, "training": run_training}
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    for name in RUNS if args.what == "all" else [args.what]:
+        torch.manual_seed(0)
+        result = RUNS[name](args) | {
+            "machine": machine(),
+            "date": datetime.date.today().isoformat(),
+            "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+            "clock": args.clock,
+            "weights": "random" if args.random_weights else "pretrained",
+        }
+        text = markdown(result)
+        print(text)
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / f"{name}.md").write_text(text)
+            (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            if name == "base":
+                draw(result, args.out / "base.png")
+
+
+if __name__ == "__main__":
+    main()
