@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import modeling_eas
+from .config import EASConfig
 from .families import Layers
-from .layer import Adapter, EASLayer, check_single
+from .layer import Adapter, EASAttention, EASFeedForward, EASLayer
 
-if TYPE_CHECKING:
-    from .model import EASModel
+Wrappers = dict[int, tuple[EASAttention | None, EASFeedForward | None]]
 
 
 @dataclass
@@ -35,23 +35,30 @@ class MergePlan:
     routed: dict[str, modeling_eas.RoutedAdapter] = field(default_factory=dict)
 
 
-def plan_merge(tuner: EASModel, adapter_names: list[str] | None) -> MergePlan:
+def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, config: EASConfig, name: str) -> MergePlan:
     """Work out what the merged model will look like, before anything is changed.
 
-    Raises:
-        ValueError: if several adapters are named.
+    Args:
+        model: The base model with adapters in it.
+        layers: Its decoder layers.
+        wrappers: The wrapped attention and FFN of each layer, `None` for what has no adapter.
+        config: Configuration of the adapter to be merged.
+        name: Its name.
     """
-    names = tuner.active_adapters if adapter_names is None else adapter_names
-    check_single(names)
-    (name,) = names
-    config, layers, family = tuner.peft_config[name], tuner._layers, tuner._layers.family
+    if config.skip_layers is None:
+        warnings.warn(
+            "No attention is skipped, since no set has been chosen: name one with `EASConfig(skip_layers=...)` or "
+            "`model.set_skip_layers(...)`.",
+            stacklevel=2,
+        )
+    family = layers.family
     propagates = config.propagation == "prompt"
     is_static = config.router == "static"
     skip: list[int] = []
     biased: list[str] = []
     plan = MergePlan(eas={}, layers=layers)
     for index in layers.names:
-        attention, ffn = tuner._wrappers(index)
+        attention, ffn = wrappers[index]
         is_skipped = attention is not None and attention.gates.get(name, False)
         wrapper, where = (ffn, family.ffn) if is_skipped else (attention, family.attention)
         if is_skipped:
@@ -68,7 +75,7 @@ def plan_merge(tuner: EASModel, adapter_names: list[str] | None) -> MergePlan:
             plan.routed[f"{index}.{where}"] = _routed_adapter(wrapper, name)
     plan.eas = {
         "format": modeling_eas.FORMAT,
-        "model_type": tuner.model.config.model_type,
+        "model_type": model.config.model_type,
         "layers": family.layers,
         "attention": family.attention,
         "ffn": family.ffn,

@@ -214,13 +214,13 @@ class EASModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:
-            self._check_finite(adapter_names)
+            self._check_finite(self.active_adapters if adapter_names is None else adapter_names)
         super().merge_adapter(adapter_names)
 
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
+    def _check_finite(self, adapter_names: list[str]) -> None:
         for module in self.model.modules():
             if isinstance(module, EASLayer):
-                for name in self.active_adapters if adapter_names is None else adapter_names:
+                for name in adapter_names:
                     module.check_finite(name)
 
     def _unload_and_optionally_merge(
@@ -230,9 +230,14 @@ class EASModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge and safe_merge:  # before anything is changed
-            self._check_finite(adapter_names)
-        plan = plan_merge(self, adapter_names) if merge else None
+        plan = None
+        if merge:  # refuses before anything is changed
+            names = self.active_adapters if adapter_names is None else adapter_names
+            check_single(names)
+            if safe_merge:
+                self._check_finite(names)
+            wrappers = {i: self._wrappers(i) for i in self._layers.names}
+            plan = plan_merge(self.model, self._layers, wrappers, self.peft_config[names[0]], names[0])
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         _unwatch_prompt(model)
         model.__dict__.pop("generate", None)

@@ -189,6 +189,13 @@ def test_nothing_to_strip_gives_the_base_class():
     assert merged.config.model_type == "llama"
 
 
+def test_merging_before_a_set_is_chosen_warns():
+    model = get_peft_model(tiny.model("llama"), EASConfig(num_skip=2))
+    assert model.skip_layers == []
+    with pytest.warns(UserWarning, match="no set has been chosen"):
+        model.merge_and_unload()
+
+
 def test_merge_of_a_named_adapter():
     inputs = tiny.inputs("llama")
     model = adapted()

