@@ -1,0 +1,141 @@
+"""One-shot scores: how much a model as it stands needs each of its attentions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..families import Layers, find_layers
+
+
+@torch.no_grad()
+def score_attentions(
+    model: PreTrainedModel, dataloader: Iterable[dict[str, torch.Tensor]], method: str = "similarity"
+) -> dict[int, float]:
+    """Score the attentions of a transformers model that has no adapters: the lower, the more redundant.
+
+    `sorted(scores, key=scores.get)[:8]` are the eight layers to begin with.
+
+    Args:
+        model: A model of a known family; it is left as it was.
+        dataloader: Batches `{input_ids, attention_mask, ...}` of the task, a few hundred tokens in all or more; with
+            `labels` for `method="loss"`.
+        method: `"similarity"`: one minus the cosine similarity of the residual stream before and after the attention,
+            averaged over the tokens (as LLM-Drop does, arXiv 2406.15786); one forward a batch. `"loss"`: by how much
+            the loss grows with that attention's output set to zero; one forward a batch and attention.
+
+    Returns:
+        `{layer index: score}` of every layer with an attention.
+
+    Raises:
+        ValueError: for an unknown family or method, no batch at all, batches without labels, or a loss or similarity
+            that is not finite.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
+    layers = find_layers(model)
+    with _evaluating(model):
+        scores = _METHODS[method](model, layers, dataloader)
+    wrong = [index for index, score in scores.items() if not torch.isfinite(torch.tensor(score))]
+    if wrong:
+        raise ValueError(f"The scores of layers {wrong} are not finite: look for NaN in the model's weights or inputs.")
+    return scores
+
+
+def _by_similarity(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict]) -> dict[int, float]:
+    family = layers.family
+    totals, count = dict.fromkeys(layers.names, 0.0), 0
+    for batch in dataloader:
+        kept = _tokens(batch, model.device)
+        streams: dict[int, torch.Tensor] = {}
+
+        def remember(module, args, kwargs, index, streams=streams):
+            streams[index] = args[0] if args else kwargs["hidden_states"]
+
+        def compare(module, args, output, index, streams=streams, kept=kept):
+            before = streams.pop(index).float()
+            update = (output[0] if isinstance(output, tuple) else output).float()
+            totals[index] += (1 - F.cosine_similarity(before, before + update, dim=-1))[kept].sum().item()
+
+        with _hooks() as handles:
+            for index, name in layers.names.items():
+                layer = model.get_submodule(name)
+                # a norm after the attention is part of what it adds to the residual stream
+                last = layer.get_submodule((family.attention, *family.attention_norms[1:])[-1])
+                before = functools.partial(remember, index=index)
+                handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(last.register_forward_hook(functools.partial(compare, index=index)))
+            model(**_inputs(batch, model.device))
+        count += int(kept.sum())
+    if not count:
+        raise ValueError("The dataloader gave no tokens to score the attentions with.")
+    return {index: total / count for index, total in totals.items()}
+
+
+def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict]) -> dict[int, float]:
+    batches = [_inputs(batch, model.device, with_labels=True) for batch in dataloader]
+    if not batches:
+        raise ValueError("The dataloader gave no batches to score the attentions with.")
+    weights = [int((batch["labels"] != -100).sum()) for batch in batches]
+
+    def loss() -> float:
+        total = sum(w * model(**batch).loss.item() for w, batch in zip(weights, batches, strict=True))
+        return total / sum(weights)
+
+    whole, scores = loss(), {}
+    for index in layers.names:
+        with _hooks() as handles:
+            handles.append(model.get_submodule(layers.attention(index)).register_forward_hook(_nothing))
+            scores[index] = loss() - whole
+    return scores
+
+
+_METHODS: dict[str, Callable[..., dict[int, float]]] = {"similarity": _by_similarity, "loss": _by_loss}
+
+
+def _nothing(module: nn.Module, args: tuple, output: tuple | torch.Tensor) -> tuple | torch.Tensor:
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
+
+
+def _inputs(batch: dict, device: torch.device, with_labels: bool = False) -> dict:
+    if with_labels and batch.get("labels") is None:
+        raise ValueError("`method='loss'` needs batches with `labels`; `method='similarity'` does without.")
+    kept = {k: v for k, v in batch.items() if with_labels or k != "labels"}
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kept.items()}
+    return moved | {"use_cache": False}
+
+
+def _tokens(batch: dict, device: torch.device) -> torch.Tensor:
+    """Which tokens are no padding, `(B, T)`."""
+    mask = batch.get("attention_mask")
+    given = batch["inputs_embeds"] if batch.get("input_ids") is None else batch["input_ids"]
+    return torch.ones(given.shape[:2], dtype=torch.bool, device=device) if mask is None else mask.bool().to(device)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _hooks() -> Iterator[list]:
+    handles: list = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,85 @@
+"""One-shot scores against what they are said to be, computed another way."""
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+
+from peft_eas import EASConfig, score_attentions
+
+
+def batches(family):
+    given = [tiny.inputs(family, seed=seed, rows=2, length=10 + seed) for seed in (1, 2)]
+    for batch in given:
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return given
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_loss_is_the_loss_of_a_skip_set_of_one(family):
+    data = batches(family)
+    scores = score_attentions(tiny.model(family), data, method="loss")
+    model = get_peft_model(tiny.model(family), EASConfig(skip_layers=[], propagation="none")).eval()
+
+    @torch.no_grad()
+    def loss():
+        losses = [(model(**b).loss, (b["labels"] != -100).sum()) for b in data]
+        return float(sum(x * n for x, n in losses) / sum(n for _, n in losses))
+
+    whole = loss()
+    for index in range(6):
+        model.set_skip_layers([index])
+        assert scores[index] == pytest.approx(loss() - whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_similarity_of_the_residual_stream(family):
+    data = batches(family)
+    scores = score_attentions(tiny.model(family), data)
+    # the stream after the attention is what the norm in front of the FFN reads
+    norm = "pre_feedforward_layernorm" if family == "gemma3_text" else "post_attention_layernorm"
+    model, totals, count = tiny.model(family), torch.zeros(6), 0
+    layers = model.get_decoder().layers
+    seen = {}
+    for i, layer in enumerate(layers):
+        layer.input_layernorm.register_forward_pre_hook(lambda m, args, i=i: seen.update({(i, "before"): args[0]}))
+        getattr(layer, norm).register_forward_pre_hook(lambda m, args, i=i: seen.update({(i, "after"): args[0]}))
+    for batch in data:
+        with torch.no_grad():
+            model(**batch)
+        kept = batch["attention_mask"].bool()
+        count += kept.sum()
+        for i in range(6):
+            a, b = seen[i, "before"][kept].double(), seen[i, "after"][kept].double()
+            totals[i] += (1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).sum()
+    for i in range(6):
+        assert scores[i] == pytest.approx(float(totals[i] / count), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["similarity", "loss"])
+def test_the_model_is_left_as_it_was(method):
+    model = tiny.model("llama").train()
+    model.model.layers[2].eval()
+    modes = [m.training for m in model.modules()]
+    score_attentions(model, batches("llama"), method)
+    assert [m.training for m in model.modules()] == modes
+    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    with pytest.raises(RuntimeError), torch.no_grad():
+        score_attentions(model, [batches("llama")[0] | {"input_ids": torch.tensor([[1.5]])}], method)
+    assert [m.training for m in model.modules()] == modes
+    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_what_can_not_be_scored_is_said():
+    model = tiny.model("llama")
+    with pytest.raises(ValueError, match="'similarity', 'loss'"):
+        score_attentions(model, [], method="gradient")
+    for method in ("similarity", "loss"):
+        with pytest.raises(ValueError, match="gave no"):
+            score_attentions(model, [], method=method)
+    with pytest.raises(ValueError, match="needs batches with `labels`"):
+        score_attentions(model, [tiny.inputs("llama")], method="loss")
+    with torch.no_grad():
+        model.model.layers[3].self_attn.o_proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"layers \[3, 4, 5\] are not finite"):
+        score_attentions(model, batches("llama"))
