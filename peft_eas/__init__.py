@@ -10,10 +10,20 @@ from .config import EASConfig, EASType
 from .families import FAMILIES, Family
 from .model import EASModel
 from .modeling_eas import prompt_mask, register_config
-from .search import score_attentions
+from .search import EASCallback, plot_search, score_attentions
 
 __version__ = "0.1.0"
-__all__ = ["FAMILIES", "EASConfig", "EASModel", "EASType", "Family", "prompt_mask", "score_attentions"]
+__all__ = [
+    "FAMILIES",
+    "EASCallback",
+    "EASConfig",
+    "EASModel",
+    "EASType",
+    "Family",
+    "plot_search",
+    "prompt_mask",
+    "score_attentions",
+]
 
 PEFT_TYPE_TO_CONFIG_MAPPING[EASType.EAS] = EASConfig
 PEFT_TYPE_TO_TUNER_MAPPING[EASType.EAS] = EASModel

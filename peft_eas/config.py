@@ -27,8 +27,13 @@ class EASConfig(PeftConfig):
     Args:
         r (`int`): Rank of the adapters of retained attentions; a multiple of `groups`.
         r_pia (`int`): Rank of the PIAs; a multiple of `groups`.
-        num_skip (`int` or `float`, *optional*): How many attentions to skip: a count (`int`), or a fraction in (0, 1)
-            (`float`) of the model's attentions. Defaults to as many as `skip_layers` names, or to a quarter.
+        num_skip (`int`, `float` or `"auto"`, *optional*): How many attentions to skip: a count (`int`), a fraction in
+            (0, 1) (`float`) of the model's attentions, or `"auto"`, which lets the search find the largest set within
+            `max_loss_increase`. Defaults to as many as `skip_layers` names, or to a quarter.
+        max_loss_increase (`float`, *optional*): With `num_skip="auto"`: by how much, in nats a token, the held-out loss
+            with the set skipped may exceed that with nothing skipped when the search ends.
+        target_speedup (`float`, *optional*): Instead of `num_skip`: skip as many as make a forward of the held-out
+            batches this many times as fast, by its operations; above 1.
         skip_layers (`list[int]`, *optional*): Indices of the decoder layers whose attention is skipped. If `None`, no
             attention is skipped until a set is chosen by a search or by `model.set_skip_layers(...)`.
         groups (`int`): Number of blocks of the block-diagonal up-projections (the paper uses 2).
@@ -52,8 +57,15 @@ class EASConfig(PeftConfig):
 
     r: int = field(default=8, metadata={"help": "Rank of the adapters of retained attentions."})
     r_pia: int = field(default=32, metadata={"help": "Rank of the adapters that replace skipped attentions."})
-    num_skip: int | float | None = field(
-        default=None, metadata={"help": "Attentions to skip: a count, or a fraction in (0, 1). Default: a quarter."}
+    num_skip: int | float | str | None = field(
+        default=None,
+        metadata={"help": "Attentions to skip: a count, a fraction in (0, 1), or 'auto'. Default: a quarter."},
+    )
+    max_loss_increase: float | None = field(
+        default=None, metadata={"help": "With num_skip='auto': what skipping may cost in held-out loss."}
+    )
+    target_speedup: float | None = field(
+        default=None, metadata={"help": "Instead of num_skip: skip as many as make a forward this many times as fast."}
     )
     skip_layers: list[int] | None = field(
         default=None, metadata={"help": "Indices of the decoder layers whose attention is skipped; then no search."}
@@ -106,9 +118,22 @@ class EASConfig(PeftConfig):
 
     def _check_num_skip(self) -> None:
         value = self.num_skip
-        if value is None:
+        if self.max_loss_increase is not None:
+            _check_number("max_loss_increase", self.max_loss_increase, lambda v: v >= 0, "a number of at least 0")
+        if self.target_speedup is not None:
+            _check_number("target_speedup", self.target_speedup, lambda v: v > 1, "a number above 1")
+        by_budget = [n for n in ("max_loss_increase", "target_speedup") if getattr(self, n) is not None]
+        if value == "auto" and by_budget != ["max_loss_increase"]:
+            raise ValueError("`num_skip='auto'` needs `max_loss_increase`, and no `target_speedup`.")
+        if value != "auto" and "max_loss_increase" in by_budget:
+            raise ValueError(f"`max_loss_increase` needs `num_skip='auto'`, got {value!r}.")
+        if value is not None and "target_speedup" in by_budget:
+            raise ValueError(f"`target_speedup` says how many to skip, and so does `num_skip`={value!r}: give one.")
+        if by_budget and self.skip_layers is not None:
+            raise ValueError(f"`{by_budget[0]}` is for a search, but `skip_layers` names the set: give one of the two.")
+        if value is None or value == "auto":
             return
-        allowed = "a count of at least 0 (int) or a fraction in (0, 1) (float)"
+        allowed = "a count of at least 0 (int), a fraction in (0, 1) (float), or 'auto'"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"`num_skip` must be {allowed}, got {value!r}.")
         if value < 0 if isinstance(value, int) else not 0 < value < 1:
@@ -120,11 +145,18 @@ class EASConfig(PeftConfig):
             )
 
     def count_to_skip(self, num_attentions: int) -> int:
-        """Number of attentions to skip in a model that has `num_attentions` of them."""
+        """Number of attentions to skip in a model that has `num_attentions` of them; with a budget, while searching."""
         if self.skip_layers is not None:
             return len(self.skip_layers)
-        wanted = 0.25 if self.num_skip is None else self.num_skip
+        wanted = 0.25 if self.num_skip in (None, "auto") else self.num_skip
         return wanted if isinstance(wanted, int) else round(wanted * num_attentions)
+
+    def settle(self, skip_layers: Iterable[int]) -> None:
+        """Record that the set is chosen, in place of whatever said how to choose it."""
+        self.skip_layers = sorted(skip_layers)
+        if self.num_skip is not None:
+            self.num_skip = len(self.skip_layers)
+        self.max_loss_increase = self.target_speedup = None
 
 
 def _check_int(name: str, value: object, minimum: int) -> int:

@@ -59,6 +59,9 @@ class EASLayer(nn.Module, BaseTunerLayer):
     )
     other_param_names: tuple[str, ...] = ("eas_config", "gates")
     is_pia: bool
+    touch_idle = False
+    """Whether an adapter that a training forward does not use takes part all the same, by adding zero: for
+    DistributedDataParallel, which expects a gradient for every parameter."""
 
     def __init__(self, base_layer: nn.Module, inputs: tuple[str, ...]) -> None:
         super().__init__()
@@ -161,6 +164,27 @@ class EASLayer(nn.Module, BaseTunerLayer):
                 "p", lambda mask: F.linear(prompt_mean(wide, mask), adapter.prompt_down, adapter.prompt_down_bias)
             )
         return pia.up_project(hidden, adapter.up, adapter.up_bias, alpha).to(z.dtype)
+
+    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter."""
+        by_name = (getattr(self, name) for name in self.adapter_layer_names)
+        return [parameters[adapter_name] for parameters in by_name if adapter_name in parameters]
+
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Delete the parameters of an adapter that is idle here; its gate stays."""
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
+            if adapter_name in parameters:
+                del parameters[adapter_name]
+        if adapter_name in self.eas_dropout:
+            del self.eas_dropout[adapter_name]
+        self.frozen_peft_weight_names.pop(adapter_name, None)
+
+    def _touched(self, hidden_states: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        if not (self.touch_idle and self.training and self.has_adapter(adapter_name)):
+            return hidden_states
+        zero = 0.0 * sum(parameter.sum() for parameter in self.parameters_of(adapter_name))
+        return hidden_states + zero.to(hidden_states.dtype)
 
     # Folding ----------------------------------------------------------------------------------------------------------
 
@@ -270,11 +294,13 @@ class EASAttention(EASLayer):
     """
 
     is_pia = False
-    other_param_names = (*EASLayer.other_param_names, "eas_skip")
+    other_param_names = (*EASLayer.other_param_names, "eas_skip", "drawn")
 
     def __init__(self, base_layer: nn.Module, inputs: tuple[str, ...]) -> None:
         super().__init__(base_layer, inputs)
         self.eas_skip = BufferDict(persistent=True)
+        # What training forwards go by instead of the gates while a search draws sets.
+        self.drawn: dict[str, bool] = {}
         self.register_load_state_dict_post_hook(_read_gates)
 
     def set_gate(self, adapter_name: str, skip: bool) -> None:
@@ -283,13 +309,18 @@ class EASAttention(EASLayer):
         device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
         self.eas_skip[adapter_name] = torch.tensor(skip, device=device)
 
+    def skips(self, adapter_name: str) -> bool:
+        """Whether a forward in the present mode, of training or not, skips this attention."""
+        gate = self.gates[adapter_name]
+        return self.drawn.get(adapter_name, gate) if self.training else gate
+
     def needs_prompt(self) -> bool:
         """Whether this layer, as it stands, depends on the prompt."""
         name = self.acting_adapter()
         if name is None:
             return False
         config = self.eas_config[name]
-        return config.router == "prompt" or (self.gates[name] and config.propagation == "prompt")
+        return config.router == "prompt" or (self.skips(name) and config.propagation == "prompt")
 
     def is_folded_by(self, adapter_name: str) -> bool:
         return not self.gates[adapter_name] and self.eas_config[adapter_name].router == "static"
@@ -298,11 +329,11 @@ class EASAttention(EASLayer):
         mask = kwargs.pop(PROMPT_MASK, None)
         name = self.acting_adapter()
         cache = kwargs.get("past_key_values")
-        if name is not None and self.gates[name]:
+        if name is not None and self.skips(name):
             hidden_states = args[0] if args else kwargs["hidden_states"]
             state = {} if cache is None else prompt_slot(cache, self.base_layer.layer_idx).prompt_state
             enter_layer(PromptContext(mask, state))
-            return torch.zeros_like(hidden_states), None
+            return self._touched(torch.zeros_like(hidden_states), name), None
         enter_layer(None)
         if name is None or (self.merged and self.is_folded_by(name)):
             return self.base_layer(*args, **kwargs)
@@ -332,6 +363,8 @@ class EASFeedForward(EASLayer):
                 context.down = functools.partial(F.linear, weight=adapter.prompt_down, bias=adapter.prompt_down_bias)
             else:
                 hidden_states = hidden_states + self.delta(hidden_states, name, context)
+        elif name is not None:
+            hidden_states = self._touched(hidden_states, name)
         output = self.base_layer(hidden_states, *args, **kwargs)
         enter_layer(None)  # lets go of the tensors
         return output

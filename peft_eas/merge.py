@@ -45,10 +45,10 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
         config: Configuration of the adapter to be merged.
         name: Its name.
     """
-    if config.skip_layers is None:
+    if config.skip_layers is None and not any(a is not None and a.gates.get(name) for a, _ in wrappers.values()):
         warnings.warn(
-            "No attention is skipped, since no set has been chosen: name one with `EASConfig(skip_layers=...)` or "
-            "`model.set_skip_layers(...)`.",
+            "No attention is skipped, since no set has been chosen: train with an `EASCallback`, or name one with "
+            "`EASConfig(skip_layers=...)` or `model.set_skip_layers(...)`.",
             stacklevel=2,
         )
     family = layers.family

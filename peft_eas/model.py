@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import EASConfig
 from .families import find_layers
+from .gates import SkipGates
 from .layer import EASAttention, EASFeedForward, EASLayer, check_single
 from .merge import finish_merge, plan_merge
 from .modeling_eas import PromptBoundary, generation
@@ -167,10 +168,7 @@ class EASModel(BaseTuner):
         if adapter_name is None:
             (adapter_name,) = self.active_adapters
         config = self.peft_config[adapter_name]
-        wrappers = {i: self._wrappers(i) for i in self._layers.names}
-        targeted = {
-            i: pair for i, pair in wrappers.items() if all(w is not None and adapter_name in w.eas_config for w in pair)
-        }
+        targeted = self._targeted(adapter_name)
         self._check_skip_layers(skip_layers, list(targeted))
         if any(adapter_name in w.merged_adapters for pair in targeted.values() for w in pair):
             raise ValueError(
@@ -187,9 +185,20 @@ class EASModel(BaseTuner):
             idle.frozen_peft_weight_names[adapter_name] = idle.adapter_layer_names
             for wrapper in (needed, idle):
                 wrapper.set_adapter(wrapper.active_adapters, inference_mode=config.inference_mode)
-        config.skip_layers = sorted(skip_layers)
-        if config.num_skip is not None:
-            config.num_skip = len(skip_layers)
+        config.settle(skip_layers)
+
+    def skip_gates(self, adapter_name: str | None = None) -> SkipGates:
+        """The gates of an adapter, by default the active one, for a search to work with."""
+        if adapter_name is None:
+            (adapter_name,) = self.active_adapters
+        return SkipGates(self._targeted(adapter_name), adapter_name)
+
+    def _targeted(self, adapter_name: str) -> dict[int, tuple[EASAttention, EASFeedForward]]:
+        """The layers whose attention the adapter can skip."""
+        wrappers = {i: self._wrappers(i) for i in self._layers.names}
+        return {
+            i: pair for i, pair in wrappers.items() if all(w is not None and adapter_name in w.eas_config for w in pair)
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -202,7 +211,12 @@ class EASModel(BaseTuner):
             keys = {i: f"{prefix}{tuner._layers.attention(i)}.eas_skip" for i in tuner._layers.names}
             saved = [i for i, key in keys.items() if key in state_dict and bool(state_dict[key])]
             if saved != tuner._skipped_by(adapter_name):
-                tuner.set_skip_layers(saved, adapter_name)
+                places = [place(i) for i in saved for place in (tuner._layers.attention, tuner._layers.ffn)]
+                has_both = all(any(key.startswith(f"{prefix}{p}.eas_B") for key in state_dict) for p in places)
+                if tuner.peft_config[adapter_name].skip_layers is None and has_both:
+                    tuner.skip_gates(adapter_name).set(saved)  # the search that saved it may go on
+                else:
+                    tuner.set_skip_layers(saved, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Merging ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Which attentions to skip."""
 
+from .callback import EASCallback
+from .report import plot_search
 from .scores import score_attentions
 
-__all__ = ["score_attentions"]
+__all__ = ["EASCallback", "plot_search", "score_attentions"]

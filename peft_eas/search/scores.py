@@ -37,11 +37,11 @@ def score_attentions(
         ValueError: for an unknown family or method, no batch at all, batches without labels, or a loss or similarity
             that is not finite.
     """
-    if method not in _METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
     layers = find_layers(model)
-    with _evaluating(model):
-        scores = _METHODS[method](model, layers, dataloader)
+    with evaluating(model):
+        scores = METHODS[method](model, layers, dataloader)
     wrong = [index for index, score in scores.items() if not torch.isfinite(torch.tensor(score))]
     if wrong:
         raise ValueError(f"The scores of layers {wrong} are not finite: look for NaN in the model's weights or inputs.")
@@ -71,7 +71,7 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, dataloader: Iterable[
                 before = functools.partial(remember, index=index)
                 handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(last.register_forward_hook(functools.partial(compare, index=index)))
-            model(**_inputs(batch, model.device))
+            model(**inputs_of({k: v for k, v in batch.items() if k != "labels"}, model.device))
         count += int(kept.sum())
     if not count:
         raise ValueError("The dataloader gave no tokens to score the attentions with.")
@@ -79,10 +79,12 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, dataloader: Iterable[
 
 
 def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict]) -> dict[int, float]:
-    batches = [_inputs(batch, model.device, with_labels=True) for batch in dataloader]
+    batches = [inputs_of(batch, model.device) for batch in dataloader]
     if not batches:
         raise ValueError("The dataloader gave no batches to score the attentions with.")
-    weights = [int((batch["labels"] != -100).sum()) for batch in batches]
+    if any(batch.get("labels") is None for batch in batches):
+        raise ValueError("`method='loss'` needs batches with `labels`; `method='similarity'` does without.")
+    weights = [label_count(batch) for batch in batches]
 
     def loss() -> float:
         total = sum(w * model(**batch).loss.item() for w, batch in zip(weights, batches, strict=True))
@@ -96,7 +98,7 @@ def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict])
     return scores
 
 
-_METHODS: dict[str, Callable[..., dict[int, float]]] = {"similarity": _by_similarity, "loss": _by_loss}
+METHODS: dict[str, Callable[..., dict[int, float]]] = {"similarity": _by_similarity, "loss": _by_loss}
 
 
 def _nothing(module: nn.Module, args: tuple, output: tuple | torch.Tensor) -> tuple | torch.Tensor:
@@ -105,12 +107,16 @@ def _nothing(module: nn.Module, args: tuple, output: tuple | torch.Tensor) -> tu
     return torch.zeros_like(output)
 
 
-def _inputs(batch: dict, device: torch.device, with_labels: bool = False) -> dict:
-    if with_labels and batch.get("labels") is None:
-        raise ValueError("`method='loss'` needs batches with `labels`; `method='similarity'` does without.")
-    kept = {k: v for k, v in batch.items() if with_labels or k != "labels"}
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kept.items()}
+def inputs_of(batch: dict, device: torch.device) -> dict:
+    """A batch as the arguments of a forward that keeps no cache."""
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     return moved | {"use_cache": False}
+
+
+def label_count(batch: dict) -> int:
+    """How many labels a batch has, which is what its mean loss counts for; 1 if they are called something else."""
+    labels = batch.get("labels")
+    return int((labels != -100).sum()) if isinstance(labels, torch.Tensor) else 1
 
 
 def _tokens(batch: dict, device: torch.device) -> torch.Tensor:
@@ -121,7 +127,8 @@ def _tokens(batch: dict, device: torch.device) -> torch.Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode inside of the `with`; then each module in the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

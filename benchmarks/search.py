@@ -1,0 +1,298 @@
+"""Does the search find attentions that a task does not need? Sets by the bandit, by one-shot scores, and by chance.
+
+    python benchmarks/search.py                 # everything that has no result yet, most important first
+    python benchmarks/search.py --only k8       # runs whose name contains this
+    python benchmarks/search.py --summary       # just the table and the picture, from the results there are
+
+Every run fine-tunes SmolLM2-135M on the same movie reviews for as many steps, and is judged by the same held-out ones.
+The result of a run is written when it is done, and a run that has one is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import torch
+import transformers
+from matplotlib import pyplot as plt
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from peft_eas import EASCallback, EASConfig, score_attentions
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from real_data import collator, load_model, load_tokenizer, movie_reviews, tokenise
+from sentiment import EAS_LEARNING_RATE, LORA_LEARNING_RATE, accuracy_and_loss, next_token_logits
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TRAIN, TEST, SEARCH = 1120, 600, 128
+BATCH_SIZE = 8
+MAX_LENGTH = 80  # of a review, in characters
+COUNTS = (8, 12, 4)
+NUM_LAYERS = 30
+
+BANDITS = {
+    "bandit": None,
+    "bandit from similarity": "similarity",
+    "bandit from loss": "loss",
+}
+ABLATIONS: dict[str, dict] = {
+    "without propagation": {"propagation": "none"},
+    "without biases": {"use_bias": False},
+    "router by prompt": {"router": "prompt"},
+    "reading gamma2 * n1(x)": {},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning.
+
+    Attributes:
+        group: `"sets"` or `"ablation"`.
+        method: How the set is found, or what is left out.
+        count: Attentions skipped.
+        seed: Seed of the training.
+        draw: Number of the random set.
+    """
+
+    group: str
+    method: str
+    count: int
+    seed: int = 0
+    draw: int = 0
+    settings: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def name(self) -> str:
+        parts = [self.group, f"k{self.count}", self.method, f"seed {self.seed}"]
+        return ", ".join(parts + [f"draw {self.draw}"] * (self.method == "random"))
+
+
+def all_runs() -> list[Run]:
+    """Most important first."""
+    runs = [Run("sets", "LoRA", 0)]
+    for count in COUNTS:
+        runs += [Run("sets", method, count) for method in ("similarity", "loss", *BANDITS, "deepest")]
+        runs += [Run("sets", "random", count, draw=draw) for draw in range(3)]
+    runs += [Run("ablation", method, 8, settings=settings) for method, settings in ABLATIONS.items()]
+    for seed in (1, 2):
+        runs.append(Run("sets", "LoRA", 0, seed))
+        runs += [Run("sets", method, 8, seed) for method in ("similarity", "loss", *BANDITS, "deepest")]
+    return runs
+
+
+class Task:
+    """The reviews, as every run has them."""
+
+    def __init__(self) -> None:
+        self.tokenizer = load_tokenizer()
+        rest, self.test = movie_reviews(TRAIN + SEARCH, TEST, MAX_LENGTH)
+        self.test.sort(key=lambda review: len(review.text))
+        self.train = tokenise(rest[:TRAIN], self.tokenizer)
+        self.search = tokenise(rest[TRAIN:], self.tokenizer)
+        self.collate = collator(self.tokenizer)
+        self.scores: dict[str, dict[int, float]] = {}
+
+    def one_shot(self, method: str) -> dict[int, float]:
+        """Scores of the pretrained model, by the search set."""
+        if method not in self.scores:
+            batches = [self.collate(self.search[i : i + 16]) for i in range(0, 64, 16)]
+            self.scores[method] = score_attentions(load_model(), batches, method=method)
+        return self.scores[method]
+
+
+def set_of(run: Run, task: Task) -> list[int] | None:
+    """The set to skip; `None` if it is searched for."""
+    if run.method in BANDITS:
+        return None
+    if run.method == "random":
+        return sorted(random.Random(f"{run.count} {run.draw}").sample(range(NUM_LAYERS), run.count))
+    if run.method == "deepest":
+        return list(range(NUM_LAYERS - run.count, NUM_LAYERS))
+    scores = task.one_shot(run.method if run.group == "sets" else "loss")
+    return sorted(sorted(scores, key=scores.get)[: run.count])
+
+
+def as_the_authors(model: PreTrainedModel, skip_layers: list[int]) -> None:
+    """Let the FFN and PIA of skipped layers read `gamma2 * n1(x)`: both norms are of the same `x` there."""
+    for index in skip_layers:
+        layer = model.model.layers[index]
+        gamma1 = layer.input_layernorm.weight.detach().clone()
+        layer.post_attention_layernorm.register_forward_hook(lambda _m, _a, output, gamma1=gamma1: output * gamma1)
+
+
+def train(run: Run, task: Task, folder: str) -> tuple[PeftModel, dict]:
+    """Fine-tune, and say what came of it."""
+    set_seed(run.seed)
+    base, callbacks = load_model(), []
+    if run.method == "LoRA":
+        config, learning_rate = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"), LORA_LEARNING_RATE
+    else:
+        skip_layers, learning_rate = set_of(run, task), EAS_LEARNING_RATE
+        wanted = {"num_skip": run.count} if skip_layers is None else {"skip_layers": skip_layers}
+        config = EASConfig(**wanted, **run.settings, task_type="CAUSAL_LM")
+        if skip_layers is None:
+            callbacks.append(EASCallback(task.search, warm_start=BANDITS[run.method]))
+        if "gamma2" in run.method:
+            as_the_authors(base, skip_layers)
+    model = get_peft_model(base, config)
+    arguments = TrainingArguments(
+        output_dir=folder,
+        learning_rate=learning_rate,
+        num_train_epochs=1,
+        per_device_train_batch_size=BATCH_SIZE,
+        train_sampling_strategy="group_by_length",
+        warmup_steps=0.1,
+        logging_steps=20,
+        save_strategy="no",
+        report_to=[],
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        seed=run.seed,
+        use_cpu=True,
+    )
+    start = time.perf_counter()
+    Trainer(model, arguments, train_dataset=task.train, data_collator=task.collate, callbacks=callbacks).train()
+    about = {"seconds": round(time.perf_counter() - start, 1)}
+    if run.method != "LoRA":
+        about["skip_layers"] = model.skip_layers
+    if callbacks:
+        about["rounds"] = len(callbacks[0].report["rounds"])
+    return model.eval(), about
+
+
+def execute(run: Run, task: Task) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        model, about = train(run, task, folder)
+    merged: nn.Module = model if "gamma2" in run.method else model.merge_and_unload()
+    accuracy, loss = accuracy_and_loss(next_token_logits(merged, task.tokenizer, task.test), task.tokenizer, task.test)
+    return {
+        "group": run.group,
+        "method": run.method,
+        "count": run.count,
+        "seed": run.seed,
+        "accuracy": round(accuracy, 4),
+        "loss": round(loss, 4),
+        **about,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Table and picture
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def summarise(results: dict[str, dict]) -> str:
+    """A Markdown table of all groups."""
+    lines = [
+        f"SmolLM2-135M, {TRAIN} movie reviews once (batch {BATCH_SIZE}), {TEST} others to test with: accuracies are",
+        "known to about 1.4 points. Loss: cross-entropy of the right answer. ± is the standard deviation over runs.",
+        "",
+        "| skipped | set | accuracy | loss | runs | layers (first run) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for group in ("sets", "ablation"):
+        rows: dict[tuple, list[dict]] = {}
+        for result in results.values():
+            if result["group"] == group or (group == "ablation" and _is_reference(result)):
+                rows.setdefault((result["count"], result["method"]), []).append(result)
+        if group == "ablation" and rows:
+            lines += [
+                "",
+                "The same 8 attentions (one-shot loss) skipped, with another adapter:",
+                "",
+                "| skipped | adapter | accuracy | loss | runs | layers |",
+                "|---|---|---|---|---|---|",
+            ]
+        for (count, method), runs in sorted(rows.items(), key=lambda item: (item[0][0], _mean(item[1], "loss"))):
+            layers = " ".join(map(str, runs[0].get("skip_layers", [])))
+            method = "as by default" if group == "ablation" and _is_reference(runs[0]) else method
+            accuracy, loss = _spread(runs, "accuracy"), _spread(runs, "loss")
+            lines.append(f"| {count} | {method} | {accuracy} | {loss} | {len(runs)} | {layers} |")
+    return "\n".join(lines) + "\n"
+
+
+def _is_reference(result: dict) -> bool:
+    """Whether the ablations differ from this run in one thing each."""
+    return (result["method"], result["count"], result["seed"]) == ("loss", 8, 0)
+
+
+def _mean(runs: list[dict], key: str) -> float:
+    return statistics.fmean(run[key] for run in runs)
+
+
+def _spread(runs: list[dict], key: str) -> str:
+    deviation = f" ± {statistics.stdev(run[key] for run in runs):.3f}" if len(runs) > 1 else ""
+    return f"{_mean(runs, key):.3f}{deviation}"
+
+
+def draw(results: dict[str, dict], path: Path) -> None:
+    """Loss and accuracy by number skipped, one marker a run."""
+    shown = [result for result in results.values() if result["group"] == "sets"]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    methods = [*BANDITS, "similarity", "loss", "deepest", "random"]
+    for axes, key in zip(panels, ("loss", "accuracy"), strict=True):
+        for m, (method, marker) in enumerate(zip(methods, "ovDs^Px", strict=True)):
+            runs = [result for result in shown if result["method"] == method]
+            xs = [result["count"] + (m - 3) * 0.3 for result in runs]
+            face = "none" if marker in "s^P" else None
+            axes.scatter(xs, [r[key] for r in runs], marker=marker, facecolors=face, edgecolors=None if face is None
+                         else f"C{m}", color=f"C{m}" if face is None else None, label=method)  # fmt: skip
+        for result in (result for result in shown if result["method"] == "LoRA"):
+            axes.axhline(result[key], color="0.4", linestyle="--", linewidth=1)
+        axes.set_xlabel("attentions skipped, of 30 (dashed: LoRA, nothing skipped)")
+        axes.set_ylabel(f"held-out {key}")
+        axes.set_xticks(sorted(COUNTS))
+    panels[1].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def read(path: Path) -> dict[str, dict]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name contains this")
+    parser.add_argument("--summary", action="store_true", help="no runs, only the table and the picture")
+    args = parser.parse_args()
+    path = RESULTS / "search.json"
+    task: Callable[[], Task] = functools.cache(Task)
+    for run in [] if args.summary else all_runs():
+        if args.only not in run.name or run.name in read(path):
+            continue
+        print(f"== {run.name}", flush=True)
+        result = execute(run, task())
+        print(json.dumps(result), flush=True)
+        scratch = path.with_suffix(".part")
+        scratch.write_text(json.dumps(read(path) | {run.name: result}, indent=1) + "\n")
+        os.replace(scratch, path)
+    results = read(path)
+    (RESULTS / "search.md").write_text(summarise(results))
+    draw(results, RESULTS / "search.png")
+    print(summarise(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The skip gates of one adapter, all layers together: what a search works with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from .layer import EASAttention, EASFeedForward, EASLayer
+
+
+class SkipGates:
+    """Which attentions an adapter skips, while both its adapters and its PIAs exist in every layer.
+
+    Made by `model.skip_gates()`. Nothing here creates, drops or freezes a parameter except `drop_idle`.
+
+    Args:
+        pairs: The wrapped attention and FFN of each layer whose attention can be skipped, by layer index.
+        adapter_name: The adapter.
+    """
+
+    def __init__(self, pairs: dict[int, tuple[EASAttention, EASFeedForward]], adapter_name: str) -> None:
+        self.pairs = pairs
+        self.adapter_name = adapter_name
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers whose attention can be skipped."""
+        return list(self.pairs)
+
+    @property
+    def skipped(self) -> list[int]:
+        """Indices of the layers whose attention is skipped, as a checkpoint would say."""
+        return [i for i, (attention, _) in self.pairs.items() if attention.gates[self.adapter_name]]
+
+    def set(self, skip_layers: Collection[int]) -> None:
+        """Skip just these, in evaluation and in checkpoints, and in training unless other ones are drawn."""
+        for index, (attention, _) in self.pairs.items():
+            if attention.gates[self.adapter_name] != (index in skip_layers):
+                attention.set_gate(self.adapter_name, index in skip_layers)
+
+    def draw(self, skip_layers: Collection[int] | None) -> None:
+        """Skip just these in training forwards, until the next draw; `None`: what is `set`."""
+        for index, (attention, _) in self.pairs.items():
+            if skip_layers is None:
+                attention.drawn.pop(self.adapter_name, None)
+            else:
+                attention.drawn[self.adapter_name] = index in skip_layers
+
+    @contextmanager
+    def skipping(self, skip_layers: Collection[int]) -> Iterator[None]:
+        """Skip just these inside of the `with`, for models in eval mode; then what was skipped before."""
+        before = {index: attention.gates[self.adapter_name] for index, (attention, _) in self.pairs.items()}
+        try:
+            for index, (attention, _) in self.pairs.items():
+                attention.gates[self.adapter_name] = index in skip_layers
+            yield
+        finally:
+            for index, (attention, _) in self.pairs.items():
+                attention.gates[self.adapter_name] = before[index]
+
+    def idle(self) -> Iterator[EASLayer]:
+        """The modules whose adapter a training forward would not use now."""
+        for attention, ffn in self.pairs.values():
+            skips = attention.drawn.get(self.adapter_name, attention.gates[self.adapter_name])
+            yield attention if skips else ffn
+
+    def touch_idle(self, touch: bool) -> None:
+        """Let idle adapters have gradients of zero instead of none, see `EASLayer.touch_idle`."""
+        for pair in self.pairs.values():
+            for wrapper in pair:
+                wrapper.touch_idle = touch
+
+    def drop_idle(self) -> None:
+        """Delete the parameters of idle adapters."""
+        for wrapper in self.idle():
+            wrapper.drop_adapter(self.adapter_name)
+
+    def are_complete(self) -> bool:
+        """Whether every layer has both its adapter and its PIA."""
+        return all(wrapper.has_adapter(self.adapter_name) for pair in self.pairs.values() for wrapper in pair)

@@ -1,0 +1,96 @@
+"""How many attentions to skip: the largest set within a loss, or the smallest that is fast enough."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def largest_within(losses: Sequence[float], max_increase: float) -> int:
+    """The largest `k` with `losses[k] - losses[0] <= max_increase`; `losses[k]` is that with `k` attentions skipped.
+
+    Losses that are NaN or infinite are over every budget. Rounding errors of a float are within it.
+    """
+    limit = losses[0] + max_increase + 1e-9 * max(1.0, abs(losses[0]))
+    return max((k for k, loss in enumerate(losses) if k and math.isfinite(loss) and loss <= limit), default=0)
+
+
+def predicted_speedup(total: float, attention: float, count: int) -> float:
+    """Cost model: operations of a forward before and after `count` attentions of `attention` operations each go."""
+    return total / (total - count * attention)
+
+
+def count_for_speedup(total: float, attention: float, available: int, target: float) -> int:
+    """The smallest count that the cost model gives `target` for.
+
+    Raises:
+        ValueError: if skipping all but one is not enough.
+    """
+    for count in range(1, available):
+        if predicted_speedup(total, attention, count) >= target:
+            return count
+    most = predicted_speedup(total, attention, available - 1)
+    raise ValueError(
+        f"`target_speedup`={target} can't be had: by operations, a held-out batch's forward with all attentions but "
+        f"one skipped is {most:.2f} times as fast. In longer sequences, attentions have a larger share."
+    )
+
+
+@torch.no_grad()
+def forward_operations(model: nn.Module, attentions: Sequence[str], inputs: dict[str, Any]) -> tuple[float, float]:
+    """Floating-point operations of a forward, and those of one attention on average.
+
+    Args:
+        model: A transformers model.
+        attentions: Names of its attentions.
+        inputs: Arguments of the forward.
+    """
+    # of all kernels of attention, only this one is made of operations that are counted on every device
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    by_module = counter.get_flop_counts()
+    own = [sum(by_module.get(f"{type(model).__name__}.{name}", {}).values()) for name in attentions]
+    return float(counter.get_total_flops()), statistics.fmean(own)
+
+
+@torch.no_grad()
+def measured_speedup(model: nn.Module, attentions: Sequence[str], inputs: dict[str, Any], rounds: int = 5) -> float:
+    """How many times as fast a forward is without these attentions: the median over rounds that take turns."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        model(**inputs).logits.flatten()[0].item()  # waits for an accelerator, too
+        return time.perf_counter() - start
+
+    ratios = []
+    for _ in range(rounds + 1):
+        whole = seconds()
+        with _without(model, attentions):
+            ratios.append(whole / seconds())
+    return statistics.median(ratios[1:])  # the first round was for warming up
+
+
+@contextmanager
+def _without(model: nn.Module, attentions: Sequence[str]) -> Iterator[None]:
+    modules = [model.get_submodule(name) for name in attentions]
+    stand_in: Callable[..., tuple[torch.Tensor, None]] = _zeros
+    try:
+        for module in modules:
+            module.forward = stand_in
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _zeros(hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    return hidden_states.new_zeros(1, 1, 1), None
