@@ -32,7 +32,7 @@ $(VENV)/ready: setup.cfg constraints.txt
 .venv-min/ready: setup.cfg constraints-min.txt
 	$(PYTHON) -m venv .venv-min
 	.venv-min/bin/python -m pip install -q -c constraints-min.txt torch
-	.venv-min/bin/python -m pip install -q -c constraints-min.txt -e '.[dev]'
+	.venv-min/bin/python -m pip install -q -c constraints-min.txt -e '.[test]'
 	touch $@
 
 clean:

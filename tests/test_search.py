@@ -4,17 +4,23 @@ import copy
 import json
 import logging
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from test_training import collate, dataset, parameters, trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from peft_eas import EASCallback, EASConfig, plot_search
+from peft_eas import EASCallback, EASConfig, plot_search, score_attentions
 from peft_eas.layer import EASAttention, EASLayer
 from peft_eas.search import bandit, callback
 
@@ -77,7 +83,7 @@ class Watch(TrainerCallback):
 def run(path, model, settings=None, others=(), resume=None, **kwargs):
     search = EASCallback(**SEARCH | (settings or {}))
     made = trainer(path, model, callbacks=[search, *others], **dict(max_steps=STEPS, save_steps=1) | kwargs)
-    made.train(resume_from_checkpoint=None if resume is None else str(resume))
+    made.train(resume_from_checkpoint=resume)
     return made, search
 
 
@@ -163,20 +169,43 @@ def test_a_planted_pair_is_found(tmp_path):
     assert model.skip_layers == [1, 4]
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 3])
 @pytest.mark.parametrize("warm_start", ["similarity", "loss", {i: abs(i - 2.2) for i in range(6)}], ids=str)
-def test_warm_starts_put_the_preferences_in_the_order_of_the_scores(tmp_path, warm_start):
-    from peft_eas import score_attentions
+def test_warm_starts_order_the_preferences_by_scores_after_the_warm_up(tmp_path, monkeypatch, warm_start, warmup_steps):
+    held_out, kept = dataset(32), []
 
+    def watched(self):
+        kept.append(copy.deepcopy(self.model))
+        original(self)
+
+    original = callback._Search._warm_start
+    monkeypatch.setattr(callback._Search, "_warm_start", watched)
+    settings = dict(warm_start=warm_start, search_dataset=held_out, warmup_steps=warmup_steps, interval=9)
     model = fresh()
-    _, search = run(
-        tmp_path, model, dict(warm_start=warm_start, search_dataset=dataset(32)), save_strategy="no", max_steps=2
-    )
+    watch = Watch(model)
+    _, search = run(tmp_path, model, settings, others=[watch], save_strategy="no", max_steps=5)
+    copied = kept[0].eval()
     scores = warm_start
-    if isinstance(warm_start, str):
-        scores = score_attentions(tiny.model("llama"), [collate(list(dataset(32)))], method=warm_start)
-    assert search.report["scores"] == pytest.approx([scores[i] for i in range(6)], rel=1e-4)
-    by_preference = sorted(range(6), key=lambda i: -search.report["initial_preferences"][i])
-    assert by_preference == sorted(range(6), key=scores.get)
+    if warm_start == "similarity":
+        copied.set_skip_layers([])
+        scores = score_attentions(copied, [collate(list(held_out))])
+    elif warm_start == "loss":
+        order = list(range(32))
+        random.Random("7 held out").shuffle(order)
+        batch = collate([held_out[i] for i in order[:4]])
+        losses = []
+        for skipped in ([], *([i] for i in range(6))):
+            copied.set_skip_layers(skipped)
+            with torch.no_grad():
+                losses.append(copied(**batch).loss.item())
+        scores = {i: loss - losses[0] for i, loss in enumerate(losses[1:])}
+    assert search.report["scores"] == pytest.approx([scores[i] for i in range(6)], rel=1e-3, abs=1e-5)
+    start = search.report["initial_preferences"]
+    assert sorted(range(6), key=lambda i: -start[i]) == sorted(range(6), key=scores.get)
+    preferences = [[0.0] * 6] * warmup_steps + [start] * (5 - warmup_steps)
+    drawn = [bandit.draw(preferences[step], 2, random.Random(f"7 step {step}")) for step in range(5)]
+    assert watch.steps == [list(skipped) for skipped in drawn]
+    assert search.report["skip_layers"] == list(bandit.choose(start, 2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -327,8 +356,9 @@ def same_run(actual, expected, actual_search, expected_search):
 def test_a_resumed_run_draws_scores_and_chooses_like_one_that_was_not_interrupted(tmp_path, settings, restore):
     whole, whole_search = run(tmp_path, fresh(), settings)
     for step in (*PHASES.values(), 12, 13):
+        checkpoint = str(tmp_path / f"checkpoint-{step}")
         resumed, search = run(
-            tmp_path / "again", fresh(seed=11), settings, resume=tmp_path / f"checkpoint-{step}", save_strategy="no",
+            tmp_path / "again", fresh(seed=11), settings, resume=checkpoint, save_strategy="no",
             restore_callback_states_from_checkpoint=restore,
         )  # fmt: skip
         same_run(resumed, whole, search, whole_search)
@@ -351,7 +381,7 @@ def test_a_checkpoint_without_a_search_can_not_be_gone_on_from(tmp_path):
     plain = trainer(tmp_path, fresh(num_skip=2), max_steps=3, save_steps=3)
     plain.train()
     with pytest.raises(ValueError, match="without an `EASCallback`"):
-        run(tmp_path, fresh(), resume=tmp_path / "checkpoint-3")
+        run(tmp_path, fresh(), resume=str(tmp_path / "checkpoint-3"))
 
 
 def test_training_that_ends_before_the_search_settles_with_a_warning(tmp_path, caplog):
@@ -548,3 +578,79 @@ def test_columns_that_the_collator_does_not_know_are_left_out(tmp_path):
     held_out = dataset(8).add_column("text", ["?"] * 8)
     _, search = run(tmp_path, fresh(), dict(search_dataset=held_out), save_strategy="no")
     assert len(search.report["rounds"]) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Killed; and another Trainer
+# ----------------------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+import test_search
+from transformers import TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+test_search.run(sys.argv[1], test_search.fresh(), others=[Kill()], save_steps=2)
+"""
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, phase):
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent / "examples"), os.environ.get("PYTHONPATH", "")]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(PHASES[phase] + 1)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, check=False, capture_output=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "killed" / f"checkpoint-{STEPS}").exists()
+    whole, whole_search = run(tmp_path / "whole", fresh(), save_strategy="no")
+    resumed, search = run(tmp_path / "killed", fresh(seed=4), resume=True, save_steps=2)
+    same_run(resumed, whole, search, whole_search)
+
+
+def test_trl_s_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(90)} | {"<pad>": 90, "<eos>": 91, "<unk>": 92}
+    raw = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )  # fmt: skip
+    rows = [{"prompt": f"w{i} w{2 * i} w{3 * i}", "completion": f" w{10 + i % 2}"} for i in range(4, 28)]
+    model = fresh()
+    watch = Watch(model)
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True, seed=7, bf16=False, gradient_checkpointing=False, logging_steps=1,
+    )  # fmt: skip
+    made = trl.SFTTrainer(
+        model, args=arguments, processing_class=tokenizer, train_dataset=Dataset.from_list(rows[:16]),
+        eval_dataset=Dataset.from_list(rows[16:]), callbacks=[watch],
+    )  # fmt: skip
+    search = EASCallback(made.eval_dataset, **SEARCH)
+    made.add_callback(search)
+    made.train()
+    entries = search.report["rounds"]
+    assert [entry["step"] for entry in entries] == [6, 9, 12]
+    assert all(math.isfinite(loss) for entry in entries for loss in entry["losses"])
+    assert watch.steps[-1] == model.skip_layers == search.report["skip_layers"]
+    assert any("eas/skipped" in logs for logs in made.state.log_history)
+    merged = model.merge_and_unload()
+    assert sorted(merged.config.eas["skip"]) == search.report["skip_layers"]
+    # a dataset that is not prepared is refused
+    refused = trl.SFTTrainer(
+        fresh(), args=arguments, processing_class=tokenizer, train_dataset=Dataset.from_list(rows[:16]),
+        callbacks=[EASCallback(Dataset.from_list(rows[16:]), **SEARCH)],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="after a TRL trainer has been made"):
+        refused.train()

@@ -33,7 +33,7 @@ STATE_KEY = "eas_search"
 """Where a checkpoint's `trainer_state.json` has the search, among `stateful_callbacks`."""
 
 ONE_SHOT_EXAMPLES = 32
-"""How many examples, in each process, a warm start looks at."""
+"""How many examples, over all processes, a warm start looks at."""
 
 
 @dataclass
@@ -46,7 +46,8 @@ class SearchState:
         warmup, settle, interval: The `Schedule`.
         initial_preferences: One for each arm, as the search began.
         preferences: The same, now.
-        scores: One-shot score of each arm, if there was a warm start.
+        scores: One-shot score of each arm after the warm-up, if that is what preferences start from; `None` for a loss
+            that was NaN or infinite.
         rounds: One entry a round: `step`, `subsets` (layer indices), `losses` (`None` for NaN and infinities),
             `preferences` after it, `skip_layers` (the best set then).
         ignored: Candidates whose loss was not finite.
@@ -61,7 +62,7 @@ class SearchState:
     interval: int
     initial_preferences: list[float]
     preferences: list[float]
-    scores: list[float] | None = None
+    scores: list[float | None] | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     ignored: int = 0
     settled: list[int] | None = None
@@ -97,8 +98,9 @@ class EASCallback(TrainerCallback):
         interval: Optimizer steps from one round to the next.
         num_candidates: Sets that are scored in a round.
         lr: Learning rate of the preferences.
-        warm_start: `"similarity"` or `"loss"`: preferences start from these scores (see `score_attentions`) of the
-            model as it stands; or scores by layer index, low for redundant; `None`: all start at zero.
+        warm_start: What the preferences start from after the warm-up: `"similarity"` of the residual stream before and
+            after each attention; `"loss"`, by how much the held-out loss grows when just this attention is skipped and
+            its PIA stands in; scores by layer index, low for redundant; or `None`, all alike.
 
     Raises:
         ValueError: for a wrong value; when training begins, for a model without an EAS adapter, a dataset that can't be
@@ -182,7 +184,7 @@ class EASCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.search is not None:
-            self.search.forget_idle_gradients()
+            self.search.forget_idle_gradients(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.search is not None:
@@ -246,16 +248,19 @@ class _Search:
         self.metrics: dict[str, float] = {}
         self.seen: set[int] = set()
         self.hook = None
+        if isinstance(settings.warm_start, Mapping) and (
+            missing := [i for i in self.gates.layers if i not in settings.warm_start]
+        ):
+            raise ValueError(f"`warm_start` has no scores of layers {missing}.")
         self.held_out = self._held_out(train_dataloader)
         self.gates.draw(None)
         if saved is None:
             count, about = self._count()
             schedule = Schedule.of(settings.warmup_steps, settings.search_steps, settings.interval, max_steps)
             layers = self.gates.layers
-            scores = self._one_shot_scores()
-            start = [0.0] * len(layers) if scores is None else bandit.preferences_from_scores(scores)
+            start = [0.0] * len(layers)
             self.state = SearchState(layers, count, **asdict(schedule), initial_preferences=start, preferences=start)
-            self.state.scores, self.state.budget = scores, about
+            self.state.budget = about
             self._say(
                 f"searching which {count} of {len(layers)} attentions to skip: candidates are scored from step "
                 f"{schedule.warmup + 1} to {schedule.settle} of {max_steps}"
@@ -268,10 +273,12 @@ class _Search:
                     f"has those of {self.gates.layers}."
                 )
         self.gates.touch_idle(args.world_size > 1)
-        if self.state.settled is None:
-            self.gates.set(self.state.best())
-        else:
+        if self.state.settled is not None:
             self._settle_on(self.state.settled)
+            return
+        if saved is None and self.state.warmup == 0:
+            self._warm_start()
+        self.gates.set(self.state.best())
 
     # What the Trainer's events ask for -------------------------------------------------------------------------------
 
@@ -285,8 +292,10 @@ class _Search:
         if self.args.torch_compile:  # every set would be compiled anew
             torch.compiler.set_stance("force_eager")
 
-    def forget_idle_gradients(self) -> None:
+    def forget_idle_gradients(self, step: int) -> None:
         """Idle adapters must not move; a gradient of zero would let the optimizer's momentum and decay act on them."""
+        if self.args.fsdp and step == 0:
+            return  # a checkpoint of FSDP needs the optimizer's state of every parameter, and this makes it
         for wrapper in self.gates.idle():
             for parameter in wrapper.parameters_of(self.gates.adapter_name):
                 parameter.grad = None
@@ -298,6 +307,9 @@ class _Search:
             torch.compiler.set_stance("default")
         if self.state.schedule.scores_after(step):
             self._score_candidates(step)
+        elif step == self.state.warmup:
+            self._warm_start()
+            self.gates.set(self.state.best())
         if self.state.schedule.phase(step) == "settled":
             self._settle(step)
 
@@ -439,21 +451,25 @@ class _Search:
         """Fingerprints of the rows of the optimizer step just done, in all processes; none if there is a dataset."""
         return set() if self.hook is None else set(gather_object(list(self.seen)))
 
-    def _one_shot_scores(self) -> list[float] | None:
-        given, layers = self.settings.warm_start, self.gates.layers
+    def _warm_start(self) -> None:
+        """Let the preferences start from one-shot scores of the model as it is after the warm-up."""
+        given, layers = self.settings.warm_start, self.state.layers
         if given is None:
-            return None
+            return
         if isinstance(given, Mapping):
-            missing = [i for i in layers if i not in given]
-            if missing:
-                raise ValueError(f"`warm_start` has no scores of layers {missing}.")
-            return [float(given[i]) for i in layers]
-        per_round = self.held_out.batch_size * self.held_out.num_batches
-        rounds = range(math.ceil(ONE_SHOT_EXAMPLES / per_round))
-        batches = [batch for r in rounds for batch in self.held_out.batches(r)]
-        with self._without_adapters():
-            by_layer = score_attentions(self.model, batches, method=given)
-        return means_over_processes([(by_layer[i], 1) for i in layers])
+            scores = [float(given[i]) for i in layers]
+        elif given == "loss":
+            whole, *single = self._losses([[], *([i] for i in layers)], 0)
+            scores = [loss - whole if math.isfinite(loss) else math.inf for loss in single]
+        else:
+            per_round = self.held_out.batch_size * self.held_out.num_batches * self.held_out.world_size
+            rounds = range(math.ceil(ONE_SHOT_EXAMPLES / per_round))
+            batches = [batch for r in rounds for batch in self.held_out.batches(r, self._trained_on())]
+            with self.gates.skipping([]):
+                by_layer = score_attentions(self.model, batches, method=given)
+            scores = means_over_processes([(by_layer[i], 1) for i in layers])
+        self.state.scores = [score if math.isfinite(score) else None for score in scores]
+        self.state.initial_preferences = self.state.preferences = bandit.preferences_from_scores(scores)
 
     def _without_adapters(self) -> Any:
         return _Disabled(self.tuner)

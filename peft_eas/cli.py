@@ -1,0 +1,434 @@
+"""The command line: `peft-eas score`, `train`, `merge` and `inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from .config import EASConfig, EASType
+from .search import EASCallback, score_attentions
+from .search.report import REPORT
+from .search.scores import METHODS
+
+DATA_HELP = (
+    "data: a .jsonl, .json, .csv or .parquet file, a folder, or a dataset of the hub, with the columns `prompt` and "
+    "`completion`, or `text`"
+)
+
+
+class UsageError(Exception):
+    """Something that the user can put right; shown without a traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 if it worked, 1 if not (the reason is on standard error), 2 for wrong arguments.
+    """
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.run is _train:
+        args.training = rest
+    try:
+        args.run(args)
+    except (UsageError, ValueError, OSError) as error:
+        print(f"peft-eas {args.command}: error: {error}", file=sys.stderr)
+        if os.environ.get("PEFT_EAS_TRACEBACK"):
+            raise
+        return 1
+    except KeyboardInterrupt:
+        print(f"peft-eas {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="peft-eas",
+        description="Effective Attention Skipping: find attentions that a task does not need, train without, merge.",
+        allow_abbrev=False,
+        epilog="Set PEFT_EAS_TRACEBACK=1 to see where an error comes from.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable, help: str, examples: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # `train` hands what it does not know to TrainingArguments
+        )
+        command.set_defaults(run=run)
+        return command
+
+    score = add(
+        "score", _score, "score the attentions of a model, the most redundant first",
+        "  peft-eas score HuggingFaceTB/SmolLM2-135M reviews.jsonl\n"
+        "  peft-eas score ./my-model reviews.jsonl --method loss --json > scores.json",
+    )  # fmt: skip
+    score.add_argument("model", metavar="MODEL", help="hub name or folder of a causal language model")
+    score.add_argument("data", metavar="DATA", help=DATA_HELP)
+    score.add_argument("--method", choices=list(METHODS), default="similarity", help="default: similarity")
+    score.add_argument("--examples", type=_positive, default=64, help="how many examples to look at (default: 64)")
+    score.add_argument("--batch-size", type=_positive, default=8, help="default: 8")
+    score.add_argument("--max-length", type=_positive, default=512, help="longest example, in tokens (default: 512)")
+    score.add_argument("--json", action="store_true", help="print {layer: score} as JSON")
+
+    train = add(
+        "train", _train, "fine-tune a model with EAS: search, train, and save the adapter",
+        "  peft-eas train HuggingFaceTB/SmolLM2-135M reviews.jsonl --output_dir out --num-skip 8\n"
+        "  peft-eas train ./my-model reviews.jsonl --output_dir out --num-skip auto --max-loss-increase 0.02 \\\n"
+        "      --learning_rate 5e-4 --num_train_epochs 2 --per_device_train_batch_size 16 --report_to tensorboard\n"
+        "  peft-eas train ./my-model reviews.jsonl --output_dir out --skip-layers 6 7 8 12\n\n"
+        "All options of transformers.TrainingArguments are taken, too. Learning rate: 1e-3 unless given.",
+    )  # fmt: skip
+    train.add_argument("model", metavar="MODEL", help="hub name or folder of a causal language model")
+    train.add_argument("data", metavar="DATA", help=DATA_HELP)
+    train.add_argument("--search-data", metavar="DATA", help="examples to score candidates with; not trained on")
+    train.add_argument("--eval-data", metavar="DATA", help="examples for the Trainer's evaluation")
+    train.add_argument("--num-skip", type=_num_skip, help="a count, a fraction, or auto (default: a quarter)")
+    train.add_argument("--max-loss-increase", type=float, help="with --num-skip auto: what skipping may cost")
+    train.add_argument("--target-speedup", type=float, help="instead of --num-skip: speed of a forward, such as 1.1")
+    train.add_argument("--skip-layers", type=int, nargs="+", metavar="LAYER", help="skip just these; no search")
+    train.add_argument("--r", type=_positive, default=8, help="rank of the adapters (default: 8)")
+    train.add_argument("--r-pia", type=_positive, default=32, help="rank of the PIAs (default: 32)")
+    train.add_argument("--propagation", choices=["prompt", "none"], default="prompt", help="default: prompt")
+    train.add_argument("--router", choices=["static", "prompt"], default="static", help="default: static")
+    train.add_argument("--search-steps", type=float, help="length of the search: optimizer steps, or a fraction")
+    train.add_argument("--warm-start", choices=[*METHODS, "none"], help="what the preferences start from")
+    train.add_argument("--max-length", type=_positive, default=512, help="longest example, in tokens (default: 512)")
+
+    merge = add(
+        "merge", _merge, "fold an adapter into its base model, and save the merged model and its tokenizer",
+        "  peft-eas merge out merged\n  peft-eas merge out merged --base ./my-model --dtype bfloat16",
+    )  # fmt: skip
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder or hub name of a trained adapter")
+    merge.add_argument("out", metavar="OUT", type=Path, help="folder for the merged model; must be new or empty")
+    merge.add_argument("--base", metavar="MODEL", help="the base model, if not where the adapter says it is")
+    merge.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the base model")
+
+    inspect = add(
+        "inspect", _inspect, "say what an adapter or a merged model skips, and how large it is",
+        "  peft-eas inspect out\n  peft-eas inspect merged --json",
+    )  # fmt: skip
+    inspect.add_argument("dir", metavar="DIR", type=Path, help="folder of an adapter, a checkpoint or a merged model")
+    inspect.add_argument("--json", action="store_true", help="print it as JSON")
+    return parser
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The commands
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _score(args: argparse.Namespace) -> None:
+    tokenizer = _load_tokenizer(args.model)
+    examples = _examples(args.data, tokenizer, args.max_length, args.examples)
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    batches = (collate(examples[i : i + args.batch_size]) for i in range(0, len(examples), args.batch_size))
+    scores = score_attentions(_load_model(args.model).to(_device()), batches, method=args.method)
+    ranked = sorted(scores, key=scores.__getitem__)
+    if args.json:
+        print(json.dumps({index: scores[index] for index in ranked}))
+        return
+    print(f"{'layer':>5}  {args.method}  ({len(examples)} examples; the most redundant first)")
+    largest = max(max(scores.values()), 1e-12)
+    for index in ranked:
+        print(f"{index:>5}  {scores[index]:.5f}  {'#' * round(40 * max(0.0, scores[index]) / largest)}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    settings = list(args.training)
+    if not any(given.split("=")[0] == "--learning_rate" for given in settings):
+        settings += ["--learning_rate", "1e-3"]
+    try:
+        (training,) = HfArgumentParser((TrainingArguments,), prog="peft-eas train").parse_args_into_dataclasses(
+            settings
+        )
+    except SystemExit as error:
+        if error.code == 0:
+            raise
+        raise UsageError("see the options of transformers.TrainingArguments") from None
+    config = EASConfig(
+        num_skip=args.num_skip,
+        max_loss_increase=args.max_loss_increase,
+        target_speedup=args.target_speedup,
+        skip_layers=args.skip_layers,
+        r=args.r,
+        r_pia=args.r_pia,
+        propagation=args.propagation,
+        router=args.router,
+        task_type="CAUSAL_LM",
+    )
+    tokenizer = _load_tokenizer(args.model)
+    given = {name: getattr(args, name) for name in ("data", "search_data", "eval_data") if getattr(args, name)}
+    data = {name: _examples(value, tokenizer, args.max_length) for name, value in given.items()}
+    if config.propagation == "prompt" or config.router == "prompt":
+        promptless = [given[name] for name, rows in data.items() if any(row["labels"][0] != -100 for row in rows)]
+        if promptless:
+            raise UsageError(
+                f"{promptless[0]} has examples without a prompt: use columns `prompt` and `completion`, or give "
+                "`--propagation none` (and not `--router prompt`)."
+            )
+    search = {}
+    if args.search_steps is not None:
+        search["search_steps"] = args.search_steps
+    if args.warm_start is not None:
+        search["warm_start"] = None if args.warm_start == "none" else args.warm_start
+    set_seed(training.seed)
+    model = get_peft_model(_load_model(args.model), config)
+    model.print_trainable_parameters()
+    trainer = Trainer(
+        model,
+        training,
+        train_dataset=data["data"],
+        eval_dataset=data.get("eval_data"),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[] if args.skip_layers else [EASCallback(data.get("search_data"), **search)],
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(f"{training.output_dir}: adapter that skips the attentions of layers {model.skip_layers}")
+        print(f"Merge it with: peft-eas merge {training.output_dir} {training.output_dir}-merged")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UsageError(f"{args.out} exists already and is not an empty folder: name another one.")
+    config = PeftConfig.from_pretrained(args.adapter)
+    if config.peft_type != EASType.EAS:
+        raise UsageError(f"{args.adapter} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
+    base = args.base or config.base_model_name_or_path
+    if not base:
+        raise UsageError(f"{args.adapter} does not say what its base model is: give --base.")
+    model = PeftModel.from_pretrained(_load_model(base, args.dtype), args.adapter, config=config)
+    skipped = model.skip_layers
+    merged = model.merge_and_unload(safe_merge=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as scratch:
+        folder = Path(scratch) / "merged"
+        merged.save_pretrained(folder)
+        _save_tokenizer((args.adapter, base), folder)
+        folder.replace(args.out)  # whole or not at all
+    size = sum(parameter.numel() for parameter in merged.parameters())
+    print(f"{args.out}: {type(merged).__name__}, {size / 1e6:.1f} M parameters, without the attentions of {skipped}")
+
+
+def _save_tokenizer(sources: Sequence[str], folder: Path) -> None:
+    for source in sources:
+        try:
+            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        except (OSError, ValueError):
+            continue
+        return
+    print(f"There is no tokenizer beside {' or '.join(sources)}; none was saved.", file=sys.stderr)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    if not args.dir.is_dir():
+        raise UsageError(f"There is no folder {args.dir}.")
+    if (args.dir / "adapter_config.json").exists():
+        about = _about_adapter(args.dir)
+    elif (args.dir / "config.json").exists():
+        about = _about_merged(args.dir)
+    else:
+        raise UsageError(f"{args.dir} holds no adapter (adapter_config.json) and no model (config.json).")
+    if args.json:
+        print(json.dumps(about))
+        return
+    skip, total = set(about["skip_layers"]), about["num_layers"]
+    for key, value in about.items():
+        if key not in ("skip_layers", "num_layers"):
+            print(f"{key.replace('_', ' '):12} {value}")
+    if total is None:
+        print(f"{'skips':12} {len(skip)} attentions: {sorted(skip)}")
+        return
+    print(f"{'skips':12} {len(skip)} of {total} attentions: {sorted(skip)}")
+    for start in range(0, total, 40):
+        row = range(start, min(start + 40, total))
+        print(
+            f"{'layers':12} {start:>3} {''.join('.' if i in skip else '#' for i in row)} {row[-1]}   # kept  . skipped"
+        )
+
+
+def _about_adapter(folder: Path) -> dict[str, Any]:
+    config = PeftConfig.from_pretrained(folder)
+    if config.peft_type != EASType.EAS:
+        raise UsageError(f"{folder} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
+    sizes, gates = _tensors(folder)
+    indices = {int(part) for name in gates for part in name.split(".") if part.isdigit()}
+    about = {
+        "kind": "adapter" if config.skip_layers is not None else "adapter, set not chosen yet (the best so far)",
+        "base_model": config.base_model_name_or_path,
+        "skip_layers": sorted(_layer_of(name) for name, gate in gates.items() if gate),
+        "num_layers": max(indices) + 1 if indices else None,
+        "parameters": sum(sizes.values()),
+        "settings": f"r={config.r} r_pia={config.r_pia} propagation={config.propagation} router={config.router}",
+    }
+    if (folder / REPORT).exists():
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        about["search"] = (
+            f"{len(report['rounds'])} rounds from step {report['warmup']} to {report['settle']}, "
+            f"{report['ignored']} candidates ignored; see {REPORT} and search.png"
+        )
+    return about
+
+
+def _about_merged(folder: Path) -> dict[str, Any]:
+    config = AutoConfig.from_pretrained(folder)
+    eas = getattr(config, "eas", None)
+    if eas is None:
+        raise UsageError(f"{folder} is a {config.model_type} model that was not merged by peft_eas.")
+    sizes, _ = _tensors(folder)
+    text = config.get_text_config(decoder=True)
+    kept = text.num_hidden_layers - len(eas["skip"])
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return {
+        "kind": f"merged model ({config.model_type}, over {eas['model_type']})",
+        "skip_layers": sorted(eas["skip"]),
+        "num_layers": text.num_hidden_layers,
+        "parameters": sum(sizes.values()),
+        "kv_cache": f"{2 * kept * heads * head} values a token, instead of {2 * text.num_hidden_layers * heads * head}",
+        "biases": f"{len(eas['biased'])} linears have got a bias",
+        "prompt": "propagated, " + f"rank {eas['prompt']['rank']}" if eas["prompt"] else "not propagated",
+        "kept": f"{len(eas['routed'])} adapters with a router that looks at the prompt",
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models and data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _load_model(name: str, dtype: str | None = None) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(f"The tokenizer of {name} has neither a padding token nor an end of sequence.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _examples(
+    data: str, tokenizer: PreTrainedTokenizerBase, max_length: int, count: int | None = None
+) -> list[dict[str, list[int]]]:
+    """Tokenised examples, with labels that are -100 for the prompt; the longest are cut at the end."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UsageError("reading data needs the package `datasets`: pip install 'peft_eas[cli]'.") from None
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    path = Path(data)
+    if path.suffix in kinds and not path.exists():
+        raise UsageError(f"There is no file {data}.")
+    if path.is_file():
+        if path.suffix not in kinds:
+            raise UsageError(f"{data} is no {', '.join(kinds)} file.")
+        rows = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    else:
+        rows = load_dataset(data, split="train")
+    columns = set(rows.column_names)
+    if not ({"prompt", "completion"} <= columns or "text" in columns):
+        raise UsageError(f"{data} has the columns {sorted(columns)}, but needs `prompt` and `completion`, or `text`.")
+    if not len(rows):
+        raise UsageError(f"{data} has no rows.")
+    examples = []
+    for row in rows if count is None else rows.select(range(min(count, len(rows)))):
+        if "completion" in row and "prompt" in row:
+            prompt = tokenizer(row["prompt"]).input_ids
+            answer = tokenizer(row["completion"], add_special_tokens=False).input_ids
+        else:
+            prompt, answer = [], tokenizer(row["text"]).input_ids
+        answer = [*answer, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+        ids = (prompt + answer)[:max_length]
+        if len(prompt) < len(ids):
+            examples.append({"input_ids": ids, "labels": ([-100] * len(prompt) + answer)[:max_length]})
+    if not examples:
+        raise UsageError(f"No prompt in {data} leaves room for its completion within {max_length} tokens.")
+    return examples
+
+
+def _tensors(folder: Path) -> tuple[dict[str, int], dict[str, bool]]:
+    """Sizes of the parameters, and the gates, in the safetensors files of a folder."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UsageError(f"{folder} holds no .safetensors file.")
+    sizes, gates = {}, {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if name.endswith("eas_skip"):
+                        gates[name] = bool(tensors.get_tensor(name))
+                    else:
+                        shape = tensors.get_slice(name).get_shape()
+                        sizes[name] = torch.Size(shape).numel()
+        except SafetensorError as error:
+            raise UsageError(f"{file} is damaged: {error}") from None
+    return sizes, gates
+
+
+def _layer_of(name: str) -> int:
+    return next(int(part) for part in reversed(name.split(".")) if part.isdigit())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _num_skip(text: str) -> int | float | str:
+    if text == "auto":
+        return text
+    return float(text) if "." in text or "e" in text.lower() else int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""One process of a distributed training with a search; started by `test_distributed.py`.
+
+torchrun --nproc-per-node 2 distributed_search.py OUT '{"gradient_checkpointing": true}'
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from peft import get_peft_model
+from test_training import dataset, trainer
+from torch import distributed
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback
+
+from peft_eas import EASCallback, EASConfig
+
+STEPS, SAVE = 14, 7
+
+
+class Fail(TrainerCallback):
+    """The second process fails in the middle of the search."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 4:
+            raise RuntimeError("this process has had enough")
+
+
+def allow_fsdp_on_cpus() -> None:
+    """torch shards on CPUs, too; accelerate only lets accelerators do it."""
+    init = AcceleratorState.__init__
+
+    def patched(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = patched
+
+
+def train(out: Path, batch_size: int, options: dict) -> tuple:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.model("llama"), EASConfig(num_skip=2, **options.pop("config", {})))
+    tiny.shake(model, scale=0.05)
+    if options.get("gradient_checkpointing"):
+        model.enable_input_require_grads()
+    if options.get("fsdp"):
+        allow_fsdp_on_cpus()
+    callbacks = [Fail()] if options.pop("fail", False) else []
+    resume = options.pop("resume", None)
+    search = EASCallback(dataset(20), warmup_steps=2, search_steps=8, interval=2)
+    made = trainer(
+        out, model, callbacks=[search, *callbacks], per_device_train_batch_size=batch_size, max_steps=STEPS,
+        **dict(save_strategy="steps", save_steps=SAVE) | options,
+    )  # fmt: skip
+    made.train(resume_from_checkpoint=resume)
+    made.save_model(str(out / "final"))
+    return made, search
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    made, search = train(out, 3, json.loads(sys.argv[2]))
+    rank = made.args.process_index
+    evaluated = made.evaluate()["eval_loss"]
+    (out / f"rank{rank}.json").write_text(
+        json.dumps(
+            {
+                "report": search.report,
+                "skip_layers": made.model.skip_layers,
+                "eval_loss": evaluated,
+                "sharded": isinstance(made.model, FSDPModule),
+            }
+        )
+    )
+    distributed.barrier()
+    os._exit(0)  # taking gloo's threads down in order hangs now and then
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The command line, on a tiny model in a folder."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from peft_eas import cli, score_attentions
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny.model("llama").save_pretrained(folder)
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i + 3 for i in range(90)} | {"<unk>": 95}
+    raw = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = WhitespaceSplit()
+    special = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"w{i} w{2 * i} w{3 * i}", "completion": f" w{10 + i % 2}"} for i in range(4, 28)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def adapter(base, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapter")
+    options = "--num-skip 2 --search-steps 6 --max_steps 14 --per_device_train_batch_size 4 --report_to none --use_cpu"
+    command = ["train", str(base), str(data), "--search-data", str(data), "--output_dir", str(out), *options.split()]
+    assert cli.main([*command, "--save_strategy", "steps", "--save_steps", "2"]) == 0
+    return out
+
+
+def fails(capsys, *argv, code=1):
+    capsys.readouterr()
+    assert cli.main([str(a) for a in argv]) == code
+    streams = capsys.readouterr()
+    assert "Traceback" not in streams.err
+    return streams.err.strip().splitlines()[-1]
+
+
+def test_score(base, data, capsys):
+    assert cli.main(["score", str(base), str(data), "--examples", "6", "--json", "--method", "loss"]) == 0
+    scores = {int(k): v for k, v in json.loads(capsys.readouterr().out).items()}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = [json.loads(line) for line in data.read_text().splitlines()[:6]]
+    ids = torch.tensor([tokenizer(r["prompt"]).input_ids + tokenizer(r["completion"]).input_ids + [2] for r in rows])
+    labels = ids.clone()
+    labels[:, :3] = -100
+    expected = score_attentions(tiny.model("llama"), [{"input_ids": ids, "labels": labels}], method="loss")
+    assert scores == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert list(scores) == sorted(scores, key=scores.get)
+    assert cli.main(["score", str(base), str(data)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert lines[0].split()[:2] == ["layer", "similarity"]
+
+
+def test_train_searches_and_saves_an_adapter(base, adapter):
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    report = json.loads((adapter / "report.json").read_text())
+    assert loaded.skip_layers == report["skip_layers"]
+    assert len(report["skip_layers"]) == 2
+    assert report["held_out"] == "search_dataset"
+    assert (report["warmup"], report["settle"], report["seed"]) == (1, 7, 42)
+    arguments = torch.load(adapter / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert arguments.learning_rate == 1e-3
+    assert AutoTokenizer.from_pretrained(adapter).eos_token == "<eos>"
+
+
+def test_merge(base, adapter, tmp_path, capsys):
+    out = tmp_path / "deeper" / "merged"
+    assert cli.main(["merge", str(adapter), str(out), "--base", str(base)]) == 0
+    assert "without the attentions of" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    unmerged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    inputs = tiny.inputs("llama")
+    torch.testing.assert_close(merged(**inputs).logits, unmerged(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    assert sorted(p.name for p in out.parent.iterdir()) == ["merged"]
+    assert "is not an empty folder" in fails(capsys, "merge", adapter, out)
+    # the adapter says where its base is
+    assert cli.main(["merge", str(adapter), str(tmp_path / "again"), "--dtype", "bfloat16"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").dtype == torch.bfloat16
+
+
+def test_inspect(base, adapter, tmp_path, capsys):
+    skipped = json.loads((adapter / "report.json").read_text())["skip_layers"]
+    assert cli.main(["merge", str(adapter), str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    for folder, kind in (
+        (adapter, "adapter"),
+        (adapter / "checkpoint-4", "adapter, set not"),
+        (tmp_path / "merged", "merged"),
+    ):
+        assert cli.main(["inspect", str(folder), "--json"]) == 0
+        about = json.loads(capsys.readouterr().out)
+        assert about["kind"].startswith(kind)
+        assert about["num_layers"] == 6
+        if kind != "adapter, set not":
+            assert about["skip_layers"] == skipped
+        with safe_open(next(folder.glob("*.safetensors")), "pt") as tensors:
+            sizes = {name: tensors.get_tensor(name).numel() for name in tensors.keys()}  # noqa: SIM118
+        assert about["parameters"] == sum(n for name, n in sizes.items() if not name.endswith("eas_skip"))
+        assert cli.main(["inspect", str(folder)]) == 0
+        printed = capsys.readouterr().out
+        drawn = re.search(r"0 ([.#]{6}) 5", printed)[1]
+        assert [i for i, mark in enumerate(drawn) if mark == "."] == about["skip_layers"]
+
+
+def test_what_the_user_can_put_right_is_said_in_one_line(base, data, adapter, tmp_path, capsys):
+    assert "There is no file" in fails(capsys, "score", base, tmp_path / "none.jsonl")
+    assert "none" in fails(capsys, "score", tmp_path / "none", data)
+    (tmp_path / "odd.jsonl").write_text('{"question": "w1"}\n')
+    assert "has the columns ['question']" in fails(capsys, "score", base, tmp_path / "odd.jsonl")
+    (tmp_path / "text.jsonl").write_text('{"text": "w1 w2 w3"}\n')
+    train = ["train", base, tmp_path / "text.jsonl", "--output_dir", tmp_path / "out"]
+    assert "without a prompt" in fails(capsys, *train)
+    assert "`max_loss_increase`" in fails(capsys, *train, "--num-skip", "auto")
+    assert "['--no_such_option', '1']" in fails(capsys, *train, "--no_such_option", "1")
+    assert "adapter_config.json" in fails(capsys, "merge", tmp_path / "none", tmp_path / "out")
+    assert "There is no folder" in fails(capsys, "inspect", tmp_path / "none")
+    assert "not merged by peft_eas" in fails(capsys, "inspect", base)
+    (tmp_path / "empty").mkdir()
+    assert "holds no adapter" in fails(capsys, "inspect", tmp_path / "empty")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    (broken / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes()[:1000])
+    assert "is damaged" in fails(capsys, "inspect", broken)
+    for wrong in (["inspect"], ["score", str(base), str(data), "--examples", "0"], ["inspect", str(base), "--what"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(wrong)
+        assert stopped.value.code == 2
+
+
+def test_text_without_prompts_trains_without_propagation(base, tmp_path, capsys):
+    (tmp_path / "text.csv").write_text("text\n" + "".join(f"w{i} w{2 * i} w{i + 1}\n" for i in range(12)))
+    options = "--propagation none --skip-layers 1 4 --max_steps 2 --report_to none --use_cpu --learning_rate 0.002"
+    command = ["train", str(base), str(tmp_path / "text.csv"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*command, *options.split()]) == 0
+    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out").skip_layers == [1, 4]
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_help_has_examples(capsys):
+    for command in ("score", "train", "merge", "inspect"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        assert f"examples:\n  peft-eas {command} " in capsys.readouterr().out
+    program = Path(sys.executable).with_name("peft-eas")
+    failed = subprocess.run([str(program), "inspect", "nowhere"], text=True, capture_output=True, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr == "peft-eas inspect: error: There is no folder nowhere.\n"

@@ -1,0 +1,87 @@
+"""The search in two processes, against one process with batches of twice the size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_search
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from test_training import collate, dataset
+
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+VARIANTS = {
+    "ddp": {},
+    "ddp, nothing unused": {"ddp_find_unused_parameters": False},
+    "ddp, checkpointing": {"gradient_checkpointing": True},
+    # which DDP itself does not allow together with find_unused_parameters=True
+    "ddp, reentrant checkpointing": {**REENTRANT, "ddp_find_unused_parameters": False},
+    "fsdp2": FSDP2,
+}
+
+
+def launch(out: Path, options: dict, timeout: int = 300) -> subprocess.CompletedProcess:
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent / "examples"), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, str(here / "distributed_search.py"), str(out), json.dumps(options)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        text=True, capture_output=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def ranks(out: Path) -> list[dict]:
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return distributed_search.train(tmp_path_factory.mktemp("alone"), 6, {})[1].report
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_processes_search_as_one(tmp_path, name, alone):
+    done = launch(tmp_path, VARIANTS[name])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ranks(tmp_path)
+    assert first["report"] == second["report"]
+    assert first["skip_layers"] == second["skip_layers"] == alone["skip_layers"]
+    assert first["sharded"] == (name == "fsdp2")
+    report = first["report"]
+    # the mean of two means over tokens, which are not as many
+    assert report["scores"] == pytest.approx(alone["scores"], rel=0.02)
+    assert report["initial_preferences"] == alone["initial_preferences"]
+    assert len(report["rounds"]) == len(alone["rounds"]) == 4
+    for found, expected in zip(report["rounds"], alone["rounds"], strict=True):
+        assert found["subsets"] == expected["subsets"]
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3 if name == "fsdp2" else 1e-4)
+        assert found["preferences"] == pytest.approx(expected["preferences"], abs=1e-2)
+    # what was saved in the end is what was evaluated
+    saved = PeftModel.from_pretrained(tiny.model("llama"), str(tmp_path / "final")).eval()
+    assert saved.skip_layers == first["skip_layers"]
+    with torch.no_grad():
+        loss = saved(**collate(list(dataset(8)))).loss.item()
+    assert loss == pytest.approx(first["eval_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_resumed_search_is_the_same_in_all_processes(tmp_path, name):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    done = launch(whole, VARIANTS[name])
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(resumed, VARIANTS[name] | {"resume": str(whole / "checkpoint-7")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [rank["report"] for rank in ranks(resumed)] == [rank["report"] for rank in ranks(whole)]
+    assert [rank["eval_loss"] for rank in ranks(resumed)] == [rank["eval_loss"] for rank in ranks(whole)]
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    done = launch(tmp_path, {"fail": True}, timeout=120)
+    assert done.returncode != 0
+    assert "this process has had enough" in done.stderr
