@@ -53,8 +53,7 @@ def plot_search(report: dict[str, Any] | str | os.PathLike, path: str | os.PathL
     start = report["initial_preferences"]
     times = [report["warmup"], *(entry["step"] for entry in rounds)]
     columns = [start, *(entry["preferences"] for entry in rounds)]
-    width = max(1, times[-1] - times[0]) / max(1, len(rounds))
-    edges = [times[0] - width, *times] if rounds else [times[0] - width, times[0]]
+    edges = [*times, times[-1] + max(1, times[-1] - times[0]) / max(1, len(rounds))]
     height = max(3.5, 0.11 * len(layers) + 0.8)
     curve = report["budget"].get("losses")
     panels = 2 + bool(curve)
