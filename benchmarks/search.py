@@ -49,6 +49,7 @@ NUM_LAYERS = 30
 
 BANDITS = {
     "bandit": None,
+    "bandit from depth": "depth",
     "bandit from similarity": "similarity",
     "bandit from loss": "loss",
 }
@@ -89,12 +90,16 @@ def all_runs() -> list[Run]:
     """Most important first."""
     runs = [Run("sets", "LoRA", 0)]
     for count in COUNTS:
-        runs += [Run("sets", method, count) for method in ("similarity", "loss", *BANDITS, "deepest")]
+        runs += [
+            Run("sets", method, count) for method in ("similarity", "bandit", "bandit from depth", "deepest", "loss")
+        ]
         runs += [Run("sets", "random", count, draw=draw) for draw in range(3)]
+        runs += [Run("sets", f"bandit from {method}", count) for method in ("similarity", "loss")]
     runs += [Run("ablation", method, 8, settings=settings) for method, settings in ABLATIONS.items()]
     for seed in (1, 2):
+        runs += [Run("sets", method, 8, seed) for method in ("deepest", "bandit from depth", "bandit", "similarity")]
+        runs += [Run("sets", method, 8, seed) for method in ("loss", "bandit from similarity", "bandit from loss")]
         runs.append(Run("sets", "LoRA", 0, seed))
-        runs += [Run("sets", method, 8, seed) for method in ("similarity", "loss", *BANDITS, "deepest")]
     return runs
 
 
@@ -138,6 +143,33 @@ def as_the_authors(model: PreTrainedModel, skip_layers: list[int]) -> None:
         layer.post_attention_layernorm.register_forward_hook(lambda _m, _a, output, gamma1=gamma1: output * gamma1)
 
 
+def arguments(folder: str, learning_rate: float, seed: int, max_steps: int = -1) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        learning_rate=learning_rate,
+        num_train_epochs=1,
+        max_steps=max_steps,
+        per_device_train_batch_size=BATCH_SIZE,
+        train_sampling_strategy="group_by_length",
+        warmup_steps=0.1,
+        logging_steps=20,
+        save_strategy="no",
+        report_to=[],
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        seed=seed,
+        use_cpu=True,
+    )
+
+
+def where() -> dict:
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
 def train(run: Run, task: Task, folder: str) -> tuple[PeftModel, dict]:
     """Fine-tune, and say what came of it."""
     set_seed(run.seed)
@@ -153,23 +185,14 @@ def train(run: Run, task: Task, folder: str) -> tuple[PeftModel, dict]:
         if "gamma2" in run.method:
             as_the_authors(base, skip_layers)
     model = get_peft_model(base, config)
-    arguments = TrainingArguments(
-        output_dir=folder,
-        learning_rate=learning_rate,
-        num_train_epochs=1,
-        per_device_train_batch_size=BATCH_SIZE,
-        train_sampling_strategy="group_by_length",
-        warmup_steps=0.1,
-        logging_steps=20,
-        save_strategy="no",
-        report_to=[],
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        seed=run.seed,
-        use_cpu=True,
-    )
     start = time.perf_counter()
-    Trainer(model, arguments, train_dataset=task.train, data_collator=task.collate, callbacks=callbacks).train()
+    Trainer(
+        model,
+        arguments(folder, learning_rate, run.seed),
+        train_dataset=task.train,
+        data_collator=task.collate,
+        callbacks=callbacks,
+    ).train()
     about = {"seconds": round(time.perf_counter() - start, 1)}
     if run.method != "LoRA":
         about["skip_layers"] = model.skip_layers
@@ -191,9 +214,36 @@ def execute(run: Run, task: Task) -> dict:
         "accuracy": round(accuracy, 4),
         "loss": round(loss, 4),
         **about,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
+        **where(),
+    }
+
+
+class Timed(EASCallback):
+    """Knows how long it took."""
+
+    spent = 0.0
+
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
+        start = time.perf_counter()
+        super().on_step_end(*args, **kwargs)
+        self.spent += time.perf_counter() - start
+
+
+def overhead(task: Task) -> dict:
+    """What three rounds at the default settings cost, as a share of the steps' own time."""
+    callback = Timed(task.search, warmup_steps=1, search_steps=48)
+    model = get_peft_model(load_model(), EASConfig(num_skip=8, task_type="CAUSAL_LM"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model, arguments(folder, EAS_LEARNING_RATE, 0, max_steps=49), train_dataset=task.train,
+            data_collator=task.collate, callbacks=[callback],
+        )  # fmt: skip
+        seconds = trainer.train().metrics["train_runtime"]
+    return {
+        "group": "overhead",
+        "rounds": len(callback.report["rounds"]),
+        "overhead": round(callback.spent / (seconds - callback.spent), 4),
+        **where(),
     }
 
 
@@ -229,6 +279,13 @@ def summarise(results: dict[str, dict]) -> str:
             method = "as by default" if group == "ablation" and _is_reference(runs[0]) else method
             accuracy, loss = _spread(runs, "accuracy"), _spread(runs, "loss")
             lines.append(f"| {count} | {method} | {accuracy} | {loss} | {len(runs)} | {layers} |")
+    if "overhead" in results:
+        measured = results["overhead"]
+        lines += [
+            "",
+            f"Scoring candidates at the default settings takes {100 * measured['overhead']:.1f} % of the time of the "
+            f"search's steps ({measured['rounds']} rounds).",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -252,7 +309,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     methods = [*BANDITS, "similarity", "loss", "deepest", "random"]
     for axes, key in zip(panels, ("loss", "accuracy"), strict=True):
-        for m, (method, marker) in enumerate(zip(methods, "ovDs^Px", strict=True)):
+        for m, (method, marker) in enumerate(zip(methods, "ov*Ds^Px", strict=True)):
             runs = [result for result in shown if result["method"] == method]
             xs = [result["count"] + (m - 3) * 0.3 for result in runs]
             face = "none" if marker in "s^P" else None
@@ -279,14 +336,15 @@ def main() -> None:
     args = parser.parse_args()
     path = RESULTS / "search.json"
     task: Callable[[], Task] = functools.cache(Task)
-    for run in [] if args.summary else all_runs():
-        if args.only not in run.name or run.name in read(path):
+    work = {"overhead": overhead} | {run.name: functools.partial(execute, run) for run in all_runs()}
+    for name, execute_it in work.items():
+        if args.summary or args.only not in name or name in read(path):
             continue
-        print(f"== {run.name}", flush=True)
-        result = execute(run, task())
+        print(f"== {name}", flush=True)
+        result = execute_it(task())
         print(json.dumps(result), flush=True)
         scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(read(path) | {run.name: result}, indent=1) + "\n")
+        scratch.write_text(json.dumps(read(path) | {name: result}, indent=1) + "\n")
         os.replace(scratch, path)
     results = read(path)
     (RESULTS / "search.md").write_text(summarise(results))

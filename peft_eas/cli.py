@@ -28,6 +28,7 @@ from transformers import (
 
 from .config import EASConfig, EASType
 from .search import EASCallback, score_attentions
+from .search.callback import WARM_STARTS
 from .search.report import REPORT
 from .search.scores import METHODS
 
@@ -121,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--propagation", choices=["prompt", "none"], default="prompt", help="default: prompt")
     train.add_argument("--router", choices=["static", "prompt"], default="static", help="default: static")
     train.add_argument("--search-steps", type=float, help="length of the search: optimizer steps, or a fraction")
-    train.add_argument("--warm-start", choices=[*METHODS, "none"], help="what the preferences start from")
+    train.add_argument("--warm-start", choices=[*WARM_STARTS, "none"], help="what the preferences start from")
     train.add_argument("--max-length", type=_positive, default=512, help="longest example, in tokens (default: 512)")
 
     merge = add(

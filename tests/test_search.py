@@ -170,7 +170,7 @@ def test_a_planted_pair_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])
-@pytest.mark.parametrize("warm_start", ["similarity", "loss", {i: abs(i - 2.2) for i in range(6)}], ids=str)
+@pytest.mark.parametrize("warm_start", ["depth", "similarity", "loss", {i: abs(i - 2.2) for i in range(6)}], ids=str)
 def test_warm_starts_order_the_preferences_by_scores_after_the_warm_up(tmp_path, monkeypatch, warm_start, warmup_steps):
     held_out, kept = dataset(32), []
 
@@ -185,7 +185,7 @@ def test_warm_starts_order_the_preferences_by_scores_after_the_warm_up(tmp_path,
     watch = Watch(model)
     _, search = run(tmp_path, model, settings, others=[watch], save_strategy="no", max_steps=5)
     copied = kept[0].eval()
-    scores = warm_start
+    scores = {i: -i for i in range(6)} if warm_start == "depth" else warm_start
     if warm_start == "similarity":
         copied.set_skip_layers([])
         scores = score_attentions(copied, [collate(list(held_out))])

@@ -25,12 +25,14 @@ from . import bandit, budget
 from .held_out import HeldOut, fingerprints, loss_sum, means_over_processes
 from .report import write_report
 from .schedule import Schedule
-from .scores import METHODS, evaluating, inputs_of, score_attentions
+from .scores import evaluating, inputs_of, score_attentions
 
 logger = logging.getLogger(__name__)
 
 STATE_KEY = "eas_search"
 """Where a checkpoint's `trainer_state.json` has the search, among `stateful_callbacks`."""
+
+WARM_STARTS = ("depth", "similarity", "loss")
 
 ONE_SHOT_EXAMPLES = 32
 """How many examples, over all processes, a warm start looks at."""
@@ -98,9 +100,10 @@ class EASCallback(TrainerCallback):
         interval: Optimizer steps from one round to the next.
         num_candidates: Sets that are scored in a round.
         lr: Learning rate of the preferences.
-        warm_start: What the preferences start from after the warm-up: `"similarity"` of the residual stream before and
-            after each attention; `"loss"`, by how much the held-out loss grows when just this attention is skipped and
-            its PIA stands in; scores by layer index, low for redundant; or `None`, all alike.
+        warm_start: What the preferences start from after the warm-up: `"depth"`, the deeper the better; `"similarity"`
+            of the residual stream before and after each attention; `"loss"`, by how much the held-out loss grows when
+            just this attention is skipped and its PIA stands in; scores by layer index, low for redundant; or `None`,
+            all alike.
 
     Raises:
         ValueError: for a wrong value; when training begins, for a model without an EAS adapter, a dataset that can't be
@@ -116,7 +119,7 @@ class EASCallback(TrainerCallback):
         interval: int = 16,
         num_candidates: int = 3,
         lr: float = 2.0,
-        warm_start: str | Mapping[int, float] | None = "similarity",
+        warm_start: str | Mapping[int, float] | None = "depth",
     ) -> None:
         for name, value in (("warmup_steps", warmup_steps), ("search_steps", search_steps)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
@@ -126,9 +129,10 @@ class EASCallback(TrainerCallback):
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
             raise ValueError(f"`lr` must be a number above 0, got {lr!r}.")
-        if not (warm_start is None or isinstance(warm_start, Mapping) or warm_start in METHODS):
+        if not (warm_start is None or isinstance(warm_start, Mapping) or warm_start in WARM_STARTS):
             raise ValueError(
-                f"`warm_start` must be {', '.join(map(repr, METHODS))}, scores by layer or None, got {warm_start!r}."
+                f"`warm_start` must be {', '.join(map(repr, WARM_STARTS))}, scores by layer or None; got "
+                f"{warm_start!r}."
             )
         self.search_dataset = search_dataset
         self.warmup_steps = warmup_steps
@@ -458,6 +462,8 @@ class _Search:
             return
         if isinstance(given, Mapping):
             scores = [float(given[i]) for i in layers]
+        elif given == "depth":
+            scores = [float(-i) for i in layers]
         elif given == "loss":
             whole, *single = self._losses([[], *([i] for i in layers)], 0)
             scores = [loss - whole if math.isfinite(loss) else math.inf for loss in single]
