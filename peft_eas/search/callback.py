@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ STATE_KEY = "eas_search"
 
 WARM_STARTS = ("depth", "similarity", "loss")
 
-ONE_SHOT_EXAMPLES = 32
-"""How many examples, over all processes, a warm start looks at."""
+SAMPLE = 32
+"""At least how many examples, over all processes, decide on what is decided once: a warm start, a budget."""
 
 
 @dataclass
@@ -141,12 +141,13 @@ class EASCallback(TrainerCallback):
         self.num_candidates = num_candidates
         self.lr = lr
         self.warm_start = warm_start
-        self.search: _Search | None = None
+        self._search: _Search | None = None
+        self._last_report: dict[str, Any] | None = None
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """The content of `report.json`: the search so far, or that of the last training."""
-        return None if self.search is None else self.search.report()
+        """The content of `report.json`: the search under way, or that of the last training."""
+        return self._last_report if self._search is None else self._search.report()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -163,7 +164,7 @@ class EASCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         _log_before_others(self, inspect.currentframe())
-        self.search = None
+        self._search = None  # of a training that did not end
         tuner = _eas_model(model)
         saved = state.stateful_callbacks.get(STATE_KEY) if state.global_step else None
         (adapter_name,) = tuner.active_adapters
@@ -175,25 +176,36 @@ class EASCallback(TrainerCallback):
                 f"The checkpoint of step {state.global_step} was written without an `EASCallback`, so the search can't "
                 "go on from it: start anew, or name the set with `EASConfig(skip_layers=...)`."
             )
-        self.search = _Search(self, args, model, tuner, train_dataloader, state.max_steps, saved)
-        self.search.publish(state)
+        self._search = _Search(self, args, model, tuner, train_dataloader, state.max_steps, saved)
+        # the very dictionary, so that the Trainer's next checkpoint has the search as it is then
+        state.stateful_callbacks[STATE_KEY] = vars(self._search.state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.search is not None:
-            self.search.before_step(state.global_step)
+        if self._search is not None:
+            self._search.before_step(state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.search is not None:
-            self.search.forget_idle_gradients(state.global_step)
+        if self._search is not None:
+            self._search.forget_idle_gradients(state.global_step)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        if self._search is not None:
+            self._search.rewind_idle_state(state.global_step, optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.search is not None:
-            self.search.after_step(state.global_step)
-            self.search.publish(state)
+        if self._search is not None:
+            self._search.after_step(state.global_step)
 
     def on_log(
         self,
@@ -203,8 +215,8 @@ class EASCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.search is not None and logs is not None and "loss" in logs:
-            metrics = self.search.new_metrics()
+        if self._search is not None and logs is not None and "loss" in logs:
+            metrics = self._search.new_metrics()
             logs.update(metrics)
             if state.log_history:
                 state.log_history[-1].update(metrics)
@@ -212,9 +224,9 @@ class EASCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.search is not None:
-            self.search.finish(state.global_step)
-            self.search.publish(state)
+        if self._search is not None:
+            self._search.finish(state.global_step)
+            self._last_report, self._search = self._search.report(), None
 
 
 class _Search:
@@ -298,11 +310,25 @@ class _Search:
 
     def forget_idle_gradients(self, step: int) -> None:
         """Idle adapters must not move; a gradient of zero would let the optimizer's momentum and decay act on them."""
+        if self.args.world_size == 1:
+            return  # they have none
         if self.args.fsdp and step == 0:
-            return  # a checkpoint of FSDP needs the optimizer's state of every parameter, and this makes it
+            return  # see `rewind_idle_state`
+        for parameter in self._idle_parameters():
+            parameter.grad = None
+
+    def rewind_idle_state(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """A checkpoint of FSDP needs the optimizer's state of every parameter: the first step makes it for idle ones,
+        too, by gradients of zero, and must not count."""
+        if self.args.fsdp and step == 0:
+            for parameter in self._idle_parameters():
+                state = optimizer.state.get(parameter, {})
+                if "step" in state:
+                    state["step"] = state["step"] * 0
+
+    def _idle_parameters(self) -> Iterator[nn.Parameter]:
         for wrapper in self.gates.idle():
-            for parameter in wrapper.parameters_of(self.gates.adapter_name):
-                parameter.grad = None
+            yield from wrapper.parameters_of(self.gates.adapter_name)
 
     def after_step(self, step: int) -> None:
         if self.state.settled is not None:
@@ -341,10 +367,6 @@ class _Search:
             self.gates.drop_idle()
         self._write_report()
 
-    def publish(self, state: TrainerState) -> None:
-        """Put the search where the Trainer's next checkpoint has it."""
-        state.stateful_callbacks[STATE_KEY] = asdict(self.state)
-
     def new_metrics(self) -> dict[str, float]:
         """What the Trainer has not logged yet."""
         new, self.metrics = self.metrics, {}
@@ -352,7 +374,7 @@ class _Search:
 
     def report(self) -> dict[str, Any]:
         """See `report.py`."""
-        settings = {k: v for k, v in vars(self.settings).items() if k not in ("search_dataset", "search")}
+        settings = {k: v for k, v in vars(self.settings).items() if k != "search_dataset" and k[0] != "_"}
         if isinstance(self.settings.warm_start, Mapping):
             settings["warm_start"] = "scores"
         state = asdict(self.state)
@@ -373,7 +395,8 @@ class _Search:
         subsets = bandit.draw_distinct(
             state.preferences, state.count, self.settings.num_candidates, self._rng("round", step)
         )
-        losses = self._losses([state.to_layers(arms) for arms in subsets], len(state.rounds))
+        batches = self.held_out.batches(len(state.rounds), self._trained_on())
+        losses = self._losses([state.to_layers(arms) for arms in subsets], batches)
         state.preferences = bandit.update(state.preferences, subsets, losses, self.settings.lr)
         finite = [loss for loss in losses if math.isfinite(loss)]
         state.ignored += len(losses) - len(finite)
@@ -410,9 +433,8 @@ class _Search:
         if best != before:
             self.metrics |= {f"eas/skip_layers/{m + 1}": layer for m, layer in enumerate(best)}
 
-    def _losses(self, sets: list[list[int]], round_number: int) -> list[float]:
+    def _losses(self, sets: list[list[int]], batches: list[dict[str, Any]]) -> list[float]:
         """The held-out loss of each set, in eval mode; the model is as before afterwards, whatever happens."""
-        batches = self.held_out.batches(round_number, self._trained_on())
         sums = []
         with evaluating(self.model):
             for skip_layers in sets:
@@ -455,6 +477,12 @@ class _Search:
         """Fingerprints of the rows of the optimizer step just done, in all processes; none if there is a dataset."""
         return set() if self.hook is None else set(gather_object(list(self.seen)))
 
+    def _sample(self) -> list[dict[str, Any]]:
+        """The batches for what is decided once, this process's part of them."""
+        per_round = self.held_out.batch_size * self.held_out.num_batches * self.held_out.world_size
+        avoid = self._trained_on()
+        return [b for r in range(math.ceil(SAMPLE / per_round)) for b in self.held_out.batches(r, avoid)]
+
     def _warm_start(self) -> None:
         """Let the preferences start from one-shot scores of the model as it is after the warm-up."""
         given, layers = self.settings.warm_start, self.state.layers
@@ -465,14 +493,11 @@ class _Search:
         elif given == "depth":
             scores = [float(-i) for i in layers]
         elif given == "loss":
-            whole, *single = self._losses([[], *([i] for i in layers)], 0)
+            whole, *single = self._losses([[], *([i] for i in layers)], self._sample())
             scores = [loss - whole if math.isfinite(loss) else math.inf for loss in single]
         else:
-            per_round = self.held_out.batch_size * self.held_out.num_batches * self.held_out.world_size
-            rounds = range(math.ceil(ONE_SHOT_EXAMPLES / per_round))
-            batches = [batch for r in rounds for batch in self.held_out.batches(r, self._trained_on())]
             with self.gates.skipping([]):
-                by_layer = score_attentions(self.model, batches, method=given)
+                by_layer = score_attentions(self.model, self._sample(), method=given)
             scores = means_over_processes([(by_layer[i], 1) for i in layers])
         self.state.scores = [score if math.isfinite(score) else None for score in scores]
         self.state.initial_preferences = self.state.preferences = bandit.preferences_from_scores(scores)
@@ -503,7 +528,7 @@ class _Search:
         state = self.state
         if self.config.max_loss_increase is not None:
             sets = [state.best(count) for count in range(len(state.layers))]
-            losses = self._losses(sets, len(state.rounds))
+            losses = self._losses(sets, self._sample())
             state.count = budget.largest_within(losses, self.config.max_loss_increase)
             state.budget = {
                 "max_loss_increase": self.config.max_loss_increase,
