@@ -88,9 +88,13 @@ def test_the_choice():
 
 
 def test_a_warm_start_keeps_the_order_of_the_scores():
-    preferences = bandit.preferences_from_scores([5.0, 0.1, 7.0, 1e9])
-    assert bandit.probabilities(preferences) == pytest.approx([0.625, 0.875, 0.375, 0.125])
+    preferences = bandit.preferences_from_scores([5.0, 0.1, 7.0, 1e9], 2)
+    # quantiles 5/8, 7/8, 3/8, 1/8; the edge of a set of two is at 1/2, where the logit is zero
+    assert preferences == pytest.approx([2 * math.log(x) for x in (5 / 3, 7, 3 / 5, 1 / 7)])
     assert bandit.choose(preferences, 2) == (0, 1)
+    for count in range(5):
+        p = bandit.probabilities(bandit.preferences_from_scores([3.0, 1.0, 2.0, 0.0], count))
+        assert [p[i] > 0.5 for i in (3, 1, 2, 0)] == [m < count for m in range(4)]
 
 
 def play(costs, count, rounds, seed, start=None, noise=0.02, lr=2.0, level=1.0, scale=1.0):
@@ -124,7 +128,7 @@ def test_more_rounds_and_a_warm_start_come_closer_to_the_best_set():
             rng = random.Random(1000 + seed)
             costs = [rng.lognormvariate(-3.5, 1) for _ in range(30)]
             scores = [cost * rng.lognormvariate(0, 1) for cost in costs]
-            start = bandit.preferences_from_scores(scores) if warm else None
+            start = bandit.preferences_from_scores(scores, 8) if warm else None
             cost = sum(costs[i] for i in play(costs, 8, rounds, seed, start))
             best = sum(sorted(costs)[:8])
             regrets.append((cost - best) / (8 * statistics.fmean(costs) - best))

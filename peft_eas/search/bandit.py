@@ -98,15 +98,22 @@ def choose(preferences: Sequence[float], count: int) -> tuple[int, ...]:
     return tuple(sorted(ranked[len(ranked) - count :]))
 
 
-def preferences_from_scores(scores: Sequence[float]) -> list[float]:
+def preferences_from_scores(scores: Sequence[float], count: int) -> list[float]:
     """A warm start: preferences that put the arms in the order of one-shot scores (low score, high preference).
 
-    Only ranks count, as scores of different methods have different scales and long tails. Probabilities (1) are then
-    spread evenly over (0, 1): that of rank `m` among `n` arms is `(n - m - 1/2) / n`.
+    Only ranks count, as scores of different methods have different scales and long tails. The arm of rank `m` among `n`
+    gets `2 (logit(1 - (m + 1/2) / n) - logit(1 - count / n))`: probabilities (1) are above 1/2 for the `count` best and
+    below for the others. What is drawn is then mostly the best set with some exchanges near its edge; among synthetic
+    bandits the sets that are drawn are half as far from the best as with probabilities spread evenly over (0, 1), and
+    what is found in the end is as good.
     """
     n = len(scores)
+    edge = _logit(1 - min(max(count, 0.25), n - 0.25) / n)
     started = [0.0] * n
     for rank, i in enumerate(sorted(range(n), key=lambda i: scores[i])):
-        p = (n - rank - 0.5) / n
-        started[i] = math.log(p / (1 - p))
+        started[i] = 2 * (_logit(1 - (rank + 0.5) / n) - edge)
     return started
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))

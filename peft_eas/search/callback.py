@@ -500,7 +500,9 @@ class _Search:
                 by_layer = score_attentions(self.model, self._sample(), method=given)
             scores = means_over_processes([(by_layer[i], 1) for i in layers])
         self.state.scores = [score if math.isfinite(score) else None for score in scores]
-        self.state.initial_preferences = self.state.preferences = bandit.preferences_from_scores(scores)
+        self.state.initial_preferences = self.state.preferences = bandit.preferences_from_scores(
+            scores, self.state.count
+        )
 
     def _without_adapters(self) -> Any:
         return _Disabled(self.tuner)
