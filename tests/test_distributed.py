@@ -10,6 +10,7 @@ import distributed_search
 import pytest
 import tiny
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from test_training import collate, dataset
 
@@ -23,6 +24,11 @@ VARIANTS = {
     "ddp, reentrant checkpointing": {**REENTRANT, "ddp_find_unused_parameters": False},
     "fsdp2": FSDP2,
 }
+
+
+def skip_without_fsdp2(name: str) -> None:
+    if name == "fsdp2" and not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"):
+        pytest.skip("this version of accelerate has no FSDP2")
 
 
 def launch(out: Path, options: dict, timeout: int = 300) -> subprocess.CompletedProcess:
@@ -47,6 +53,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_search_as_one(tmp_path, name, alone):
+    skip_without_fsdp2(name)
     done = launch(tmp_path, VARIANTS[name])
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ranks(tmp_path)
@@ -70,12 +77,14 @@ def test_two_processes_search_as_one(tmp_path, name, alone):
     assert loss == pytest.approx(first["eval_loss"], rel=1e-3)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="it can't load an optimizer's state onto cpu:0")
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_a_resumed_search_is_the_same_in_all_processes(tmp_path, name):
+    skip_without_fsdp2(name)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     done = launch(whole, VARIANTS[name])
     assert done.returncode == 0, done.stderr[-3000:]
-    done = launch(resumed, VARIANTS[name] | {"resume": str(whole / "checkpoint-7")})
+    done = launch(resumed, VARIANTS[name] | {"resume": str(whole / "checkpoint-8")})
     assert done.returncode == 0, done.stderr[-3000:]
     assert [rank["report"] for rank in ranks(resumed)] == [rank["report"] for rank in ranks(whole)]
     assert [rank["eval_loss"] for rank in ranks(resumed)] == [rank["eval_loss"] for rank in ranks(whole)]

@@ -100,7 +100,12 @@ def run(path, model, settings=None, others=(), resume=None, **kwargs):
         dict(gradient_checkpointing=True),
         dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
         dict(bf16=True),
-        dict(torch_compile=True, torch_compile_backend="eager"),
+        pytest.param(
+            dict(torch_compile=True, torch_compile_backend="eager"),
+            marks=pytest.mark.skipif(
+                torch.__version__.startswith("2.6."), reason="its dynamo fails on `module.training` in a hook"
+            ),
+        ),
     ],
     ids=str,
 )
@@ -199,7 +204,8 @@ def test_warm_starts_order_the_preferences_by_scores_after_the_warm_up(tmp_path,
     assert search.report["scores"] == pytest.approx([scores[i] for i in range(6)], rel=1e-3, abs=1e-5)
     start = search.report["initial_preferences"]
     assert sorted(range(6), key=lambda i: -start[i]) == sorted(range(6), key=scores.get)
-    preferences = [[0.0] * 6] * warmup_steps + [start] * (5 - warmup_steps)
+    measured = warm_start in ("similarity", "loss")
+    preferences = [[0.0] * 6 if measured else start] * warmup_steps + [start] * (5 - warmup_steps)
     drawn = [bandit.draw(preferences[step], 2, random.Random(f"7 step {step}")) for step in range(5)]
     assert watch.steps == [list(skipped) for skipped in drawn]
     assert search.report["skip_layers"] == list(bandit.choose(start, 2))
@@ -340,6 +346,19 @@ def test_rewards_from_the_training_set_never_see_the_batch_just_trained_on(tmp_p
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def exact_resume(tmp_path_factory):
+    """Not every version of the Trainer, with or without a search, resumes exactly within an epoch."""
+    path = tmp_path_factory.mktemp("plain")
+    whole = trainer(path, fresh(skip_layers=[1], num_skip=None), max_steps=9, save_steps=8)
+    whole.train()
+    resumed = trainer(path / "again", fresh(skip_layers=[1], num_skip=None), max_steps=9, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(path / "checkpoint-8"))
+    expected, actual = parameters(whole.model), parameters(resumed.model)
+    if not all(torch.equal(actual[name], expected[name]) for name in expected):
+        pytest.skip("these versions of transformers and accelerate don't resume exactly within an epoch")
+
+
 def same_run(actual, expected, actual_search, expected_search):
     assert actual_search.report == expected_search.report
     a, b = parameters(actual.model), parameters(expected.model)
@@ -350,7 +369,9 @@ def same_run(actual, expected, actual_search, expected_search):
 
 @pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("settings", [dict(), dict(warm_start="similarity")], ids=str)
-def test_a_resumed_run_draws_scores_and_chooses_like_one_that_was_not_interrupted(tmp_path, settings, restore):
+def test_a_resumed_run_draws_scores_and_chooses_like_one_that_was_not_interrupted(
+    tmp_path, settings, restore, exact_resume
+):
     whole, whole_search = run(tmp_path, fresh(), settings)
     for step in (*PHASES.values(), 12, 13):
         checkpoint = str(tmp_path / f"checkpoint-{step}")
@@ -596,7 +617,7 @@ test_search.run(sys.argv[1], test_search.fresh(), others=[Kill()], save_steps=2)
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, phase):
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, phase, exact_resume):
     here = Path(__file__).parent
     paths = [str(here), str(here.parent / "examples"), os.environ.get("PYTHONPATH", "")]
     killed = subprocess.run(

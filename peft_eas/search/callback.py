@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 STATE_KEY = "eas_search"
 """Where a checkpoint's `trainer_state.json` has the search, among `stateful_callbacks`."""
 
-WARM_STARTS = ("depth", "similarity", "loss")
+MEASURED = ("similarity", "loss")
+WARM_STARTS = ("depth", *MEASURED)
 
 SAMPLE = 32
 """At least how many examples, over all processes, decide on what is decided once: a warm start, a budget."""
@@ -48,8 +49,7 @@ class SearchState:
         warmup, settle, interval: The `Schedule`.
         initial_preferences: One for each arm, as the search began.
         preferences: The same, now.
-        scores: One-shot score of each arm after the warm-up, if that is what preferences start from; `None` for a loss
-            that was NaN or infinite.
+        scores: Score of each arm that preferences start from, if they do; `None` for a loss that was not finite.
         rounds: One entry a round: `step`, `subsets` (layer indices), `losses` (`None` for NaN and infinities),
             `preferences` after it, `skip_layers` (the best set then).
         ignored: Candidates whose loss was not finite.
@@ -100,10 +100,10 @@ class EASCallback(TrainerCallback):
         interval: Optimizer steps from one round to the next.
         num_candidates: Sets that are scored in a round.
         lr: Learning rate of the preferences.
-        warm_start: What the preferences start from after the warm-up: `"depth"`, the deeper the better; `"similarity"`
-            of the residual stream before and after each attention; `"loss"`, by how much the held-out loss grows when
-            just this attention is skipped and its PIA stands in; scores by layer index, low for redundant; or `None`,
-            all alike.
+        warm_start: What the preferences start from: `"depth"`, the deeper the better; scores by layer index, low for
+            redundant; or, measured after the warm-up, `"similarity"` of the residual stream before and after each
+            attention, or `"loss"`, by how much the held-out loss grows when just this attention is skipped and its PIA
+            stands in. `None`: all alike.
 
     Raises:
         ValueError: for a wrong value; when training begins, for a model without an EAS adapter, a dataset that can't be
@@ -292,7 +292,7 @@ class _Search:
         if self.state.settled is not None:
             self._settle_on(self.state.settled)
             return
-        if saved is None and self.state.warmup == 0:
+        if saved is None and (self.state.warmup == 0 or settings.warm_start not in MEASURED):
             self._warm_start()
         self.gates.set(self.state.best())
 
@@ -337,7 +337,7 @@ class _Search:
             torch.compiler.set_stance("default")
         if self.state.schedule.scores_after(step):
             self._score_candidates(step)
-        elif step == self.state.warmup:
+        elif step == self.state.warmup and self.settings.warm_start in MEASURED:
             self._warm_start()
             self.gates.set(self.state.best())
         if self.state.schedule.phase(step) == "settled":
@@ -484,7 +484,8 @@ class _Search:
         return [b for r in range(math.ceil(SAMPLE / per_round)) for b in self.held_out.batches(r, avoid)]
 
     def _warm_start(self) -> None:
-        """Let the preferences start from one-shot scores of the model as it is after the warm-up."""
+        """Let the preferences start from scores: at once, or after the warm-up if the model is to be measured, as an
+        untrained one does not know the task."""
         given, layers = self.settings.warm_start, self.state.layers
         if given is None:
             return
