@@ -7,7 +7,7 @@ What it does, with `make demo` or `python examples/sentiment.py`:
 3. merges both, and compares accuracy, size, KV cache and speed;
 4. saves the merged EAS model and lets a new process load it and judge reviews that it has not seen.
 
-It takes about 10 minutes on two CPU cores; what it needs is downloaded the first time.
+It takes about 9 minutes on two CPU cores; what it needs is downloaded the first time.
 """
 
 from __future__ import annotations

@@ -430,6 +430,20 @@ def test_the_best_checkpoint_keeps_the_set_that_made_it_the_best(tmp_path, caplo
     assert "was saved before the search ended" in caplog.text
 
 
+def test_early_stopping_settles_on_the_set_that_it_stopped_with(tmp_path, caplog):
+    model = fresh()
+    with caplog.at_level(logging.WARNING):
+        made, search = run(
+            tmp_path, model, others=[EarlyStoppingCallback(early_stopping_patience=2)], eval_strategy="steps",
+            eval_steps=4, save_steps=4, load_best_model_at_end=True, metric_for_best_model="loss",
+            greater_is_better=True,  # so that no evaluation is better than the first
+        )  # fmt: skip
+    assert made.state.global_step < 12 + 2
+    assert int(made.state.best_model_checkpoint.rsplit("-", 1)[1]) == 4
+    assert model.skip_layers == search.report["skip_layers"] == model.peft_config["default"].skip_layers == [4, 5]
+    assert all(not a.drawn for a in attentions(model))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_losses_that_are_not_finite_are_ignored_counted_and_reported(tmp_path, caplog, bad):
     model = fresh()

@@ -63,11 +63,12 @@ def plot_search(report: dict[str, Any] | str | os.PathLike, path: str | os.PathL
 
     heat = axes[0]
     rows = [[column[arm] for column in columns] for arm in range(len(layers))]
-    largest = max((abs(value) for row in rows for value in row), default=0) or 1
+    # beyond 4, an attention is as good as always or never drawn
+    largest = min(max((abs(value) for row in rows for value in row), default=0) or 1, 4)
     image = heat.pcolormesh(
         edges, range(len(layers) + 1), rows, cmap="Greys", vmin=-largest, vmax=largest, edgecolors="face", linewidth=0.1
     )
-    figure.colorbar(image, ax=heat, label="preference for skipping", pad=0.01)
+    figure.colorbar(image, ax=heat, label="preference for skipping", pad=0.01, extend="both")
     marked = [arm for arm, layer in enumerate(layers) if layer in chosen]
     for arm in marked:  # outlined, so that they are found without colour and at any size
         heat.plot([edges[0], edges[-1]], [arm, arm], color="tab:red", linewidth=0.7)
