@@ -197,7 +197,7 @@ def train(run: Run, task: Task, folder: str) -> tuple[PeftModel, dict]:
     if run.method != "LoRA":
         about["skip_layers"] = model.skip_layers
     if callbacks:
-        about["rounds"] = len(callbacks[0].report["rounds"])
+        about |= {"rounds": len(callbacks[0].report["rounds"]), "interval": callbacks[0].interval}
     return model.eval(), about
 
 
@@ -231,11 +231,11 @@ class Timed(EASCallback):
 
 def overhead(task: Task) -> dict:
     """What three rounds at the default settings cost, as a share of the steps' own time."""
-    callback = Timed(task.search, warmup_steps=1, search_steps=48)
+    callback = Timed(task.search, warmup_steps=1, search_steps=60)
     model = get_peft_model(load_model(), EASConfig(num_skip=8, task_type="CAUSAL_LM"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model, arguments(folder, EAS_LEARNING_RATE, 0, max_steps=49), train_dataset=task.train,
+            model, arguments(folder, EAS_LEARNING_RATE, 0, max_steps=61), train_dataset=task.train,
             data_collator=task.collate, callbacks=[callback],
         )  # fmt: skip
         seconds = trainer.train().metrics["train_runtime"]
@@ -291,7 +291,7 @@ def summarise(results: dict[str, dict]) -> str:
 
 def _is_reference(result: dict) -> bool:
     """Whether the ablations differ from this run in one thing each."""
-    return (result["method"], result["count"], result["seed"]) == ("loss", 8, 0)
+    return result["group"] == "sets" and (result["method"], result["count"], result["seed"]) == ("loss", 8, 0)
 
 
 def _mean(runs: list[dict], key: str) -> float:
@@ -311,6 +311,8 @@ def draw(results: dict[str, dict], path: Path) -> None:
     for axes, key in zip(panels, ("loss", "accuracy"), strict=True):
         for m, (method, marker) in enumerate(zip(methods, "ov*Ds^Px", strict=True)):
             runs = [result for result in shown if result["method"] == method]
+            if not runs:
+                continue
             xs = [result["count"] + (m - 3) * 0.3 for result in runs]
             face = "none" if marker in "s^P" else None
             axes.scatter(xs, [r[key] for r in runs], marker=marker, facecolors=face, edgecolors=None if face is None

@@ -116,7 +116,7 @@ class EASCallback(TrainerCallback):
         *,
         warmup_steps: float = 0.1,
         search_steps: float = 0.3,
-        interval: int = 16,
+        interval: int = 20,
         num_candidates: int = 3,
         lr: float = 2.0,
         warm_start: str | Mapping[int, float] | None = "depth",
