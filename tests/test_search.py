@@ -297,9 +297,11 @@ def test_an_exception_while_scoring_leaves_the_model_as_it_was(tmp_path, when):
         torch.stack([a.eas_skip["default"] for a in attentions(model)]), torch.tensor([False] * 4 + [True] * 2)
     )
     assert torch.compiler is not None
-    # and a new training begins from there
-    made, search = run(tmp_path, model, save_strategy="no")
+    # and a new training of the same Trainer begins from there, without what the first one left on the model
+    search.search_dataset = None
+    made.train()
     assert search.report["is_settled"]
+    assert not model._forward_pre_hooks
 
 
 def test_rewards_from_the_training_set_never_see_the_batch_just_trained_on(tmp_path, monkeypatch):
@@ -430,16 +432,22 @@ def test_the_best_checkpoint_keeps_the_set_that_made_it_the_best(tmp_path, caplo
     assert "was saved before the search ended" in caplog.text
 
 
-def test_early_stopping_settles_on_the_set_that_it_stopped_with(tmp_path, caplog):
+class WorseAndWorse(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_loss"] = float(state.global_step)
+
+
+def test_early_stopping_settles_on_the_set_of_the_best_checkpoint(tmp_path, caplog):
     model = fresh()
     with caplog.at_level(logging.WARNING):
         made, search = run(
-            tmp_path, model, others=[EarlyStoppingCallback(early_stopping_patience=2)], eval_strategy="steps",
-            eval_steps=4, save_steps=4, load_best_model_at_end=True, metric_for_best_model="loss",
-            greater_is_better=True,  # so that no evaluation is better than the first
+            tmp_path, model, others=[WorseAndWorse(), EarlyStoppingCallback(early_stopping_patience=1)],
+            eval_strategy="steps", eval_steps=4, save_steps=4, load_best_model_at_end=True,
+            metric_for_best_model="loss",
         )  # fmt: skip
-    assert made.state.global_step < 12 + 2
-    assert int(made.state.best_model_checkpoint.rsplit("-", 1)[1]) == 4
+    assert made.state.global_step == 8
+    assert "Training ended at step 8, before the search did" in caplog.text
+    assert search.report["rounds"][0]["skip_layers"] != [4, 5]
     assert model.skip_layers == search.report["skip_layers"] == model.peft_config["default"].skip_layers == [4, 5]
     assert all(not a.drawn for a in attentions(model))
 

@@ -25,8 +25,7 @@ from collections.abc import Sequence
 
 def probabilities(preferences: Sequence[float]) -> list[float]:
     """Equation (1), within (0, 1) for any finite preference."""
-    return [max(1 / (1 + math.exp(-s)) if s > 0 else math.exp(max(s, -700.0)) / (1 + math.exp(s)), 1e-300)
-            for s in preferences]  # fmt: skip
+    return [1 / (1 + math.exp(min(-s, 700.0))) for s in preferences]
 
 
 def draw(preferences: Sequence[float], count: int, rng: random.Random) -> tuple[int, ...]:
@@ -39,9 +38,7 @@ def draw(preferences: Sequence[float], count: int, rng: random.Random) -> tuple[
     return tuple(sorted(sorted(range(len(keys)), key=keys.__getitem__)[len(keys) - count :]))
 
 
-def draw_distinct(
-    preferences: Sequence[float], count: int, number: int, rng: random.Random
-) -> list[tuple[int, ...]]:  # fmt: skip
+def draw_distinct(preferences: Sequence[float], count: int, number: int, rng: random.Random) -> list[tuple[int, ...]]:
     """`number` different draws, or all subsets there are if they are fewer."""
     number = min(number, math.comb(len(preferences), count))
     found: dict[tuple[int, ...], None] = {}
@@ -75,7 +72,7 @@ def advantages(losses: Sequence[float]) -> list[float]:
 
 def update(
     preferences: Sequence[float], subsets: Sequence[Sequence[int]], losses: Sequence[float], lr: float
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Equation (5) for all candidates of a round at once.
 
     Candidates whose loss is NaN or infinite are left out; with fewer than two others there is nothing to compare, and

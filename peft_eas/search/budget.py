@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,10 +82,9 @@ def measured_speedup(model: nn.Module, attentions: Sequence[str], inputs: dict[s
 @contextmanager
 def _without(model: nn.Module, attentions: Sequence[str]) -> Iterator[None]:
     modules = [model.get_submodule(name) for name in attentions]
-    stand_in: Callable[..., tuple[torch.Tensor, None]] = _zeros
     try:
         for module in modules:
-            module.forward = stand_in
+            module.forward = _zeros
         yield
     finally:
         for module in modules:

@@ -8,6 +8,7 @@ import math
 import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,9 @@ class EASCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         _log_before_others(self, inspect.currentframe())
-        self._search = None  # of a training that did not end
+        if self._search is not None:  # of a training that did not end
+            self._search.release()
+            self._search = None
         tuner = _eas_model(model)
         saved = state.stateful_callbacks.get(STATE_KEY) if state.global_step else None
         (adapter_name,) = tuner.active_adapters
@@ -367,6 +370,13 @@ class _Search:
             self.gates.drop_idle()
         self._write_report()
 
+    def release(self) -> None:
+        """Let go of the model's training forwards."""
+        self.gates.draw(None)
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+
     def new_metrics(self) -> dict[str, float]:
         """What the Trainer has not logged yet."""
         new, self.metrics = self.metrics, {}
@@ -505,9 +515,6 @@ class _Search:
             scores, self.state.count
         )
 
-    def _without_adapters(self) -> Any:
-        return _Disabled(self.tuner)
-
     # Choosing ---------------------------------------------------------------------------------------------------------
 
     def _count(self) -> tuple[int, dict[str, Any]]:
@@ -516,7 +523,7 @@ class _Search:
         if target is None:
             return self.config.count_to_skip(available), {}
         batch = inputs_of(self.held_out.batches(0)[0], self.device)
-        with self._without_adapters(), evaluating(self.model):
+        with _without_adapters(self.tuner), evaluating(self.model):
             counted = budget.forward_operations(self.model, self._attentions(self.gates.layers), batch)
         total, attention = (sum(numbers) for numbers in zip(*gather_object([counted]), strict=True))
         count = budget.count_for_speedup(total, attention, available, target)
@@ -548,7 +555,7 @@ class _Search:
 
     def _check_speedup(self) -> None:
         batch = inputs_of(self.held_out.batches(0)[0], self.device)
-        with self._without_adapters(), evaluating(self.model):
+        with _without_adapters(self.tuner), evaluating(self.model):
             measured = budget.measured_speedup(self.model, self._attentions(self.state.settled), batch)
         self.state.budget["measured_speedup"] = measured
         if measured < self.config.target_speedup:
@@ -564,12 +571,9 @@ class _Search:
     def _settle_on(self, skip_layers: list[int]) -> None:
         # Idle adapters stay trainable until training is over: an optimizer that a resumed run makes has to have the
         # parameters that the saved one had.
-        self.gates.draw(None)
+        self.release()
         self.gates.set(skip_layers)
         self.config.settle(skip_layers)
-        if self.hook is not None:
-            self.hook.remove()
-            self.hook = None
 
     # Helpers ----------------------------------------------------------------------------------------------------------
 
@@ -586,19 +590,16 @@ class _Search:
             write_report(self.report(), Path(self.args.output_dir))
 
 
-class _Disabled:
-    """`tuner` without its adapters inside of the `with`, parameters as trainable as before."""
-
-    def __init__(self, tuner: EASModel) -> None:
-        self.tuner = tuner
-
-    def __enter__(self) -> None:
-        self.trainable = [p for p in self.tuner.parameters() if p.requires_grad]
-        self.tuner.disable_adapter_layers()
-
-    def __exit__(self, *_: object) -> None:
-        self.tuner.enable_adapter_layers()
-        for parameter in self.trainable:
+@contextmanager
+def _without_adapters(tuner: EASModel) -> Iterator[None]:
+    """The base model inside of the `with`; then its adapters again, as trainable as before."""
+    trainable = [parameter for parameter in tuner.parameters() if parameter.requires_grad]
+    tuner.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        tuner.enable_adapter_layers()
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
