@@ -320,9 +320,16 @@ def _about_merged(folder: Path) -> dict[str, Any]:
         "parameters": sum(sizes.values()),
         "kv_cache": f"{2 * kept * heads * head} values a token, instead of {2 * text.num_hidden_layers * heads * head}",
         "biases": f"{len(eas['biased'])} linears have got a bias",
-        "prompt": "propagated, " + f"rank {eas['prompt']['rank']}" if eas["prompt"] else "not propagated",
-        "kept": f"{len(eas['routed'])} adapters with a router that looks at the prompt",
+        "prompt": _about_kept(eas["adapters"]),
     }
+
+
+def _about_kept(adapters: dict[str, dict]) -> str:
+    routed = sum(record["kind"] == "routed" for record in adapters.values())
+    shifts = len(adapters) - routed
+    parts = [f"propagated in {shifts} layers"] * bool(shifts)
+    parts += [f"{routed} adapters have a router that looks at it"] * bool(routed)
+    return "; ".join(parts) or "no layer depends on it"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

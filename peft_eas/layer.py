@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -19,10 +18,10 @@ from .config import EASConfig
 from .modeling_eas import (
     PROMPT_MASK,
     PromptContext,
+    PromptShift,
     cache_state,
     current_context,
     enter_layer,
-    prompt_linear,
     prompt_mean,
     prompt_slot,
 )
@@ -237,16 +236,23 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
     def _folded(self, adapter_name: str) -> Iterator[tuple[str, nn.Linear]]:
         """The linears that read this module's input, one by one, with the adapter folded in."""
-        adapter = self.adapter(adapter_name)
-        alpha = torch.softmax(self.eas_router[adapter_name], dim=-1)
-        up = pia.mix(adapter.up, alpha)
-        up_bias = None if adapter.up_bias is None else pia.mix(adapter.up_bias, alpha)
+        adapter = self.mixed(adapter_name)
+        # what depends on the prompt is added to the input, and the biases with it
+        is_shifted = adapter.prompt_down is not None
+        biases = (None, None) if is_shifted else (adapter.down_bias, adapter.up_bias)
         for name in self.inputs:
             linear = self.base_layer.get_submodule(name)
             if linear.weight.device.type == "meta":
                 raise ValueError("The model's weights are offloaded: load it without offloading before merging it.")
-            weight, bias, prompt_up = pia.fold(linear.weight, linear.bias, adapter.down, adapter.down_bias, up, up_bias)
-            yield name, _linear(linear, name, weight, bias, None if adapter.prompt_down is None else prompt_up)
+            weight, bias = pia.fold(linear.weight, linear.bias, adapter.down, biases[0], adapter.up, biases[1])
+            yield name, _linear(linear, weight, bias)
+
+    def mixed(self, adapter_name: str) -> Adapter:
+        """The parameters of an adapter with `router="static"`, its two branches added up: `up (d, r)`, `up_bias (d,)`."""
+        adapter = self.adapter(adapter_name)
+        alpha = torch.softmax(self.eas_router[adapter_name], dim=-1)
+        up_bias = None if adapter.up_bias is None else pia.mix(adapter.up_bias, alpha)
+        return adapter._replace(up=pia.mix(adapter.up, alpha), up_bias=up_bias)
 
     def unmerge(self) -> None:
         """Put the original linears back: the very tensors, so nothing is lost to rounding."""
@@ -352,17 +358,30 @@ class EASFeedForward(EASLayer):
 
     is_pia = True
 
+    @torch.no_grad()
+    def prompt_shift(self, adapter_name: str) -> PromptShift:
+        """What a folded PIA with `propagation="prompt"` leaves to be added to the FFN's input, equation (10)."""
+        adapter = self.mixed(adapter_name)
+        biases = [bias for bias in (adapter.down_bias, adapter.prompt_down_bias) if bias is not None]
+        up, constant = pia.input_shift(adapter.down, sum(biases) if biases else None, adapter.up, adapter.up_bias)
+        device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        shift = PromptShift(self.hidden_size, len(adapter.down), constant is not None, device=device, dtype=dtype)
+        shift.down.weight.copy_(adapter.prompt_down)
+        shift.up.weight.copy_(up)
+        if constant is not None:
+            shift.up.bias.copy_(constant)
+        return shift.requires_grad_(False)
+
     def is_folded_by(self, adapter_name: str) -> bool:
         return self.gates.get(adapter_name, False) and self.eas_config[adapter_name].router == "static"
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         context, name = current_context(), self.acting_adapter()
         if context is not None and name is not None:
-            if self.merged and self.is_folded_by(name):
-                adapter = self.adapter(name)
-                context.down = functools.partial(F.linear, weight=adapter.prompt_down, bias=adapter.prompt_down_bias)
-            else:
+            if not (self.merged and self.is_folded_by(name)):
                 hidden_states = hidden_states + self.delta(hidden_states, name, context)
+            elif self.eas_config[name].propagation == "prompt":
+                hidden_states = self.prompt_shift(name)(hidden_states, context)
         elif name is not None:
             hidden_states = self._touched(hidden_states, name)
         output = self.base_layer(hidden_states, *args, **kwargs)
@@ -385,15 +404,10 @@ def _kaiming(rows: int, columns: int) -> torch.Tensor:
     return weight
 
 
-def _linear(
-    linear: nn.Linear, name: str, weight: torch.Tensor, bias: torch.Tensor | None, prompt_up: torch.Tensor | None
-) -> nn.Linear:
+def _linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     new = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     new.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
     new.bias = None if bias is None else nn.Parameter(bias, requires_grad=linear.weight.requires_grad)
-    if prompt_up is not None:
-        new = prompt_linear(new, prompt_up.shape[1], name)
-        new.prompt_up = nn.Parameter(prompt_up, requires_grad=linear.weight.requires_grad)
     return new.train(linear.training)
 
 

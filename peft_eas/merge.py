@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import modeling_eas
@@ -25,14 +24,12 @@ class MergePlan:
     Attributes:
         eas: The record `config.eas` of the merged model.
         layers: The decoder layers.
-        prompt_down: For each skipped layer, the projection of the propagated information.
-        routed: For each module whose adapter stays, by its name in the list of layers, that adapter.
+        adapters: For each module before which an adapter stays, by its name in the list of layers, that adapter.
     """
 
     eas: dict
     layers: Layers
-    prompt_down: dict[int, nn.Linear] = field(default_factory=dict)
-    routed: dict[str, modeling_eas.RoutedAdapter] = field(default_factory=dict)
+    adapters: dict[str, modeling_eas.PromptShift | modeling_eas.RoutedAdapter] = field(default_factory=dict)
 
 
 def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, config: EASConfig, name: str) -> MergePlan:
@@ -52,8 +49,6 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
             stacklevel=2,
         )
     family = layers.family
-    propagates = config.propagation == "prompt"
-    is_static = config.router == "static"
     skip: list[int] = []
     biased: list[str] = []
     plan = MergePlan(eas={}, layers=layers)
@@ -65,14 +60,14 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
             skip.append(index)
         if wrapper is None or not wrapper.has_adapter(name):
             continue
-        if is_static:
+        if config.router == "prompt":
+            plan.adapters[f"{index}.{where}"] = _routed_adapter(wrapper, name)
+        elif is_skipped and config.propagation == "prompt":
+            plan.adapters[f"{index}.{where}"] = wrapper.prompt_shift(name)
+        elif config.use_bias:
             linears = {linear: wrapper.base_layer.get_submodule(linear) for linear in wrapper.inputs}
             linears |= wrapper._unfolded
-            biased += [f"{index}.{where}.{k}" for k, m in linears.items() if config.use_bias and m.bias is None]
-            if is_skipped and propagates:
-                plan.prompt_down[index] = _prompt_down(wrapper, name)
-        else:
-            plan.routed[f"{index}.{where}"] = _routed_adapter(wrapper, name)
+            biased += [f"{index}.{where}.{k}" for k, m in linears.items() if m.bias is None]
     plan.eas = {
         "format": modeling_eas.FORMAT,
         "model_type": model.config.model_type,
@@ -82,12 +77,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
         "norms": list(family.attention_norms),
         "skip": skip,
         "biased": biased,
-        "prompt": {"rank": config.r_pia, "bias": config.use_bias, "linears": list(family.ffn_inputs)}
-        if plan.prompt_down
-        else None,
-        "routed": {where: adapter.down.out_features for where, adapter in plan.routed.items()},
-        "propagates": propagates,
-        "use_bias": config.use_bias,
+        "adapters": {where: adapter.record for where, adapter in plan.adapters.items()},
     }
     return plan
 
@@ -95,17 +85,14 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
 def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
     """Strip the skipped attentions from `model`, whose adapters are folded in, and let it say what it is."""
     eas = plan.eas
-    if not (eas["skip"] or eas["biased"] or eas["routed"]):
+    if not (eas["skip"] or eas["biased"] or eas["adapters"]):
         return model
     for index in eas["skip"]:
-        stand_in = modeling_eas.SkippedAttention(index, plan.prompt_down.get(index))
         layer = model.get_submodule(plan.layers.names[index])
-        modeling_eas.strip_attention(layer, eas["attention"], eas["norms"], stand_in.train(layer.training))
+        modeling_eas.strip_attention(layer, eas["attention"], eas["norms"], index)
     container = model.get_submodule(plan.layers.decoder).get_submodule(eas["layers"])
-    for where, adapter in plan.routed.items():
-        module = container.get_submodule(where)
-        module.eas_adapter = adapter.train(module.training)
-        modeling_eas.hook_routed_adapter(module, is_ffn=where.endswith(f".{eas['ffn']}"))
+    for where, adapter in plan.adapters.items():
+        modeling_eas.keep_adapter(container.get_submodule(where), adapter, is_ffn=where.endswith(f".{eas['ffn']}"))
     _change_config(model, eas)
     config_class = type(model.config)
     modeling_eas.register_models(config_class)
@@ -132,35 +119,28 @@ def _change_config(model: PreTrainedModel, eas: dict) -> None:
             module.config = renewed[id(module.config)]
 
 
-def _like(wrapper: EASLayer) -> dict:
-    device, dtype = wrapper._get_base_layer_device_and_dtype(wrapper.base_layer)
-    return {"device": device, "dtype": dtype}
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(device, dtype, copy=True), requires_grad=False)
-    return linear
-
-
-def _prompt_down(wrapper: EASLayer, name: str) -> nn.Linear:
-    adapter = wrapper.adapter(name)
-    return _linear(adapter.prompt_down, adapter.prompt_down_bias, **_like(wrapper))
-
-
 def _routed_adapter(wrapper: EASLayer, name: str) -> modeling_eas.RoutedAdapter:
     adapter: Adapter = wrapper.adapter(name)
-    like = _like(wrapper)
+    device, dtype = wrapper._get_base_layer_device_and_dtype(wrapper.base_layer)
     temperature = wrapper.eas_config[name].temperature
     routed = modeling_eas.RoutedAdapter(
-        wrapper.hidden_size, adapter.down.shape[0], adapter.down_bias is not None, False, device="meta"
+        wrapper.hidden_size,
+        adapter.down.shape[0],
+        bias=adapter.down_bias is not None,
+        propagates=adapter.prompt_down is not None,
+        device=device,
+        dtype=dtype,
     )
-    routed.router = _linear(wrapper.eas_router[name] / temperature, wrapper.eas_router_bias[name] / temperature, **like)
-    routed.down = _linear(adapter.down, adapter.down_bias, **like)
-    up_bias = None if adapter.up_bias is None else adapter.up_bias.flatten()
-    routed.up = _linear(adapter.up.flatten(0, 1), up_bias, **like)
-    if adapter.prompt_down is not None:
-        routed.prompt_down = _linear(adapter.prompt_down, adapter.prompt_down_bias, **like)
-    return routed
+    weights = [
+        (routed.router, wrapper.eas_router[name] / temperature, wrapper.eas_router_bias[name] / temperature),
+        (routed.down, adapter.down, adapter.down_bias),
+        (routed.up, adapter.up.flatten(0, 1), None if adapter.up_bias is None else adapter.up_bias.flatten()),
+        (routed.prompt_down, adapter.prompt_down, adapter.prompt_down_bias),
+    ]
+    with torch.no_grad():
+        for projection, weight, bias in weights:
+            if weight is not None:
+                projection.weight.copy_(weight)
+            if bias is not None:
+                projection.bias.copy_(bias)
+    return routed.requires_grad_(False)

@@ -31,7 +31,7 @@ from transformers.models.auto import modeling_auto
 PROMPT_MASK = "eas_prompt_mask"
 """Keyword by which the mask `(B, T)` of the prompt's tokens travels from the outermost model to the layers."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of `config.eas`; a file of another version is refused."""
 
 
@@ -309,17 +309,13 @@ class PromptContext:
     Args:
         mask: `(B, T)` mask of the prompt's tokens in a prefill or in training; `None` while decoding.
         state: What the prefill left, if there is a cache to keep it.
-        down: Projection of the propagated information, in merged models.
     """
 
-    def __init__(
-        self, mask: torch.Tensor | None, state: dict[str, torch.Tensor], down: nn.Linear | None = None
-    ) -> None:
+    def __init__(self, mask: torch.Tensor | None, state: dict[str, torch.Tensor]) -> None:
         if mask is not None:
             state.clear()
         self.mask = mask
         self.state = state
-        self.down = down
 
     def once(self, name: str, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The value `name (B, 1, n)`, computed from the mask in a prefill and remembered from then on."""
@@ -331,10 +327,6 @@ class PromptContext:
                 )
             self.state[name] = compute(self.mask)
         return self.state[name]
-
-    def information(self, z: torch.Tensor) -> torch.Tensor:
-        """The propagated information `(B, 1, r)`: the mean over the prompt's tokens of `z`, projected down."""
-        return self.once("p", lambda mask: self.down(prompt_mean(z, mask)))
 
 
 def enter_layer(context: PromptContext | None) -> None:
@@ -357,43 +349,53 @@ class SkippedAttention(nn.Module):
 
     Args:
         layer_idx: Index of the layer.
-        down: Projection of the propagated information (`z A^T + a`) for the FFN's input linears, if they need it.
     """
 
-    def __init__(self, layer_idx: int, down: nn.Linear | None = None) -> None:
+    def __init__(self, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.prompt_down = down
 
     def forward(self, hidden_states: torch.Tensor, *args, past_key_values=None, **kwargs) -> tuple[torch.Tensor, None]:
         slot = None if past_key_values is None else prompt_slot(past_key_values, self.layer_idx)
-        state = {} if slot is None else slot.prompt_state
-        enter_layer(PromptContext(kwargs.get(PROMPT_MASK), state, self.prompt_down))
+        enter_layer(PromptContext(kwargs.get(PROMPT_MASK), {} if slot is None else slot.prompt_state))
         return hidden_states.new_zeros(1, 1, 1), None
 
     def extra_repr(self) -> str:
         return f"layer_idx={self.layer_idx}"
 
 
-class PromptLinear(nn.Linear):
-    """A linear that reads a FFN's input, with the PIA folded in: `y = z W^T + w0 + p U^T`.
+class Projection(nn.Module):
+    """`y = z weight^T + bias`. Not an `nn.Linear`, so that quantisation and other adapters leave it alone."""
 
-    The last term is one vector a sequence, `(B, 1, out)`: it is computed in the prefill and from then on a bias.
-
-    Args:
-        rank: Length of the propagated information `p`.
-        name: Name under which the layer's cache entry keeps the vector.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, rank: int, name: str, **factory) -> None:
-        super().__init__(in_features, out_features, bias, **factory)
-        self.name = name
-        self.prompt_up = nn.Parameter(torch.zeros(out_features, rank, **factory))
+    def __init__(self, in_features: int, out_features: int, bias: bool, **factory) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, **factory))
+        self.bias = nn.Parameter(torch.zeros(out_features, **factory)) if bias else None
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        context = _local.context or PromptContext(None, {})
-        vector = context.once(self.name, lambda mask: F.linear(context.information(z), self.prompt_up))
-        return super().forward(z).add_(vector)
+        return F.linear(z, self.weight, self.bias)
+
+
+class PromptShift(nn.Module):
+    """What is left of a folded PIA with `propagation="prompt"`: one vector a sequence, added to the FFN's input.
+
+    Equation (10) of docs/method.md: `z + up(down(mean over the prompt's tokens of z))`. The vector is computed in the
+    prefill, `(B, 1, d)`, and from then on a constant.
+
+    Args:
+        width: `d`.
+        rank: `r`.
+        bias: Whether `up` has a bias, the adapter's own biases among it.
+    """
+
+    def __init__(self, width: int, rank: int, bias: bool, **factory) -> None:
+        super().__init__()
+        self.record = {"kind": "prompt_shift", "width": width, "rank": rank, "bias": bias}
+        self.down = Projection(width, rank, False, **factory)
+        self.up = Projection(rank, width, bias, **factory)
+
+    def forward(self, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
+        return z + context.once("shift", lambda mask: self.up(self.down(prompt_mean(z, mask))))
 
 
 class RoutedAdapter(nn.Module):
@@ -402,18 +404,19 @@ class RoutedAdapter(nn.Module):
     Equations (1) and (2) of docs/method.md, with scaling, temperature, the PIA's 1/2 and the groups multiplied in.
 
     Args:
-        hidden_size: `d`.
+        width: `d`.
         rank: `r`.
         bias: Whether the projections have biases.
         propagates: Whether the prompt's information is added (a PIA with `propagation="prompt"`).
     """
 
-    def __init__(self, hidden_size: int, rank: int, bias: bool, propagates: bool, **factory) -> None:
+    def __init__(self, width: int, rank: int, bias: bool, propagates: bool, **factory) -> None:
         super().__init__()
-        self.router = nn.Linear(hidden_size, 2, **factory)
-        self.down = nn.Linear(hidden_size, rank, bias, **factory)
-        self.up = nn.Linear(rank, 2 * hidden_size, bias, **factory)
-        self.prompt_down = nn.Linear(hidden_size, rank, bias, **factory) if propagates else None
+        self.record = {"kind": "routed", "width": width, "rank": rank, "bias": bias, "propagates": propagates}
+        self.router = Projection(width, 2, True, **factory)
+        self.down = Projection(width, rank, bias, **factory)
+        self.up = Projection(rank, 2 * width, bias, **factory)
+        self.prompt_down = Projection(width, rank, bias, **factory) if propagates else None
 
     def forward(self, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
         alpha = context.once("alpha", lambda mask: torch.softmax(self.router(prompt_mean(z, mask)), dim=-1))
@@ -422,6 +425,10 @@ class RoutedAdapter(nn.Module):
             hidden = hidden + context.once("p", lambda mask: self.prompt_down(prompt_mean(z, mask)))
         first, second = self.up(hidden).chunk(2, dim=-1)
         return z + alpha[..., :1] * first + alpha[..., 1:] * second
+
+
+KEPT_ADAPTERS = {"prompt_shift": PromptShift, "routed": RoutedAdapter}
+"""Adapters that stay in a merged model, since they depend on the prompt, by the `kind` of their record."""
 
 
 def cache_state(cache: cache_utils.Cache | None, layer_idx: int) -> dict[str, torch.Tensor]:
@@ -435,7 +442,7 @@ def cache_state(cache: cache_utils.Cache | None, layer_idx: int) -> dict[str, to
 
 
 def _adapt_attention_input(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of a retained attention with a `RoutedAdapter`."""
+    """Forward pre-hook of a retained attention with a kept adapter."""
     mask = kwargs.pop(PROMPT_MASK, None)
     context = PromptContext(mask, cache_state(kwargs.get("past_key_values"), attention.layer_idx))
     if args:
@@ -444,8 +451,8 @@ def _adapt_attention_input(attention: nn.Module, args: tuple, kwargs: dict) -> t
 
 
 def _adapt_ffn_input(ffn: nn.Module, args: tuple) -> tuple:
-    """Forward pre-hook of the FFN of a skipped attention with a `RoutedAdapter`."""
-    return (ffn.eas_adapter(args[0], _local.context), *args[1:])
+    """Forward pre-hook of the FFN of a skipped attention with a kept adapter."""
+    return (ffn.eas_adapter(args[0], _local.context or PromptContext(None, {})), *args[1:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -457,8 +464,8 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
     """Give `model`, built as its base class builds it, the structure that `eas` (`config.eas`) records. Idempotent.
 
     `eas` holds: `layers`, `attention`, `ffn` (names), `norms` (those of a layer that go with its attention), `skip`
-    (indices of layers without attention), `biased` (linears that a fold has given a bias), `prompt` (`rank`, `bias` and
-    `linears` of the propagated information, or `None`), `routed` (`{module: rank}` of kept adapters), `use_bias`.
+    (indices of layers without attention), `biased` (linears that a fold has given a bias), and `adapters` (records of the
+    adapters that stay, by the attention or FFN that they stand before).
 
     Raises:
         ValueError: if `eas` was written by another version.
@@ -469,69 +476,41 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
             f"{FORMAT}: use the modelling file that came with the checkpoint, or a matching version of peft_eas."
         )
     layers = model.get_decoder().get_submodule(eas["layers"])
-    prompt = eas["prompt"]
     for name in eas["biased"]:
         linear = layers.get_submodule(name)
         if linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-    for index in eas["skip"]:
-        layer = layers[index]
-        attention = getattr(layer, eas["attention"])
-        if isinstance(attention, SkippedAttention):
-            continue
-        like = next(attention.parameters())
-        down = None
-        if prompt is not None:
-            ffn = getattr(layer, eas["ffn"])
-            for name in prompt["linears"]:
-                ffn.set_submodule(name, prompt_linear(ffn.get_submodule(name), prompt["rank"], name))
-            width = ffn.get_submodule(prompt["linears"][0]).in_features
-            down = nn.Linear(width, prompt["rank"], prompt["bias"], device=like.device, dtype=like.dtype)
-        strip_attention(layer, eas["attention"], eas["norms"], SkippedAttention(index, down))
-    for name, rank in eas["routed"].items():
+    for name, record in eas["adapters"].items():
         module = layers.get_submodule(name)
-        if hasattr(module, "eas_adapter"):
-            continue
-        like = next(module.parameters())
-        propagates = name.endswith(f".{eas['ffn']}") and eas["propagates"]
-        width = model.config.get_text_config(decoder=True).hidden_size
-        module.eas_adapter = RoutedAdapter(
-            width, rank, eas["use_bias"], propagates, device=like.device, dtype=like.dtype
-        )
-        hook_routed_adapter(module, is_ffn=name.endswith(f".{eas['ffn']}"))
+        if not hasattr(module, "eas_adapter"):
+            like = next(module.parameters())
+            settings = {key: value for key, value in record.items() if key != "kind"}
+            adapter = KEPT_ADAPTERS[record["kind"]](**settings, device=like.device, dtype=like.dtype)
+            keep_adapter(module, adapter, is_ffn=name.endswith(f".{eas['ffn']}"))
+    for index in eas["skip"]:
+        strip_attention(layers[index], eas["attention"], eas["norms"], index)
 
 
-def strip_attention(layer: nn.Module, attention: str, norms: list[str], stand_in: SkippedAttention) -> None:
-    """Put `stand_in` where a layer's attention was, and drop the norms that only the attention needed."""
-    setattr(layer, attention, stand_in)
+def strip_attention(layer: nn.Module, attention: str, norms: list[str], layer_idx: int) -> None:
+    """Put a `SkippedAttention` where a layer's attention was, and drop the norms that only the attention needed."""
+    if not isinstance(getattr(layer, attention), SkippedAttention):
+        setattr(layer, attention, SkippedAttention(layer_idx).train(layer.training))
     for name in norms:
         setattr(layer, name, nn.Identity())
 
 
-def hook_routed_adapter(module: nn.Module, is_ffn: bool) -> None:
-    """Let `module.eas_adapter` see the module's input first."""
+def keep_adapter(module: nn.Module, adapter: PromptShift | RoutedAdapter, is_ffn: bool) -> None:
+    """Let `adapter` see the input of an attention or FFN first."""
+    module.eas_adapter = adapter.train(module.training)
     if is_ffn:
         module.register_forward_pre_hook(_adapt_ffn_input)
     else:
         module.register_forward_pre_hook(_adapt_attention_input, with_kwargs=True)
 
 
-def prompt_linear(linear: nn.Linear, rank: int, name: str) -> PromptLinear:
-    """`linear` as a `PromptLinear` that shares its parameters."""
-    if isinstance(linear, PromptLinear):
-        return linear
-    weight = linear.weight
-    new = PromptLinear(
-        linear.in_features, linear.out_features, False, rank, name, device=weight.device, dtype=weight.dtype
-    )
-    new.weight, new.bias = weight, linear.bias
-    return new
-
-
 def watch_prompt(model: PreTrainedModel) -> None:
     """Let the outermost `model` find the prompt in each forward, if its layers depend on it."""
-    eas = model.config.eas
-    if eas["prompt"] is not None or eas["routed"]:
+    if model.config.eas["adapters"]:
         model.register_forward_pre_hook(PromptBoundary(model, _always), with_kwargs=True)
 
 

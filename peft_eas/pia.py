@@ -16,6 +16,10 @@ import torch
 from torch.nn import functional as F
 
 
+LARGEST_AMPLIFICATION = 1e3
+"""How many times as large as `up` the solution of `input_shift` may be; in trained models it is about 1."""
+
+
 def dense_up(blocks: torch.Tensor) -> torch.Tensor:
     """Grouped up-projections as matrices: `(2, g, d/g, r/g) -> (2, d, r)`, block-diagonal."""
     return torch.stack([torch.block_diag(*branch) for branch in blocks])
@@ -50,11 +54,11 @@ def fold(
     down_bias: torch.Tensor | None,
     up: torch.Tensor,
     up_bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Fold `z -> z + (z down^T + down_bias) up^T + up_bias` into the linear `y = z weight^T + bias` that reads it.
 
-    With `R = I + up down` and `t = up down_bias + up_bias` this is `weight R`, `bias + weight t` (from the weight as
-    it was, not the folded one) and, for a vector `p (r,)` added to the down-projection, `y += weight up p`.
+    With `R = I + up down` and `t = up down_bias + up_bias` this is `weight R` and `bias + weight t` (from the weight as
+    it was, not the folded one).
 
     Args:
         weight: `(o, d)`.
@@ -65,8 +69,8 @@ def fold(
         up_bias: `(d,)` or `None`, likewise.
 
     Returns:
-        `(o, d)` folded weight, `(o,)` folded bias or `None` if there is none, `(o, r)` projection of `p`; computed in
-        float32 or wider and rounded once, to the dtype of `weight`.
+        `(o, d)` folded weight and `(o,)` folded bias, or `None` if there is none; computed in float32 or wider and
+        rounded once, to the dtype of `weight`.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     wide = weight.to(dtype)
@@ -77,7 +81,49 @@ def fold(
     if up_bias is not None:
         shift = _add(shift, wide @ up_bias.to(dtype))
     folded = torch.addmm(wide, projected, down.to(dtype))
-    return folded.to(weight.dtype), None if shift is None else shift.to(weight.dtype), projected.to(weight.dtype)
+    return folded.to(weight.dtype), None if shift is None else shift.to(weight.dtype)
+
+
+def input_shift(
+    down: torch.Tensor, down_bias: torch.Tensor | None, up: torch.Tensor, up_bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a linear with the folded weight `weight R` has to be given on top of `z`, equation (10) of docs/method.md.
+
+    `z -> z + (z down^T + down_bias + p) up^T + up_bias` is `R z + up (down_bias + p) + up_bias` with `R = I + up down`;
+    that is `R (z + shift)` with `shift = S p + s`, `S = R^-1 up` and `s = R^-1 (up down_bias + up_bias)`. Since
+    `R^-1 up = up (I + down up)^-1`, only an `r x r` matrix is inverted.
+
+    Args:
+        down: `(r, d)`.
+        down_bias: `(r,)` or `None`.
+        up: `(d, r)`, scaling and branch weights included.
+        up_bias: `(d,)` or `None`, likewise.
+
+    Returns:
+        `S (d, r)`, and `s (d,)` or `None` if there are no biases; in float64.
+
+    Raises:
+        ValueError: if `R` all but erases a direction that the shift needs, so that rounding would show.
+    """
+    down, up = down.double(), up.double()
+    inner = torch.eye(len(down), dtype=down.dtype, device=down.device) + down @ up
+    try:
+        solved = torch.linalg.solve(inner, up, left=False)
+    except torch.linalg.LinAlgError:
+        solved = torch.full_like(up, torch.inf)
+    if not solved.norm() <= LARGEST_AMPLIFICATION * up.norm():
+        raise ValueError(
+            "An adapter erases a direction of its input (it turns it into zero, or nearly), so the prompt's information "
+            f"can't be added in front of it: {solved.norm() / up.norm():.1e} times its size would be needed, and up to "
+            f"{LARGEST_AMPLIFICATION:.0e} is allowed. Ways out: train a little further, with a lower learning rate or "
+            "weight decay; or `model.freeze_context(dataloader)` before merging."
+        )
+    constant = None
+    if down_bias is not None:
+        constant = up @ down_bias.double()
+    if up_bias is not None:
+        constant = _add(constant, up_bias.double())
+    return solved, None if constant is None else constant - solved @ (down @ constant)
 
 
 def _add(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:

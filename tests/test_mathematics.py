@@ -97,7 +97,7 @@ def test_init_weights_false_is_not_an_identity():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_fold_against_float64(dtype, with_bias):
-    """W (z + (z D^T + e + p) U^T + u) + w0, computed unfolded in float64, against the folded weights."""
+    """W (z + (z D^T + e) U^T + u) + w0, computed unfolded in float64, against the folded weights."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -105,18 +105,45 @@ def test_fold_against_float64(dtype, with_bias):
 
     weight, down, up = draw(20, 12).to(dtype), draw(4, 12), draw(12, 4)
     bias, down_bias, up_bias = (draw(20).to(dtype), draw(4), draw(12)) if with_bias else (None, None, None)
-    z, p = draw(7, 12).double(), draw(4).double()
+    z = draw(7, 12).double()
     zero = torch.zeros(1, dtype=torch.float64)
 
     def wide(t):
         return zero if t is None else t.double()
 
-    adapted = z + (z @ down.double().T + wide(down_bias) + p) @ up.double().T + wide(up_bias)
+    adapted = z + (z @ down.double().T + wide(down_bias)) @ up.double().T + wide(up_bias)
     expected = adapted @ weight.double().T + wide(bias)
-    folded, folded_bias, projection = pia.fold(weight, bias, down, down_bias, up, up_bias)
-    assert folded.dtype == projection.dtype == dtype
+    folded, folded_bias = pia.fold(weight, bias, down, down_bias, up, up_bias)
+    assert folded.dtype == dtype
     assert (folded_bias is None) == (not with_bias)
-    actual = z @ folded.double().T + wide(folded_bias) + projection.double() @ p
+    actual = z @ folded.double().T + wide(folded_bias)
     # one rounding of each result to `dtype`
-    scale = z.abs() @ folded.double().abs().T + wide(folded_bias).abs() + projection.double().abs() @ p.abs()
+    scale = z.abs() @ folded.double().abs().T + wide(folded_bias).abs()
     assert ((actual - expected).abs() <= scale * torch.finfo(dtype).eps * 2).all()
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_what_depends_on_the_prompt_is_a_shift_of_the_input(with_bias):
+    """W (z + (z D^T + e + p) U^T + u) + w0, unfolded, against folded weights that read a shifted input; in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, bias, down, up, z, p = draw(20, 12), draw(20), draw(4, 12), draw(12, 4), draw(7, 12), draw(4)
+    down_bias, up_bias = (draw(4), draw(12)) if with_bias else (None, None)
+    constant = torch.zeros(12, dtype=torch.float64) if not with_bias else down_bias @ up.T + up_bias
+    expected = (z + (z @ down.T + p) @ up.T + constant) @ weight.T + bias
+    folded, _ = pia.fold(weight, bias, down, None, up, None)
+    by_prompt, shift = pia.input_shift(down, down_bias, up, up_bias)
+    assert (shift is None) == (not with_bias)
+    shifted = z + p @ by_prompt.T + (0 if shift is None else shift)
+    torch.testing.assert_close(shifted @ folded.T + bias, expected)
+
+
+@pytest.mark.parametrize("remainder", [0.0, 1e-5])
+def test_an_adapter_that_erases_its_input_is_not_folded(remainder):
+    """R = 0 (or nearly) in a direction that the prompt's information needs: no shift before it can have any effect."""
+    down = torch.eye(4, 12)
+    with pytest.raises(ValueError, match=r"freeze_context"):
+        pia.input_shift(down, None, (remainder - 1) * down.T, None)
