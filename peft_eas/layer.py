@@ -248,7 +248,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
             yield name, _linear(linear, weight, bias)
 
     def mixed(self, adapter_name: str) -> Adapter:
-        """The parameters of an adapter with `router="static"`, its two branches added up: `up (d, r)`, `up_bias (d,)`."""
+        """The parameters of an adapter with `router="static"`, branches added up: `up (d, r)`, `up_bias (d,)`."""
         adapter = self.adapter(adapter_name)
         alpha = torch.softmax(self.eas_router[adapter_name], dim=-1)
         up_bias = None if adapter.up_bias is None else pia.mix(adapter.up_bias, alpha)

@@ -16,13 +16,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
+import re
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, cache_utils
@@ -464,11 +469,11 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
     """Give `model`, built as its base class builds it, the structure that `eas` (`config.eas`) records. Idempotent.
 
     `eas` holds: `layers`, `attention`, `ffn` (names), `norms` (those of a layer that go with its attention), `skip`
-    (indices of layers without attention), `biased` (linears that a fold has given a bias), and `adapters` (records of the
-    adapters that stay, by the attention or FFN that they stand before).
+    (indices of layers without attention), `biased` (linears that a fold has given a bias), and `adapters` (records of
+    the adapters that stay, by the attention or FFN that they stand before).
 
     Raises:
-        ValueError: if `eas` was written by another version.
+        ValueError: if `eas` was written by another version, or names layers that are not there.
     """
     if eas.get("format") != FORMAT:
         raise ValueError(
@@ -476,6 +481,8 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
             f"{FORMAT}: use the modelling file that came with the checkpoint, or a matching version of peft_eas."
         )
     layers = model.get_decoder().get_submodule(eas["layers"])
+    if not set(eas["skip"]) <= set(range(len(layers))):
+        raise ValueError(f"config.json skips the attentions of layers {eas['skip']}, but has {len(layers)} layers.")
     for name in eas["biased"]:
         linear = layers.get_submodule(name)
         if linear.bias is None:
@@ -530,12 +537,66 @@ class EASMixin:
         with generation(args, kwargs):
             return super().generate(*args, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs) -> None:
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a checkpoint whose layers are not those of its configuration is an error.
+
+        Raises:
+            ValueError: if weights of the layers are missing, or there are some that no layer has.
+            OSError: if a file of weights is truncated or corrupt.
+        """
+        name = pretrained_model_name_or_path
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights in {name} can't be read ({error}): a file is truncated or corrupt. Download it again, or "
+                "merge again."
+            ) from error
+        # a head for another task is new, or left out, by right; a layer never is
+        of_layer = re.compile(rf"(^|\.){re.escape(model.config.eas['layers'])}\.\d+\.")
+        wrong = {kind: sorted(filter(of_layer.search, info[f"{kind}_keys"])) for kind in ("missing", "unexpected")}
+        if any(wrong.values()):
+            listed = "; ".join(
+                f"{kind}: {', '.join(keys[:4])}{' ...' * (len(keys) > 4)}" for kind, keys in wrong.items() if keys
+            )
+            raise ValueError(
+                f"The weights in {name} are not those of its config.json, which skips the attentions of layers "
+                f"{model.config.eas['skip']} ({listed}). Use the config.json that was saved with the weights."
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self, save_directory, *args, push_to_hub: bool = False, distributed_checkpoint: bool = False, **kwargs
+    ) -> None:
+        """As in transformers, but what is in the folder is replaced only when all new files are complete."""
         self.config.auto_map = {
             "AutoConfig": f"modeling_eas.{type(self.config).__name__}",
             **{auto: f"modeling_eas.EAS{name}" for auto, name in auto_classes(self.config.eas["model_type"]).items()},
         }
-        super().save_pretrained(*args, **kwargs)
+        folder = Path(save_directory)
+        if push_to_hub:
+            self.save_pretrained(folder, *args, **{k: v for k, v in kwargs.items() if k not in _HUB_KWARGS})
+            self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, *args, **kwargs)
+            return
+        if distributed_checkpoint:  # all processes write to one folder
+            super().save_pretrained(folder, *args, distributed_checkpoint=True, **kwargs)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            super().save_pretrained(scratch, *args, **kwargs)
+            written = sorted(Path(scratch).iterdir())
+            for file in written:
+                os.replace(file, folder / file.name)
+        names = {file.name for file in written}
+        if any(map(_WEIGHTS.fullmatch, names)):
+            for file in folder.iterdir():  # or an earlier model's weights would be read, if it had other shards
+                if _WEIGHTS.fullmatch(file.name) and file.name not in names:
+                    file.unlink()
+
+
+_HUB_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @functools.cache

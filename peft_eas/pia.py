@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-
 LARGEST_AMPLIFICATION = 1e3
 """How many times as large as `up` the solution of `input_shift` may be; in trained models it is about 1."""
 
@@ -113,10 +112,10 @@ def input_shift(
         solved = torch.full_like(up, torch.inf)
     if not solved.norm() <= LARGEST_AMPLIFICATION * up.norm():
         raise ValueError(
-            "An adapter erases a direction of its input (it turns it into zero, or nearly), so the prompt's information "
-            f"can't be added in front of it: {solved.norm() / up.norm():.1e} times its size would be needed, and up to "
-            f"{LARGEST_AMPLIFICATION:.0e} is allowed. Ways out: train a little further, with a lower learning rate or "
-            "weight decay; or `model.freeze_context(dataloader)` before merging."
+            "An adapter erases a direction of its input (it turns it into zero, or nearly), so the prompt's "
+            f"information can't be added in front of it: {solved.norm() / up.norm():.1e} times its size would be "
+            f"needed, and up to {LARGEST_AMPLIFICATION:.0e} is allowed. Ways out: train further, with a lower learning "
+            "rate or weight decay; or `model.freeze_context(dataloader)` before merging."
         )
     constant = None
     if down_bias is not None:

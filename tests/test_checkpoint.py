@@ -1,0 +1,261 @@
+"""Merged models where people keep and load them: whole or not at all, and as any transformers model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
+from test_merge import adapted, auto, close
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    TorchAoConfig,
+    pipeline,
+)
+
+KINDS = {
+    "plain": dict(propagation="none", use_bias=False),
+    "biases": dict(propagation="none"),
+    "prompt": dict(),
+    "routed": dict(router="prompt"),
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def merged(request):
+    return adapted(**request.param).merge_and_unload()
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def edit_config(folder, **eas):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["eas"] |= eas
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("eas", "message"),
+    [
+        (dict(skip=[0, 2]), r"skips the attentions of layers \[0, 2\].*missing: .*layers\.3\.self_attn.*unexpected:"),
+        (dict(skip=[0]), r"missing: .*layers\.3\."),
+        (dict(skip=[0, 3, 4]), r"unexpected: .*layers\.4\.self_attn"),
+        (dict(adapters={}), r"unexpected: .*eas_adapter"),
+        (dict(skip=[0, 3, 9]), r"\[0, 3, 9\], but has 6 layers"),
+        (dict(format=1), r"format 1 .* reads format 2"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_is_not_that_of_the_weights_is_refused(tmp_path, eas, message):
+    adapted().merge_and_unload().save_pretrained(tmp_path)
+    edit_config(tmp_path, **eas)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 3000, 40_000])
+def test_a_truncated_file_is_refused(tmp_path, size):
+    adapted().merge_and_unload().save_pretrained(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", size)
+    with pytest.raises(OSError, match="truncated or corrupt"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_missing_shard_is_refused(tmp_path):
+    adapted().merge_and_unload().save_pretrained(tmp_path, max_shard_size="40KB")
+    (tmp_path / "model-00002-of-00006.safetensors").unlink()
+    with pytest.raises(OSError, match="model-00002-of-00006"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    """The second save can't write files larger than 50 kB, as if the disk were full."""
+    adapted().merge_and_unload().save_pretrained(tmp_path)
+    before = files(tmp_path)
+    script = f"""
+import resource, signal, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_merge import adapted
+merged = adapted(skip_layers=[1]).merge_and_unload()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+merged.save_pretrained({str(tmp_path)!r})
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Error" in result.stderr
+    assert files(tmp_path) == before
+
+
+def test_saving_over_another_model_leaves_nothing_of_it(tmp_path):
+    inputs = tiny.inputs("llama")
+    adapted(skip_layers=[1]).merge_and_unload().save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    for shards in ("40KB", "50GB", "80KB"):
+        second = adapted().merge_and_unload()
+        second.save_pretrained(tmp_path, max_shard_size=shards)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(**inputs).logits, second(**inputs).logits, rtol=0, atol=0)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert len([name for name in files(tmp_path) if name.endswith(".safetensors")]) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As any transformers model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_sharded_with_its_generation_configuration(tmp_path, family):
+    merged, inputs = adapted(family).merge_and_unload(), tiny.inputs(family)
+    merged.generation_config = GenerationConfig(max_new_tokens=7, pad_token_id=0, do_sample=False)
+    merged.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len([name for name in files(tmp_path) if name.endswith(".safetensors")]) > 1
+    loaded = auto(family).from_pretrained(tmp_path, trust_remote_code=True)
+    torch.testing.assert_close(loaded(**inputs).logits, merged(**inputs).logits, rtol=0, atol=0)
+    assert loaded.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + 7
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(low_cpu_mem_usage=True),
+        dict(device_map="cpu"),
+        dict(device_map="auto", max_memory={"cpu": "100KB"}),  # what does not fit is offloaded to disk
+    ],
+    ids=str,
+)
+def test_loading_options(merged, tmp_path, kwargs):
+    inputs = tiny.inputs("llama")
+    merged.save_pretrained(tmp_path)
+    if "max_memory" in kwargs:
+        kwargs = kwargs | {"offload_folder": str(tmp_path / "offload")}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **kwargs)
+    if "max_memory" in kwargs:
+        assert {"cpu", "disk"} == set(loaded.hf_device_map.values())
+    torch.testing.assert_close(loaded(**inputs).logits, merged(**inputs).logits, rtol=0, atol=0)
+    expected = merged.generate(**inputs, max_new_tokens=5, pad_token_id=0)
+    assert torch.equal(loaded.generate(**inputs, max_new_tokens=5, pad_token_id=0), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loading_in_half_precision(merged, tmp_path, dtype):
+    inputs = tiny.inputs("llama")
+    merged.save_pretrained(tmp_path)
+    for parameter in merged.parameters():  # `merged.to(dtype)` would round the rotary frequencies, too
+        parameter.data = parameter.data.to(dtype)
+    expected = merged(**inputs).logits
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=0, atol=0)
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w3"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="w0", eos_token="w2", padding_side="left", model_input_names=names
+    )
+
+
+def test_pipeline(merged, tmp_path):
+    texts = ["w5 w6 w7", "w8 w9 w10 w11 w12"]
+    merged.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    batch = tokenizer()(texts, padding=True, return_tensors="pt")
+    tokens = merged.generate(**batch, max_new_tokens=5, pad_token_id=0)
+    expected = tokenizer().batch_decode(tokens, skip_special_tokens=True)
+    generate = pipeline("text-generation", str(tmp_path), trust_remote_code=True, device="cpu")
+    given = generate(texts, batch_size=2, max_new_tokens=5, do_sample=False, return_full_text=False)
+    for text, whole, (answer,) in zip(texts, expected, given, strict=True):
+        assert whole == f"{text} {answer['generated_text'].strip()}"
+
+
+def test_resized_embeddings(merged, tmp_path):
+    inputs = tiny.inputs("llama")
+    before = merged(**inputs).logits
+    merged.resize_token_embeddings(120)
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == 120
+    torch.testing.assert_close(loaded(**inputs).logits[..., :99], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "gate_proj", "down_proj"]], ids=str)
+def test_a_lora_on_top(merged, tmp_path, targets):
+    inputs = tiny.inputs("llama", padding=None)
+    labels = inputs["input_ids"].clone()
+    labels[:, :4] = -100
+    merged.save_pretrained(tmp_path)
+    before = merged(**inputs).logits
+    model = get_peft_model(merged, LoraConfig(target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"))
+    assert not [name for name, _ in model.named_modules() if "eas_adapter" in name and "lora" in name]
+    model(**inputs, labels=labels).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    expected = model.eval()(**inputs).logits
+    assert not torch.allclose(expected, before)
+    again = model.merge_and_unload()
+    close(again(**inputs).logits, expected)
+    again.save_pretrained(tmp_path / "again")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(loaded(**inputs).logits, again(**inputs).logits, rtol=0, atol=0)
+
+
+def test_compiled(merged):
+    inputs = tiny.inputs("llama")
+    expected = merged(**inputs).logits
+    compiled = torch.compile(merged, fullgraph=True)  # inductor
+    torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+QUANTISED = {
+    # 8 bits quantise the activations, too
+    "bitsandbytes 8": (lambda bnb: BitsAndBytesConfig(load_in_8bit=True), "Linear8bitLt", 0.1),
+    "bitsandbytes 4": (lambda bnb: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "Linear4bit", 0),
+    "torchao.quantization 8": (lambda ao: TorchAoConfig(ao.Int8WeightOnlyConfig(version=2)), "Linear", 0),
+}
+
+
+@pytest.mark.parametrize("how", QUANTISED)
+def test_loading_quantised(merged, tmp_path, how):
+    """All linears are quantised, and nothing else; equal to the model with the weights that these now stand for."""
+    make, name, tolerance = QUANTISED[how]
+    config = make(pytest.importorskip(how.split()[0]))
+    inputs = tiny.inputs("llama")
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    linears = {n for n, m in merged.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    changed = set()
+    with torch.no_grad():
+        for n, module in loaded.named_modules():
+            if n in linears:
+                assert type(module).__name__ == name
+                weight = merged.get_submodule(n).weight
+                quantised = dequantize_module_weight(module).to(weight)
+                changed |= {n} if not torch.equal(quantised, weight) else set()
+                weight.copy_(quantised)
+    assert changed == linears
+    expected = merged(**inputs).logits
+    error = (loaded(**inputs).logits - expected).norm() / expected.norm()
+    assert error <= tolerance + 1e-5
+    generated = loaded.generate(**inputs, max_new_tokens=5, pad_token_id=0, use_cache=False)
+    assert torch.equal(loaded.generate(**inputs, max_new_tokens=5, pad_token_id=0), generated)
