@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,18 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = add(
         "merge", _merge, "fold an adapter into its base model, and save the merged model and its tokenizer",
-        "  peft-eas merge out merged\n  peft-eas merge out merged --base ./my-model --dtype bfloat16",
+        "  peft-eas merge out merged\n  peft-eas merge out merged --base ./my-model --dtype bfloat16\n"
+        "  peft-eas merge out merged --freeze-context reviews.jsonl",
     )  # fmt: skip
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or hub name of a trained adapter")
     merge.add_argument("out", metavar="OUT", type=Path, help="folder for the merged model; must be new or empty")
     merge.add_argument("--base", metavar="MODEL", help="the base model, if not where the adapter says it is")
     merge.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the base model")
+    merge.add_argument(
+        "--freeze-context", metavar="DATA",
+        help="replace what layers take from each prompt by its mean over the prompts of this data: gives plain "
+        "weights, which other engines run",
+    )  # fmt: skip
 
     inspect = add(
         "inspect", _inspect, "say what an adapter or a merged model skips, and how large it is",
@@ -232,6 +239,13 @@ def _merge(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.adapter} does not say what its base model is: give --base.")
     model = PeftModel.from_pretrained(_load_model(base, args.dtype), args.adapter, config=config)
     skipped = model.skip_layers
+    if args.freeze_context:
+        tokenizer = next(_tokenizers((args.adapter, base)), None)
+        if tokenizer is None:
+            raise UsageError(f"--freeze-context needs a tokenizer, and there is none beside {args.adapter} or {base}.")
+        examples = _examples(args.freeze_context, tokenizer, max_length=512, count=256)
+        collate = DataCollatorForSeq2Seq(_with_padding(tokenizer, base))
+        model.to(_device()).freeze_context([collate(examples[i : i + 8]) for i in range(0, len(examples), 8)])
     merged = model.merge_and_unload(safe_merge=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as scratch:
@@ -244,13 +258,17 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _save_tokenizer(sources: Sequence[str], folder: Path) -> None:
+    tokenizer = next(_tokenizers(sources), None)
+    if tokenizer is None:
+        print(f"There is no tokenizer beside {' or '.join(sources)}; none was saved.", file=sys.stderr)
+    else:
+        tokenizer.save_pretrained(folder)
+
+
+def _tokenizers(sources: Sequence[str]) -> Iterator[PreTrainedTokenizerBase]:
     for source in sources:
-        try:
-            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        except (OSError, ValueError):
-            continue
-        return
-    print(f"There is no tokenizer beside {' or '.join(sources)}; none was saved.", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            yield AutoTokenizer.from_pretrained(source)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -347,7 +365,10 @@ def _load_model(name: str, dtype: str | None = None) -> PreTrainedModel:
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    return _with_padding(AutoTokenizer.from_pretrained(name), name)
+
+
+def _with_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UsageError(f"The tokenizer of {name} has neither a padding token nor an end of sequence.")

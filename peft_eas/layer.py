@@ -179,6 +179,32 @@ class EASLayer(nn.Module, BaseTunerLayer):
             del self.eas_dropout[adapter_name]
         self.frozen_peft_weight_names.pop(adapter_name, None)
 
+    def freeze_context(self, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
+        """Make constants of what an adapter takes from the prompt; its biases are created if it has none.
+
+        Args:
+            adapter_name: The adapter.
+            state: What to put in its place: `p (r,)` of equation (3), `alpha (2,)` of `router="prompt"`.
+        """
+        like = self.eas_B[adapter_name]
+
+        def put(name: str, value: torch.Tensor) -> None:
+            getattr(self, name)[adapter_name] = nn.Parameter(value.to(like), requires_grad=like.requires_grad)
+
+        down = self.eas_C if self.is_pia else self.eas_A
+        down_bias = "eas_c" if self.is_pia else "eas_a"
+        for name, size in ((down_bias, len(down[adapter_name])), ("eas_b", (2, self.hidden_size))):
+            if adapter_name not in getattr(self, name):
+                put(name, torch.zeros(size))
+        if "alpha" in state:
+            put("eas_router", state["alpha"].log())
+            del self.eas_router_bias[adapter_name]
+        if "p" in state:
+            put("eas_c", self.eas_c[adapter_name].data.double() + state["p"])
+            for parameters in (self.eas_A, self.eas_a):
+                if adapter_name in parameters:
+                    del parameters[adapter_name]
+
     def _touched(self, hidden_states: torch.Tensor, adapter_name: str) -> torch.Tensor:
         if not (self.touch_idle and self.training and self.has_adapter(adapter_name)):
             return hidden_states

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from .config import EASConfig
 from .families import find_layers
+from .freeze import FrozenContext, freeze
 from .gates import SkipGates
 from .layer import EASAttention, EASFeedForward, EASLayer, check_single
 from .merge import finish_merge, plan_merge
@@ -218,6 +220,47 @@ class EASModel(BaseTuner):
                 else:
                     tuner.set_skip_layers(saved, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def freeze_context(
+        self, dataloader: Iterable[dict[str, torch.Tensor]], adapter_name: str | None = None
+    ) -> FrozenContext:
+        """Replace what the layers take from each prompt by its mean over the prompts of `dataloader`.
+
+        From then on the adapter is one with `propagation="none"` and `router="static"`, and with biases: it merges into
+        plain weights, which other engines run, needs no prompt, and can be trained further (with a new optimizer). Says
+        by how much loss and logits moved.
+
+        Args:
+            dataloader: Batches as for training, with labels that say which tokens are the prompt; read twice.
+            adapter_name: Adapter; the active one by default.
+
+        Raises:
+            ValueError: if the adapter does not depend on the prompt, has no skip set yet, or is merged; and without any
+                rows. The model is then as it was.
+        """
+        if adapter_name is None:
+            (adapter_name,) = self.active_adapters
+        config = self.peft_config[adapter_name]
+        if config.propagation == "none" and config.router == "static":
+            raise ValueError(f"Adapter {adapter_name!r} does not depend on the prompt: there is nothing to freeze.")
+        if config.skip_layers is None:
+            raise ValueError("No set of attentions to skip has been chosen yet: freeze the context after the search.")
+        wrappers = {i: self._wrappers(i) for i in self._layers.names}
+        if any(w is not None and adapter_name in w.merged_adapters for pair in wrappers.values() for w in pair):
+            raise ValueError(f"Adapter {adapter_name!r} is merged: call `unmerge_adapter()` first.")
+        if [adapter_name] != self.active_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} is not active: call `set_adapter({adapter_name!r})` first.")
+        skipped = self._skipped_by(adapter_name)
+        used = {i: pair[i in skipped] for i, pair in wrappers.items()}
+        used = {i: w for i, w in used.items() if w is not None and w.has_adapter(adapter_name)}
+        dependent = used if config.router == "prompt" else [i for i in skipped if i in used]
+        states, moved = freeze(self.model, dependent, skipped, dataloader)
+        self.skip_gates(adapter_name).drop_idle()
+        for index, wrapper in used.items():
+            wrapper.freeze_context(adapter_name, states.get(index, {}))
+        config.propagation, config.router, config.use_bias = "none", "static", True
+        print(moved)
+        return moved
 
     # Merging ----------------------------------------------------------------------------------------------------------
 

@@ -101,6 +101,22 @@ def test_merge(base, adapter, tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").dtype == torch.bfloat16
 
 
+def test_merge_without_the_prompt(base, adapter, data, tmp_path, capsys):
+    out = tmp_path / "frozen"
+    assert cli.main(["merge", str(adapter), str(out), "--freeze-context", str(data)]) == 0
+    assert "context frozen to the mean of 24 prompts: loss" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert merged.config.eas["adapters"] == {}
+    assert "no layer depends on it" in _said(capsys, "inspect", out)
+    assert "There is no file" in fails(capsys, "merge", adapter, tmp_path / "x", "--freeze-context", "none.jsonl")
+    assert not (tmp_path / "x").exists()
+
+
+def _said(capsys, *argv):
+    assert cli.main([str(a) for a in argv]) == 0
+    return capsys.readouterr().out
+
+
 def test_inspect(base, adapter, tmp_path, capsys):
     skipped = json.loads((adapter / "report.json").read_text())["skip_layers"]
     assert cli.main(["merge", str(adapter), str(tmp_path / "merged")]) == 0
@@ -169,4 +185,5 @@ def test_help_has_examples(capsys):
     program = Path(sys.executable).with_name("peft-eas")
     failed = subprocess.run([str(program), "inspect", "nowhere"], text=True, capture_output=True, check=False)
     assert failed.returncode == 1
-    assert failed.stderr == "peft-eas inspect: error: There is no folder nowhere.\n"
+    assert failed.stderr.endswith("peft-eas inspect: error: There is no folder nowhere.\n")
+    assert "Traceback" not in failed.stderr

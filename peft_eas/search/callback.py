@@ -20,13 +20,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from ..batches import evaluating, inputs_of
 from ..families import find_layers
 from ..model import EASModel
 from . import bandit, budget
 from .held_out import HeldOut, fingerprints, loss_sum, means_over_processes
 from .report import write_report
 from .schedule import Schedule
-from .scores import evaluating, inputs_of, score_attentions
+from .scores import score_attentions
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from .scores import inputs_of, label_count
+from ..batches import inputs_of, label_count
 
 
 class HeldOut:

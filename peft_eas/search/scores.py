@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..batches import evaluating, inputs_of, kept_tokens, label_count
 from ..families import Layers, find_layers
 
 
@@ -52,7 +53,7 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, dataloader: Iterable[
     family = layers.family
     totals, count = dict.fromkeys(layers.names, 0.0), 0
     for batch in dataloader:
-        kept = _tokens(batch, model.device)
+        kept = kept_tokens(batch, model.device)
         streams: dict[int, torch.Tensor] = {}
 
         def remember(module, args, kwargs, index, streams=streams):
@@ -105,37 +106,6 @@ def _nothing(module: nn.Module, args: tuple, output: tuple | torch.Tensor) -> tu
     if isinstance(output, tuple):
         return (torch.zeros_like(output[0]), *output[1:])
     return torch.zeros_like(output)
-
-
-def inputs_of(batch: dict, device: torch.device) -> dict:
-    """A batch as the arguments of a forward that keeps no cache."""
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    return moved | {"use_cache": False}
-
-
-def label_count(batch: dict) -> int:
-    """How many labels a batch has, which is what its mean loss counts for; 1 if they are called something else."""
-    labels = batch.get("labels")
-    return int((labels != -100).sum()) if isinstance(labels, torch.Tensor) else 1
-
-
-def _tokens(batch: dict, device: torch.device) -> torch.Tensor:
-    """Which tokens are no padding, `(B, T)`."""
-    mask = batch.get("attention_mask")
-    given = batch["inputs_embeds"] if batch.get("input_ids") is None else batch["input_ids"]
-    return torch.ones(given.shape[:2], dtype=torch.bool, device=device) if mask is None else mask.bool().to(device)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode inside of the `with`; then each module in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
