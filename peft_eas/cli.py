@@ -344,7 +344,7 @@ def _about_merged(folder: Path) -> dict[str, Any]:
 
 def _about_kept(adapters: dict[str, dict]) -> str:
     routed = sum(record["kind"] == "routed" for record in adapters.values())
-    shifts = len(adapters) - routed
+    shifts = sum(record["kind"] == "input_shift" and record["rank"] > 0 for record in adapters.values())
     parts = [f"propagated in {shifts} layers"] * bool(shifts)
     parts += [f"{routed} adapters have a router that looks at it"] * bool(routed)
     return "; ".join(parts) or "no layer depends on it"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -12,16 +14,21 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from . import pia
 from .config import EASConfig
+from .families import Family
 from .modeling_eas import (
-    PROMPT_MASK,
+    InputShift,
     PromptContext,
-    PromptShift,
+    by_row,
+    cache_of,
     cache_state,
+    change_input,
     current_context,
     enter_layer,
+    mask_of,
     prompt_mean,
     prompt_slot,
 )
@@ -43,7 +50,11 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: The attention or the FFN.
-        inputs: Names of its linears that read its input.
+        family: How its model is built.
+        index: Index of its layer.
+
+    Raises:
+        ValueError: if it has none of the linears that the family names.
     """
 
     adapter_layer_names: tuple[str, ...] = (
@@ -62,11 +73,21 @@ class EASLayer(nn.Module, BaseTunerLayer):
     """Whether an adapter that a training forward does not use takes part all the same, by adding zero: for
     DistributedDataParallel, which expects a gradient for every parameter."""
 
-    def __init__(self, base_layer: nn.Module, inputs: tuple[str, ...]) -> None:
+    def __init__(self, base_layer: nn.Module, family: Family, index: int) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.inputs = inputs
-        self.hidden_size = base_layer.get_submodule(inputs[0]).in_features
+        self.index = index
+        self.adds_residual = family.adds_residual
+        self.stacked_axis = family.stacked_axis
+        named = family.ffn_inputs if self.is_pia else family.attention_inputs
+        # families name all that some of their layers have
+        self.inputs = tuple(name for name in named if _get(base_layer, name) is not None)
+        if not self.inputs:
+            raise ValueError(
+                f"{type(base_layer).__name__} of layer {index} has none of {', '.join(named)}, which the row of "
+                f"{family.model_type!r} names as what reads its input."
+            )
+        self.hidden_size = _in_features(_get(base_layer, self.inputs[0]), self.stacked_axis)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.eas_dropout = nn.ModuleDict()
@@ -76,7 +97,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.frozen_peft_weight_names = {}
         self.merged_adapters: list[str] = []
-        self._unfolded: dict[str, nn.Module] = {}
+        self._unfolded: dict[str, nn.Module | nn.Parameter] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -164,6 +185,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
             )
         return pia.up_project(hidden, adapter.up, adapter.up_bias, alpha).to(z.dtype)
 
+    def adapted(self, adapter_name: str, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
+        """`z (B, T, d)` as the adapter gives it to the attention or FFN: equations (1) and (2)."""
+        return z + self.delta(z, adapter_name, context)
+
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """The parameters of an adapter."""
         by_name = (getattr(self, name) for name in self.adapter_layer_names)
@@ -237,13 +262,20 @@ class EASLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.append(adapter_name)
 
     @torch.no_grad()
-    def fold(self, adapter_name: str) -> dict[str, nn.Module]:
+    def fold(self, adapter_name: str) -> dict[str, nn.Module | nn.Parameter]:
         """Put folded linears in place, and return those that were there, by name."""
         before = {}
         for name, folded in self._folded(adapter_name):
-            before[name] = self.base_layer.get_submodule(name)
-            self.base_layer.set_submodule(name, folded)
+            before[name] = _get(self.base_layer, name)
+            self._put(name, folded)
         return before
+
+    def _put(self, name: str, linear: nn.Module | nn.Parameter) -> None:
+        if name:
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.base_layer.get_submodule(parent), leaf, linear)
+        else:
+            self.base_layer = linear
 
     @torch.no_grad()
     def check_finite(self, adapter_name: str) -> None:
@@ -256,22 +288,50 @@ class EASLayer(nn.Module, BaseTunerLayer):
             return
         tensors = [t for t in self.adapter(adapter_name) if t is not None]
         if self.is_folded_by(adapter_name):
-            tensors += [p for _, linear in self._folded(adapter_name) for p in linear.parameters()]
+            tensors += [t for _, linear in self._folded(adapter_name) for t in _tensors(linear)]
         if not all(torch.isfinite(t).all() for t in tensors):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
 
-    def _folded(self, adapter_name: str) -> Iterator[tuple[str, nn.Linear]]:
-        """The linears that read this module's input, one by one, with the adapter folded in."""
+    def _folded(self, adapter_name: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+        """What reads this module's input, one by one, with the adapter folded in."""
         adapter = self.mixed(adapter_name)
-        # what depends on the prompt is added to the input, and the biases with it
-        is_shifted = adapter.prompt_down is not None
-        biases = (None, None) if is_shifted else (adapter.down_bias, adapter.up_bias)
+        biases = (None, None) if self.is_shifted(adapter_name) else (adapter.down_bias, adapter.up_bias)
         for name in self.inputs:
-            linear = self.base_layer.get_submodule(name)
-            if linear.weight.device.type == "meta":
+            linear = _get(self.base_layer, name)
+            if _tensors(linear)[0].device.type == "meta":
                 raise ValueError("The model's weights are offloaded: load it without offloading before merging it.")
-            weight, bias = pia.fold(linear.weight, linear.bias, adapter.down, biases[0], adapter.up, biases[1])
-            yield name, _linear(linear, weight, bias)
+            yield name, _fold(linear, self.stacked_axis, adapter, *biases)
+
+    def is_shifted(self, adapter_name: str) -> bool:
+        """Whether folding leaves something to be added to the input: what depends on the prompt, and the biases with
+        it; or biases that there is no place for."""
+        if self.is_pia and self.eas_config[adapter_name].propagation == "prompt":
+            return True
+        return self.eas_config[adapter_name].use_bias and not all(
+            isinstance(linear, nn.Module) and "bias" in linear._parameters
+            for linear in (_get(self.base_layer, name) for name in self.inputs)
+        )
+
+    def without_bias(self) -> list[str]:
+        """Names of the linears that read the input and had no bias before anything was folded."""
+        linears = {name: _get(self.base_layer, name) for name in self.inputs} | self._unfolded
+        return [name for name, linear in linears.items() if linear.bias is None]
+
+    @torch.no_grad()
+    def input_shift(self, adapter_name: str) -> InputShift:
+        """What a folded adapter leaves to be added to the input, equation (10)."""
+        adapter = self.mixed(adapter_name)
+        biases = [bias for bias in (adapter.down_bias, adapter.prompt_down_bias) if bias is not None]
+        up, constant = pia.input_shift(adapter.down, sum(biases) if biases else None, adapter.up, adapter.up_bias)
+        device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        rank = 0 if adapter.prompt_down is None else len(adapter.down)
+        shift = InputShift(self.hidden_size, rank, constant is not None, device=device, dtype=dtype)
+        if rank:
+            shift.down.weight.copy_(adapter.prompt_down)
+            shift.up.weight.copy_(up)
+        if constant is not None:
+            shift.bias.copy_(constant)
+        return shift.requires_grad_(False)
 
     def mixed(self, adapter_name: str) -> Adapter:
         """The parameters of an adapter with `router="static"`, branches added up: `up (d, r)`, `up_bias (d,)`."""
@@ -286,7 +346,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         for name, linear in self._unfolded.items():
-            self.base_layer.set_submodule(name, linear.to(self.base_layer.get_submodule(name).weight.device))
+            device = _tensors(_get(self.base_layer, name))[0].device
+            if isinstance(linear, nn.Parameter):
+                linear.data = linear.data.to(device)
+            self._put(name, linear.to(device) if isinstance(linear, nn.Module) else linear)
         self._unfolded = {}
         self.merged_adapters = []
 
@@ -328,8 +391,8 @@ class EASAttention(EASLayer):
     is_pia = False
     other_param_names = (*EASLayer.other_param_names, "eas_skip", "drawn")
 
-    def __init__(self, base_layer: nn.Module, inputs: tuple[str, ...]) -> None:
-        super().__init__(base_layer, inputs)
+    def __init__(self, base_layer: nn.Module, family: Family, index: int) -> None:
+        super().__init__(base_layer, family, index)
         self.eas_skip = BufferDict(persistent=True)
         # What training forwards go by instead of the gates while a search draws sets.
         self.drawn: dict[str, bool] = {}
@@ -358,24 +421,23 @@ class EASAttention(EASLayer):
         return not self.gates[adapter_name] and self.eas_config[adapter_name].router == "static"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mask = kwargs.pop(PROMPT_MASK, None)
+        mask = mask_of(kwargs)
         name = self.acting_adapter()
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if name is not None and self.skips(name):
             hidden_states = args[0] if args else kwargs["hidden_states"]
-            state = {} if cache is None else prompt_slot(cache, self.base_layer.layer_idx).prompt_state
+            state = {} if cache is None else prompt_slot(cache, self.index).prompt_state
             enter_layer(PromptContext(mask, state))
-            return self._touched(torch.zeros_like(hidden_states), name), None
+            return self._touched(args[1] if self.adds_residual else torch.zeros_like(hidden_states), name), None
         enter_layer(None)
-        if name is None or (self.merged and self.is_folded_by(name)):
-            return self.base_layer(*args, **kwargs)
-        routed = self.eas_config[name].router == "prompt"
-        context = PromptContext(mask, cache_state(cache, self.base_layer.layer_idx)) if routed else None
-        if args:
-            args = (args[0] + self.delta(args[0], name, context), *args[1:])
-        else:
-            z = kwargs["hidden_states"]
-            kwargs["hidden_states"] = z + self.delta(z, name, context)
+        if name is not None:
+            is_folded = self.merged and self.is_folded_by(name)
+            routed = self.eas_config[name].router == "prompt"
+            context = PromptContext(mask, cache_state(cache, self.index) if routed else {})
+            if not is_folded:
+                args, kwargs = change_input(args, kwargs, lambda z: self.adapted(name, z, context))
+            elif self.is_shifted(name):
+                args, kwargs = change_input(args, kwargs, lambda z: self.input_shift(name)(z, context))
         return self.base_layer(*args, **kwargs)
 
 
@@ -384,33 +446,20 @@ class EASFeedForward(EASLayer):
 
     is_pia = True
 
-    @torch.no_grad()
-    def prompt_shift(self, adapter_name: str) -> PromptShift:
-        """What a folded PIA with `propagation="prompt"` leaves to be added to the FFN's input, equation (10)."""
-        adapter = self.mixed(adapter_name)
-        biases = [bias for bias in (adapter.down_bias, adapter.prompt_down_bias) if bias is not None]
-        up, constant = pia.input_shift(adapter.down, sum(biases) if biases else None, adapter.up, adapter.up_bias)
-        device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
-        shift = PromptShift(self.hidden_size, len(adapter.down), constant is not None, device=device, dtype=dtype)
-        shift.down.weight.copy_(adapter.prompt_down)
-        shift.up.weight.copy_(up)
-        if constant is not None:
-            shift.up.bias.copy_(constant)
-        return shift.requires_grad_(False)
-
     def is_folded_by(self, adapter_name: str) -> bool:
         return self.gates.get(adapter_name, False) and self.eas_config[adapter_name].router == "static"
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         context, name = current_context(), self.acting_adapter()
-        if context is not None and name is not None:
-            if not (self.merged and self.is_folded_by(name)):
-                hidden_states = hidden_states + self.delta(hidden_states, name, context)
-            elif self.eas_config[name].propagation == "prompt":
-                hidden_states = self.prompt_shift(name)(hidden_states, context)
-        elif name is not None:
-            hidden_states = self._touched(hidden_states, name)
-        output = self.base_layer(hidden_states, *args, **kwargs)
+        if name is not None and context is None:
+            args, kwargs = change_input(args, kwargs, lambda z: self._touched(z, name))
+        elif name is not None and not (self.merged and self.is_folded_by(name)):
+            args, kwargs = change_input(
+                args, kwargs, lambda z: by_row(functools.partial(self.adapted, name), z, context)
+            )
+        elif name is not None and self.is_shifted(name):
+            args, kwargs = change_input(args, kwargs, lambda z: by_row(self.input_shift(name), z, context))
+        output = self.base_layer(*args, **kwargs)
         enter_layer(None)  # lets go of the tensors
         return output
 
@@ -430,11 +479,47 @@ def _kaiming(rows: int, columns: int) -> torch.Tensor:
     return weight
 
 
-def _linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    new = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    new.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-    new.bias = None if bias is None else nn.Parameter(bias, requires_grad=linear.weight.requires_grad)
-    return new.train(linear.training)
+def _get(module: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
+    """A linear or a stacked weight of `module` by its name, `""` for the module itself; `None` if there is none."""
+    for part in filter(None, name.split(".")):
+        module = getattr(module, part, None)
+    return module
+
+
+def _tensors(linear: nn.Module | nn.Parameter) -> list[torch.Tensor]:
+    return [linear] if isinstance(linear, nn.Parameter) else list(linear.parameters())
+
+
+def _is_transposed(linear: nn.Module) -> bool:
+    return isinstance(linear, Conv1D)
+
+
+def _in_features(linear: nn.Module | nn.Parameter, stacked_axis: int) -> int:
+    if isinstance(linear, nn.Parameter):
+        return linear.shape[stacked_axis]
+    return linear.weight.shape[0] if _is_transposed(linear) else getattr(linear, "in_features", linear.weight.shape[-1])
+
+
+def _fold(
+    linear: nn.Module | nn.Parameter,
+    stacked_axis: int,
+    adapter: Adapter,
+    down_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+) -> nn.Module | nn.Parameter:
+    """A linear, or the stacked weights of experts, with an adapter folded in; of the same class, whatever that is."""
+    is_stacked = isinstance(linear, nn.Parameter)
+    is_transposed = stacked_axis == -2 if is_stacked else _is_transposed(linear)
+    weight, bias = (linear, None) if is_stacked else (linear.weight, getattr(linear, "bias", None))
+    folded, bias = pia.fold(weight.mT if is_transposed else weight, bias, adapter.down, down_bias, adapter.up, up_bias)
+    new_weight = nn.Parameter(folded.mT.contiguous() if is_transposed else folded, requires_grad=weight.requires_grad)
+    if is_stacked:
+        return new_weight
+    new = copy.copy(linear)
+    new._parameters = linear._parameters | {"weight": new_weight}
+    if bias is not None:
+        new._parameters["bias"] = nn.Parameter(bias, requires_grad=weight.requires_grad)
+    return new
 
 
 def _read_gates(module: EASAttention, _incompatible_keys: Any) -> None:

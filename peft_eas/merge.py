@@ -29,7 +29,7 @@ class MergePlan:
 
     eas: dict
     layers: Layers
-    adapters: dict[str, modeling_eas.PromptShift | modeling_eas.RoutedAdapter] = field(default_factory=dict)
+    adapters: dict[str, modeling_eas.InputShift | modeling_eas.RoutedAdapter] = field(default_factory=dict)
 
 
 def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, config: EASConfig, name: str) -> MergePlan:
@@ -62,18 +62,18 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
             continue
         if config.router == "prompt":
             plan.adapters[f"{index}.{where}"] = _routed_adapter(wrapper, name)
-        elif is_skipped and config.propagation == "prompt":
-            plan.adapters[f"{index}.{where}"] = wrapper.prompt_shift(name)
+        elif wrapper.is_shifted(name):
+            plan.adapters[f"{index}.{where}"] = wrapper.input_shift(name)
         elif config.use_bias:
-            linears = {linear: wrapper.base_layer.get_submodule(linear) for linear in wrapper.inputs}
-            linears |= wrapper._unfolded
-            biased += [f"{index}.{where}.{k}" for k, m in linears.items() if m.bias is None]
+            biased += [f"{index}.{where}.{linear}".rstrip(".") for linear in wrapper.without_bias()]
     plan.eas = {
         "format": modeling_eas.FORMAT,
         "model_type": model.config.model_type,
+        "decoder": layers.decoder or None,
         "layers": family.layers,
         "attention": family.attention,
         "ffn": family.ffn,
+        "adds_residual": family.adds_residual,
         "norms": list(family.attention_norms),
         "skip": skip,
         "biased": biased,
@@ -87,17 +87,16 @@ def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
     eas = plan.eas
     if not (eas["skip"] or eas["biased"] or eas["adapters"]):
         return model
-    for index in eas["skip"]:
-        layer = model.get_submodule(plan.layers.names[index])
-        modeling_eas.strip_attention(layer, eas["attention"], eas["norms"], index)
-    container = model.get_submodule(plan.layers.decoder).get_submodule(eas["layers"])
+    container = model.get_submodule(plan.layers.container)
+    modeling_eas.strip_attentions(container, eas)
     for where, adapter in plan.adapters.items():
-        modeling_eas.keep_adapter(container.get_submodule(where), adapter, is_ffn=where.endswith(f".{eas['ffn']}"))
+        modeling_eas.keep_adapter(container, where, adapter, is_ffn=not where.endswith(f".{eas['attention']}"))
     _change_config(model, eas)
     config_class = type(model.config)
     modeling_eas.register_models(config_class)
     model.__class__ = getattr(modeling_eas, f"EAS{type(model).__name__}")
-    modeling_eas.watch_prompt(model)
+    if modeling_eas.depends_on_prompt(eas):
+        modeling_eas.watch_prompt(model, modeling_eas.always)
     return model
 
 

@@ -17,7 +17,7 @@ from .freeze import FrozenContext, freeze
 from .gates import SkipGates
 from .layer import EASAttention, EASFeedForward, EASLayer, check_single
 from .merge import finish_merge, plan_merge
-from .modeling_eas import PromptBoundary, generation
+from .modeling_eas import generation, unwatch_prompt, watch_prompt
 
 
 class EASModel(BaseTuner):
@@ -53,11 +53,7 @@ class EASModel(BaseTuner):
                 f"`exclude_modules` and `layers_to_transform` leaves none of them, such as "
                 f"{next(iter(self._places))!r}. Leave it out to adapt all."
             )
-        width = (
-            model.get_submodule(layers.attention(next(iter(layers.names))))
-            .get_submodule(layers.family.attention_inputs[0])
-            .in_features
-        )
+        width = model.config.get_text_config(decoder=True).hidden_size
         if width % peft_config.groups:
             raise ValueError(f"`groups`={peft_config.groups} does not divide the model's hidden size {width}.")
         skippable = [i for i in layers.names if {layers.attention(i), layers.ffn(i)} <= targeted]
@@ -103,9 +99,7 @@ class EASModel(BaseTuner):
     ) -> None:
         wrapper, index = self._places[current_key]
         if not isinstance(target, EASLayer):
-            family = self._layers.family
-            inputs = family.attention_inputs if wrapper is EASAttention else family.ffn_inputs
-            target = wrapper(target, inputs)
+            target = wrapper(target, self._layers.family, index)
             self._replace_module(parent, target_name, target, target.base_layer)
         target.eas_config[adapter_name] = peft_config
         is_skipped = None if peft_config.skip_layers is None else index in peft_config.skip_layers
@@ -129,8 +123,7 @@ class EASModel(BaseTuner):
                 attentions.append(attention)
                 if ffn is not None:
                     ffn.gates = attention.gates
-        _unwatch_prompt(model)
-        model.register_forward_pre_hook(PromptBoundary(model, AnyNeedsPrompt(attentions)), with_kwargs=True)
+        watch_prompt(model, AnyNeedsPrompt(attentions))
         if model.can_generate():
             model.generate = functools.partial(_generate, model)
 
@@ -296,7 +289,7 @@ class EASModel(BaseTuner):
             wrappers = {i: self._wrappers(i) for i in self._layers.names}
             plan = plan_merge(self.model, self._layers, wrappers, self.peft_config[names[0]], names[0])
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        _unwatch_prompt(model)
+        unwatch_prompt(model)
         model.__dict__.pop("generate", None)
         return model if plan is None else finish_merge(model, plan)
 
@@ -315,10 +308,3 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a model with adapters: the class's own, with the prompt's length known to the forwards."""
     with generation(args, kwargs):
         return type(model).generate(model, *args, **kwargs)
-
-
-def _unwatch_prompt(model: nn.Module) -> None:
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, PromptBoundary):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)

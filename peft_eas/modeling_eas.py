@@ -43,6 +43,7 @@ FORMAT = 2
 class _Local(threading.local):
     """What belongs to this thread's current forward or `generate`."""
 
+    mask: torch.Tensor | None = None  # of the forward under way, for layers that get no further keywords
     context: PromptContext | None = None  # the layer under way, from its attention to its FFN
     explicit: torch.Tensor | None = None  # see `prompt_mask`
     generations: tuple[_Generation, ...] = ()  # the calls of `generate` under way, outermost first
@@ -114,12 +115,18 @@ class PromptBoundary:
         self.is_needed = is_needed
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        _local.mask = None
         if kwargs.get(PROMPT_MASK) is not None or not self.is_needed():
             return None
         mask = self._find(dict(zip(self.names, args, strict=False)) | kwargs, module.training)
         if _local.generations:
             _local.generations[-1].started = True
-        return None if mask is None else (args, kwargs | {PROMPT_MASK: mask})
+        if mask is None:
+            return None
+        _local.mask = mask
+        if module.training and getattr(module, "is_gradient_checkpointing", False):
+            _recompute_with_mask(module)
+        return args, kwargs | {PROMPT_MASK: mask}
 
     def _find(self, inputs: dict, training: bool) -> torch.Tensor | None:
         tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
@@ -175,6 +182,61 @@ class PromptBoundary:
                 "to the prompt (a further turn, chunked prefill), start with a new cache and all tokens; if not, say "
                 "so: `with prompt_mask(torch.zeros(batch, tokens)): model(...)`."
             )
+
+
+class _WithMask:
+    """A layer's checkpointing function; what it recomputes finds the mask of its own forward, not of a later one."""
+
+    def __init__(self, checkpoint: Callable) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable, *args, **kwargs):
+        mask = _local.mask
+
+        def run(*inputs):
+            before, _local.mask = _local.mask, mask
+            try:
+                return function(*inputs)
+            finally:
+                _local.mask = before
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def _recompute_with_mask(model: nn.Module) -> None:
+    for layer in model.modules():
+        checkpoint = vars(layer).get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _WithMask):
+            layer._gradient_checkpointing_func = _WithMask(checkpoint)
+
+
+def _forget_mask(module: nn.Module, args: tuple, output: object) -> None:
+    _local.mask = None
+
+
+def mask_of(kwargs: dict) -> torch.Tensor | None:
+    """The prompt's mask, taken out of an attention's keywords; or, in families that pass none on, that of the forward
+    under way."""
+    return kwargs.pop(PROMPT_MASK, _local.mask)
+
+
+def watch_prompt(model: PreTrainedModel, is_needed: Callable[[], bool]) -> None:
+    """Let the outermost `model` find the prompt in each forward (see `PromptBoundary`)."""
+    unwatch_prompt(model)
+    model.register_forward_pre_hook(PromptBoundary(model, is_needed), with_kwargs=True)
+    model.register_forward_hook(_forget_mask, always_call=True)
+
+
+def unwatch_prompt(model: PreTrainedModel) -> None:
+    """Undo `watch_prompt`."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, PromptBoundary):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is _forget_mask:
+            del model._forward_hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
 
 
 _SUBJECT = "The prompt of a model with `propagation='prompt'` or `router='prompt'`"
@@ -285,6 +347,12 @@ class PromptSlot(getattr(cache_utils, "DummyLayer", object)):
             self.prompt_state[name] = function(value)
 
 
+def cache_of(kwargs: dict) -> cache_utils.Cache | None:
+    """The KV cache among the arguments of an attention; older families call it `layer_past`."""
+    cache = kwargs.get("past_key_values")
+    return kwargs.get("layer_past") if cache is None else cache
+
+
 def prompt_slot(cache: cache_utils.Cache, layer_idx: int) -> PromptSlot:
     """The entry of skipped layer `layer_idx` in `cache`, which takes the place of the keys' and values'.
 
@@ -322,6 +390,12 @@ class PromptContext:
         self.mask = mask
         self.state = state
 
+    @property
+    def rows(self) -> int:
+        """`B`, as far as it matters: 1 if nothing depends on the row."""
+        known = self.mask if self.mask is not None else next(iter(self.state.values()), None)
+        return 1 if known is None else len(known)
+
     def once(self, name: str, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The value `name (B, 1, n)`, computed from the mask in a prefill and remembered from then on."""
         if name not in self.state:
@@ -332,6 +406,20 @@ class PromptContext:
                 )
             self.state[name] = compute(self.mask)
         return self.state[name]
+
+
+def by_row(adapter: Callable, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
+    """`adapter(z, context)` for `z (B, T, d)`, or for the `(B * T, d)` that some families' FFNs are given."""
+    if z.dim() == 3:
+        return adapter(z, context)
+    return adapter(z.reshape(context.rows, -1, z.shape[-1]), context).reshape(z.shape)
+
+
+def change_input(args: tuple, kwargs: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple, dict]:
+    """The arguments of a module with its `hidden_states`, given by position or by name, changed."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
 
 
 def enter_layer(context: PromptContext | None) -> None:
@@ -354,16 +442,19 @@ class SkippedAttention(nn.Module):
 
     Args:
         layer_idx: Index of the layer.
+        adds_residual: Whether attentions of this family add the residual stream, their second argument, themselves.
     """
 
-    def __init__(self, layer_idx: int) -> None:
+    def __init__(self, layer_idx: int, adds_residual: bool = False) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.adds_residual = adds_residual
 
-    def forward(self, hidden_states: torch.Tensor, *args, past_key_values=None, **kwargs) -> tuple[torch.Tensor, None]:
-        slot = None if past_key_values is None else prompt_slot(past_key_values, self.layer_idx)
-        enter_layer(PromptContext(kwargs.get(PROMPT_MASK), {} if slot is None else slot.prompt_state))
-        return hidden_states.new_zeros(1, 1, 1), None
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+        cache = cache_of(kwargs)
+        slot = None if cache is None else prompt_slot(cache, self.layer_idx)
+        enter_layer(PromptContext(mask_of(kwargs), {} if slot is None else slot.prompt_state))
+        return args[0] if self.adds_residual else hidden_states.new_zeros(1, 1, 1), None
 
     def extra_repr(self) -> str:
         return f"layer_idx={self.layer_idx}"
@@ -381,26 +472,37 @@ class Projection(nn.Module):
         return F.linear(z, self.weight, self.bias)
 
 
-class PromptShift(nn.Module):
-    """What is left of a folded PIA with `propagation="prompt"`: one vector a sequence, added to the FFN's input.
+class InputShift(nn.Module):
+    """What folded weights can't hold of an adapter: a vector added to the input of an attention or a FFN.
 
-    Equation (10) of docs/method.md: `z + up(down(mean over the prompt's tokens of z))`. The vector is computed in the
-    prefill, `(B, 1, d)`, and from then on a constant.
+    Equation (10) of docs/method.md: `z + up(down(mean over the prompt's tokens of z)) + bias`. With
+    `propagation="prompt"` the vector is computed in the prefill, `(B, 1, d)`, and from then on a constant; without
+    (`rank=0`) it is the bias alone, where linears can't have one.
 
     Args:
         width: `d`.
-        rank: `r`.
-        bias: Whether `up` has a bias, the adapter's own biases among it.
+        rank: `r`, 0 if nothing depends on the prompt.
+        bias: Whether there is a constant part, the adapter's own biases.
     """
 
     def __init__(self, width: int, rank: int, bias: bool, **factory) -> None:
         super().__init__()
-        self.record = {"kind": "prompt_shift", "width": width, "rank": rank, "bias": bias}
-        self.down = Projection(width, rank, False, **factory)
-        self.up = Projection(rank, width, bias, **factory)
+        self.record = {"kind": "input_shift", "width": width, "rank": rank, "bias": bias}
+        self.down = Projection(width, rank, False, **factory) if rank else None
+        self.up = Projection(rank, width, False, **factory) if rank else None
+        self.bias = nn.Parameter(torch.zeros(width, **factory)) if bias else None
 
     def forward(self, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
-        return z + context.once("shift", lambda mask: self.up(self.down(prompt_mean(z, mask))))
+        if self.down is None:
+            return z + self.bias
+        return z + context.once("shift", self._shift_of(z))
+
+    def _shift_of(self, z: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def shift(mask: torch.Tensor) -> torch.Tensor:
+            by_prompt = self.up(self.down(prompt_mean(z, mask)))
+            return by_prompt if self.bias is None else by_prompt + self.bias
+
+        return shift
 
 
 class RoutedAdapter(nn.Module):
@@ -432,8 +534,13 @@ class RoutedAdapter(nn.Module):
         return z + alpha[..., :1] * first + alpha[..., 1:] * second
 
 
-KEPT_ADAPTERS = {"prompt_shift": PromptShift, "routed": RoutedAdapter}
-"""Adapters that stay in a merged model, since they depend on the prompt, by the `kind` of their record."""
+KEPT_ADAPTERS = {"input_shift": InputShift, "routed": RoutedAdapter}
+"""What stays of adapters in a merged model, by the `kind` of its record."""
+
+
+def depends_on_prompt(eas: dict) -> bool:
+    """Whether a model with the record `config.eas` has layers that depend on the prompt."""
+    return any(record["kind"] == "routed" or record["rank"] > 0 for record in eas["adapters"].values())
 
 
 def cache_state(cache: cache_utils.Cache | None, layer_idx: int) -> dict[str, torch.Tensor]:
@@ -446,18 +553,16 @@ def cache_state(cache: cache_utils.Cache | None, layer_idx: int) -> dict[str, to
     return layer.prompt_state
 
 
-def _adapt_attention_input(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of a retained attention with a kept adapter."""
-    mask = kwargs.pop(PROMPT_MASK, None)
-    context = PromptContext(mask, cache_state(kwargs.get("past_key_values"), attention.layer_idx))
-    if args:
-        return (attention.eas_adapter(args[0], context), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": attention.eas_adapter(kwargs["hidden_states"], context)}
+def _adapt_attention_input(index: int, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of the retained attention of layer `index` with a kept adapter."""
+    context = PromptContext(mask_of(kwargs), cache_state(cache_of(kwargs), index))
+    return change_input(args, kwargs, lambda z: by_row(attention.eas_adapter, z, context))
 
 
-def _adapt_ffn_input(ffn: nn.Module, args: tuple) -> tuple:
+def _adapt_ffn_input(ffn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the FFN of a skipped attention with a kept adapter."""
-    return (ffn.eas_adapter(args[0], _local.context or PromptContext(None, {})), *args[1:])
+    context = _local.context or PromptContext(None, {})
+    return change_input(args, kwargs, lambda z: by_row(ffn.eas_adapter, z, context))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -468,9 +573,10 @@ def _adapt_ffn_input(ffn: nn.Module, args: tuple) -> tuple:
 def restructure(model: PreTrainedModel, eas: dict) -> None:
     """Give `model`, built as its base class builds it, the structure that `eas` (`config.eas`) records. Idempotent.
 
-    `eas` holds: `layers`, `attention`, `ffn` (names), `norms` (those of a layer that go with its attention), `skip`
-    (indices of layers without attention), `biased` (linears that a fold has given a bias), and `adapters` (records of
-    the adapters that stay, by the attention or FFN that they stand before).
+    `eas` holds: `decoder`, `layers`, `attention`, `ffn` (names), `adds_residual` (see `SkippedAttention`), `norms`
+    (those of a layer that go with its attention), `skip` (indices of layers without attention), `biased` (linears that
+    a fold has given a bias), and `adapters` (records of what stays of adapters, by the attention or FFN that they stand
+    before).
 
     Raises:
         ValueError: if `eas` was written by another version, or names layers that are not there.
@@ -480,7 +586,8 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
             f"This checkpoint has format {eas.get('format')!r} of `config.eas`, but this modelling file reads format "
             f"{FORMAT}: use the modelling file that came with the checkpoint, or a matching version of peft_eas."
         )
-    layers = model.get_decoder().get_submodule(eas["layers"])
+    decoder = model if eas["decoder"] is None else outermost(model, eas["decoder"])[1]
+    _, layers = outermost(decoder, eas["layers"])
     if not set(eas["skip"]) <= set(range(len(layers))):
         raise ValueError(f"config.json skips the attentions of layers {eas['skip']}, but has {len(layers)} layers.")
     for name in eas["biased"]:
@@ -493,35 +600,44 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
             like = next(module.parameters())
             settings = {key: value for key, value in record.items() if key != "kind"}
             adapter = KEPT_ADAPTERS[record["kind"]](**settings, device=like.device, dtype=like.dtype)
-            keep_adapter(module, adapter, is_ffn=name.endswith(f".{eas['ffn']}"))
+            keep_adapter(layers, name, adapter, is_ffn=not name.endswith(f".{eas['attention']}"))
+    strip_attentions(layers, eas)
+
+
+def outermost(model: nn.Module, suffix: str) -> tuple[str, nn.Module]:
+    """The outermost module of `model` whose name ends with `suffix`, and that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = [(name, m) for name, m in model.named_modules() if name == suffix or name.endswith(f".{suffix}")]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no module {suffix!r}.")
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def strip_attentions(layers: nn.ModuleList, eas: dict) -> None:
+    """Put a `SkippedAttention` where each skipped attention was, and drop the norms that only the attention needed."""
     for index in eas["skip"]:
-        strip_attention(layers[index], eas["attention"], eas["norms"], index)
+        layer = layers[index]
+        if not isinstance(layer.get_submodule(eas["attention"]), SkippedAttention):
+            stand_in = SkippedAttention(index, eas["adds_residual"])
+            layer.set_submodule(eas["attention"], stand_in.train(layer.training))
+        for name in eas["norms"]:
+            if hasattr(layer, name):
+                setattr(layer, name, nn.Identity())
 
 
-def strip_attention(layer: nn.Module, attention: str, norms: list[str], layer_idx: int) -> None:
-    """Put a `SkippedAttention` where a layer's attention was, and drop the norms that only the attention needed."""
-    if not isinstance(getattr(layer, attention), SkippedAttention):
-        setattr(layer, attention, SkippedAttention(layer_idx).train(layer.training))
-    for name in norms:
-        setattr(layer, name, nn.Identity())
-
-
-def keep_adapter(module: nn.Module, adapter: PromptShift | RoutedAdapter, is_ffn: bool) -> None:
-    """Let `adapter` see the input of an attention or FFN first."""
+def keep_adapter(layers: nn.ModuleList, name: str, adapter: InputShift | RoutedAdapter, is_ffn: bool) -> None:
+    """Let `adapter` see the input of the attention or FFN `name` (`"3.mlp"`) first."""
+    module = layers.get_submodule(name)
     module.eas_adapter = adapter.train(module.training)
-    if is_ffn:
-        module.register_forward_pre_hook(_adapt_ffn_input)
-    else:
-        module.register_forward_pre_hook(_adapt_attention_input, with_kwargs=True)
+    index = int(name.split(".")[0])
+    hook = _adapt_ffn_input if is_ffn else functools.partial(_adapt_attention_input, index)
+    module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def watch_prompt(model: PreTrainedModel) -> None:
-    """Let the outermost `model` find the prompt in each forward, if its layers depend on it."""
-    if model.config.eas["adapters"]:
-        model.register_forward_pre_hook(PromptBoundary(model, _always), with_kwargs=True)
-
-
-def _always() -> bool:
+def always() -> bool:
     return True
 
 
@@ -531,7 +647,8 @@ class EASMixin:
     def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
         restructure(self, config.eas)
-        watch_prompt(self)
+        if depends_on_prompt(config.eas):
+            watch_prompt(self, always)
 
     def generate(self, *args, **kwargs):
         with generation(args, kwargs):

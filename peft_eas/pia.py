@@ -60,7 +60,7 @@ def fold(
     it was, not the folded one).
 
     Args:
-        weight: `(o, d)`.
+        weight: `(o, d)`, or `(n, o, d)` of `n` experts, which have no bias here.
         bias: `(o,)` or `None`.
         down: `(r, d)`.
         down_bias: `(r,)` or `None`.
@@ -79,7 +79,7 @@ def fold(
         shift = _add(shift, projected @ down_bias.to(dtype))
     if up_bias is not None:
         shift = _add(shift, wide @ up_bias.to(dtype))
-    folded = torch.addmm(wide, projected, down.to(dtype))
+    folded = (projected @ down.to(dtype)).add_(wide)
     return folded.to(weight.dtype), None if shift is None else shift.to(weight.dtype)
 
 
