@@ -7,9 +7,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from transformers import CONFIG_MAPPING
 
 from .config import EASConfig, EASType
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, register_family
 from .model import EASModel
-from .modeling_eas import prompt_mask, register_config
+from .modeling_eas import prompt_mask
 from .search import EASCallback, plot_search, score_attentions
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "Family",
     "plot_search",
     "prompt_mask",
+    "register_family",
     "score_attentions",
 ]
 
@@ -30,4 +31,5 @@ PEFT_TYPE_TO_TUNER_MAPPING[EASType.EAS] = EASModel
 PEFT_TYPE_TO_PREFIX_MAPPING[EASType.EAS] = EASModel.prefix
 
 for _family in FAMILIES.values():
-    register_config(CONFIG_MAPPING[_family.model_type])
+    if _family.model_type in CONFIG_MAPPING:  # older versions of transformers lack some
+        register_family(_family)

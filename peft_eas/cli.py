@@ -1,4 +1,4 @@
-"""The command line: `peft-eas score`, `train`, `merge` and `inspect`."""
+"""The command line: `peft-eas score`, `train`, `merge`, `inspect` and `inspect-family`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from transformers import (
 )
 
 from .config import EASConfig, EASType
+from .families import FAMILIES
 from .search import EASCallback, score_attentions
 from .search.callback import WARM_STARTS
 from .search.report import REPORT
 from .search.scores import METHODS
+from .trace import TraceError, as_source, check_family, propose_family
 
 DATA_HELP = (
     "data: a .jsonl, .json, .csv or .parquet file, a folder, or a dataset of the hub, with the columns `prompt` and "
@@ -140,6 +142,14 @@ def _parser() -> argparse.ArgumentParser:
         help="replace what layers take from each prompt by its mean over the prompts of this data: gives plain "
         "weights, which other engines run",
     )  # fmt: skip
+
+    family = add(
+        "inspect-family", _inspect_family, "propose a row for a model family that is not known yet, and try it",
+        "  peft-eas inspect-family openai-community/gpt2",
+    )  # fmt: skip
+    family.add_argument("model", metavar="MODEL", help="hub name or folder of a causal language model, for its config")
+    family.add_argument("--layers", type=_positive, default=4, help="how many layers to build (default: 4)")
+    family.add_argument("--trust-remote-code", action="store_true", help="run modelling code that comes with the model")
 
     inspect = add(
         "inspect", _inspect, "say what an adapter or a merged model skips, and how large it is",
@@ -296,6 +306,29 @@ def _inspect(args: argparse.Namespace) -> None:
         print(
             f"{'layers':12} {start:>3} {''.join('.' if i in skip else '#' for i in row)} {row[-1]}   # kept  . skipped"
         )
+
+
+def _inspect_family(args: argparse.Namespace) -> None:
+    trust = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(args.model, **trust)
+    whole = config.num_hidden_layers
+    config.num_hidden_layers = count = min(whole, args.layers)
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == whole:  # one entry a layer
+            setattr(config, name, value[:count])
+    model = AutoModelForCausalLM.from_config(config, **trust)
+    try:
+        row = propose_family(model)
+        error = check_family(model, row)
+    except TraceError as reason:
+        raise UsageError(f"{reason} Look at the model's code, and write the row by hand.") from None
+    print(as_source(row))
+    if row.model_type in FAMILIES:
+        print(f"There is a row already: {as_source(FAMILIES[row.model_type])}")
+    if error < 1e-4:
+        print(f"Merging with this row is exact ({error:.0e}). Look at it, then: peft_eas.register_family(...)")
+    else:
+        print(f"Merging with this row is not exact ({error:.0e}): something else reads the attention's or FFN's input.")
 
 
 def _about_adapter(folder: Path) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import CONFIG_MAPPING
 
-from .modeling_eas import outermost
+from .modeling_eas import outermost, register_config
 
 SPLIT = ("q_proj", "k_proj", "v_proj")
 GATED = ("gate_proj", "up_proj")
@@ -114,22 +115,23 @@ _ROWS = (
     *(
         Family(model_type, ffn_inputs=GATED + ROUTED + SHARED)
         for model_type in (
-            "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hunyuan_v1_moe", "hy_v3", "mellum", "mimo_v2_flash",
+            "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hy_v3", "mellum", "mimo_v2_flash",
             "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_vl_moe_text", "solar_open",
         )
     ),
-    Family("cohere2_moe", attention_norms=(), ffn_inputs=GATED + ROUTED),
+    Family("cohere2_moe", attention_norms=(), ffn_inputs=GATED + ROUTED + SHARED),
     Family("flex_olmo", attention_norms=POST, ffn_inputs=ROUTED),
     Family("gpt_oss", ffn_inputs=("router", "experts.gate_up_proj"), stacked_axis=-2),
     Family("granitemoe", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("granitemoe_swa", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
+    Family("hunyuan_v1_moe",
+           ffn_inputs=("gate.wg", "experts.gate_up_proj", "shared_mlp.gate_proj", "shared_mlp.up_proj")),
     Family("llama4_text", ffn="feed_forward", ffn_inputs=(*GATED, "router", "experts.gate_up_proj", *SHARED),
            stacked_axis=-2),
     Family("phimoe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("qwen2_moe", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     # hybrids: layers that have no attention are left alone
     Family("bamba", ffn="feed_forward"),
-    Family("falcon_h1", attention_norms=(), ffn="feed_forward"),  # beside a state-space model that reads the norm
     Family("jamba", ffn="feed_forward", ffn_inputs=(*GATED, "router", "experts.gate_up_proj")),
     Family("lfm2", attention_norms=("operator_norm",), ffn="feed_forward", ffn_inputs=("w1", "w3")),
     Family("olmo_hybrid", attention_norms=POST),
@@ -150,6 +152,21 @@ _ROWS = (
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
+
+
+def register_family(family: Family) -> None:
+    """Add a row to the table, or replace the one of that `model_type`.
+
+    Raises:
+        ValueError: if transformers has no configuration class for the `model_type`; register that first
+            (`AutoConfig.register`).
+    """
+    if family.model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"transformers knows no model type {family.model_type!r}: call `AutoConfig.register` for it first."
+        )
+    FAMILIES[family.model_type] = family
+    register_config(CONFIG_MAPPING[family.model_type])
 
 
 @dataclass(frozen=True)
@@ -211,7 +228,6 @@ def _row(model: nn.Module) -> Family:
         return FAMILIES[model_type]
     raise ValueError(
         f"EAS does not know how models of type {model_type!r} ({type(model).__name__}) are built. Known types: "
-        f"{', '.join(sorted(FAMILIES))}. To add one, put a row into the table: "
-        f"`peft_eas.FAMILIES[{model_type!r}] = peft_eas.Family({model_type!r}, attention=..., attention_inputs=..., "
-        "attention_norms=..., ffn=..., ffn_inputs=...)`."
+        f"{', '.join(sorted(FAMILIES))}. To add one: `peft-eas inspect-family MODEL` proposes a row, and "
+        f"`peft_eas.register_family(peft_eas.Family({model_type!r}, ...))` puts it into the table."
     )
