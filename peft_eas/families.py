@@ -29,7 +29,8 @@ class Family:
         layers: The list of decoder layers, in the decoder.
         attention: The attention, in a layer; layers without one are left alone.
         attention_inputs: The linears of the attention that read its input; those that a layer has of them.
-        attention_norms: The norms, in a layer, that nobody needs once the attention is gone.
+        attention_norms: The norms, in a layer, that only the attention reads; those that a layer has.
+        output_norms: The norms, in a layer, that the attention's output goes through.
         ffn: The FFN, in a layer.
         ffn_inputs: The linears of the FFN that read its input (`""`: the FFN is that linear), routers and the stacked
             weights of experts included; those that a layer has of them.
@@ -44,6 +45,7 @@ class Family:
     attention: str = "self_attn"
     attention_inputs: tuple[str, ...] = SPLIT
     attention_norms: tuple[str, ...] = PRE
+    output_norms: tuple[str, ...] = ()
     ffn: str = "mlp"
     ffn_inputs: tuple[str, ...] = GATED
     stacked_axis: int = -1
@@ -97,13 +99,13 @@ _ROWS = (
     Family("gptj", layers="h", attention="attn", attention_norms=(), ffn_inputs=("fc_in",)),
     Family("phi", attention_norms=(), ffn_inputs=("fc1",)),
     # a norm after the attention, and no other (post), or one before, too (sandwich)
-    Family("exaone4", attention_norms=POST),
-    Family("olmo2", attention_norms=POST),
-    Family("olmo3", attention_norms=POST),
-    Family("gemma2", attention_norms=PRE + POST),
-    Family("gemma3_text", attention_norms=PRE + POST),
-    Family("glm4", attention_norms=(*PRE, "post_self_attn_layernorm"), ffn_inputs=("gate_up_proj",)),
-    Family("glm4v_text", attention_norms=(*PRE, "post_self_attn_layernorm"), ffn_inputs=("gate_up_proj",)),
+    Family("exaone4", attention_norms=(), output_norms=POST),
+    Family("olmo2", attention_norms=(), output_norms=POST),
+    Family("olmo3", attention_norms=(), output_norms=POST),
+    Family("gemma2", output_norms=POST),
+    Family("gemma3_text", output_norms=POST),
+    Family("glm4", output_norms=("post_self_attn_layernorm",), ffn_inputs=("gate_up_proj",)),
+    Family("glm4v_text", output_norms=("post_self_attn_layernorm",), ffn_inputs=("gate_up_proj",)),
     Family("vaultgemma"),
     # multi-head latent attention
     Family("deepseek_v2", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
@@ -120,7 +122,7 @@ _ROWS = (
         )
     ),
     Family("cohere2_moe", attention_norms=(), ffn_inputs=GATED + ROUTED + SHARED),
-    Family("flex_olmo", attention_norms=POST, ffn_inputs=ROUTED),
+    Family("flex_olmo", attention_norms=(), output_norms=POST, ffn_inputs=ROUTED),
     Family("gpt_oss", ffn_inputs=("router", "experts.gate_up_proj"), stacked_axis=-2),
     Family("granitemoe", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("granitemoe_swa", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
@@ -134,7 +136,7 @@ _ROWS = (
     Family("bamba", ffn="feed_forward"),
     Family("jamba", ffn="feed_forward", ffn_inputs=(*GATED, "router", "experts.gate_up_proj")),
     Family("lfm2", attention_norms=("operator_norm",), ffn="feed_forward", ffn_inputs=("w1", "w3")),
-    Family("olmo_hybrid", attention_norms=POST),
+    Family("olmo_hybrid", attention_norms=(), output_norms=POST),
     Family("qwen3_5_text"),
     Family("qwen3_5_moe_text", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     Family("qwen3_next", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),

@@ -74,7 +74,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
         "attention": family.attention,
         "ffn": family.ffn,
         "adds_residual": family.adds_residual,
-        "norms": list(family.attention_norms),
+        "norms": [*family.attention_norms, *family.output_norms],
         "skip": skip,
         "biased": biased,
         "adapters": {where: adapter.record for where, adapter in plan.adapters.items()},

@@ -319,7 +319,8 @@ def sizes(model_type: str) -> None:
     layers, dropped = find_layers(base), skipped(base)
     gone = sum(p.numel() for i in dropped for p in base.get_submodule(layers.attention(i)).parameters())
     for index in dropped:
-        norms = [n for n in layers.family.attention_norms if hasattr(base.get_submodule(layers.names[index]), n)]
+        named = layers.family.attention_norms + layers.family.output_norms
+        norms = [n for n in named if hasattr(base.get_submodule(layers.names[index]), n)]
         gone += sum(p.numel() for n in norms for p in base.get_submodule(f"{layers.names[index]}.{n}").parameters())
     assert gone > 0
     merged = get_peft_model(base, EASConfig(skip_layers=dropped, propagation="none", use_bias=False)).merge_and_unload()

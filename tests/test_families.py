@@ -52,7 +52,7 @@ def test_a_row_is_found_by_tracing(model_type):
 
     assert set(proposed.attention_inputs) == present(row.attention, row.attention_inputs)
     assert set(proposed.ffn_inputs) == present(row.ffn, row.ffn_inputs)
-    same = ("layers", "attention", "attention_norms", "ffn", "stacked_axis", "adds_residual")
+    same = ("layers", "attention", "attention_norms", "output_norms", "ffn", "stacked_axis", "adds_residual")
     assert {name: getattr(proposed, name) for name in same} == {name: getattr(row, name) for name in same}
     assert eval(as_source(proposed), {"Family": Family}) == proposed
     assert check_family(model, proposed) < 1e-5
