@@ -96,7 +96,7 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     """The family's configuration with small sizes, and models within it likewise."""
     cls = CONFIG_MAPPING[model_type]
     settings = _sized(cls, SIZES)
-    if cls.sub_configs:
+    if "text_config" in cls.sub_configs:
         default = cls()
         settings = {name: IMAGE_TOKEN for name in ("image_token_id", "image_token_index") if hasattr(default, name)}
         for name in cls.sub_configs:
