@@ -6,6 +6,7 @@ Importing this package registers the tuner type "EAS" with PEFT and merged model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import CONFIG_MAPPING
 
+from .card import model_card
 from .config import EASConfig, EASType
 from .families import FAMILIES, Family, register_family
 from .model import EASModel
@@ -20,6 +21,7 @@ __all__ = [
     "EASModel",
     "EASType",
     "Family",
+    "model_card",
     "plot_search",
     "prompt_mask",
     "register_family",

@@ -27,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+from .card import TAGS, layer_picture, read_card, write_card
 from .config import EASConfig, EASType
 from .families import FAMILIES
 from .search import EASCallback, score_attentions
@@ -220,7 +221,9 @@ def _train(args: argparse.Namespace) -> None:
     if args.warm_start is not None:
         search["warm_start"] = None if args.warm_start == "none" else args.warm_start
     set_seed(training.seed)
-    model = get_peft_model(_load_model(args.model), config)
+    base = _load_model(args.model)
+    base.add_model_tags(TAGS)  # PEFT writes them into the adapter's card
+    model = get_peft_model(base, config)
     model.print_trainable_parameters()
     trainer = Trainer(
         model,
@@ -260,8 +263,13 @@ def _merge(args: argparse.Namespace) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as scratch:
         folder = Path(scratch) / "merged"
+        if is_stripped := hasattr(merged.config, "eas"):
+            merged.config.eas.setdefault("adapter", config.record())
         merged.save_pretrained(folder)
         _save_tokenizer((args.adapter, base), folder)
+        if is_stripped:
+            about = read_card(args.adapter)
+            write_card(merged, folder, **{key: about.get(key) for key in ("datasets", "language", "eval_results")})
         folder.replace(args.out)  # whole or not at all
     size = sum(parameter.numel() for parameter in merged.parameters())
     print(f"{args.out}: {type(merged).__name__}, {size / 1e6:.1f} M parameters, without the attentions of {skipped}")
@@ -301,11 +309,8 @@ def _inspect(args: argparse.Namespace) -> None:
         print(f"{'skips':12} {len(skip)} attentions: {sorted(skip)}")
         return
     print(f"{'skips':12} {len(skip)} of {total} attentions: {sorted(skip)}")
-    for start in range(0, total, 40):
-        row = range(start, min(start + 40, total))
-        print(
-            f"{'layers':12} {start:>3} {''.join('.' if i in skip else '#' for i in row)} {row[-1]}   # kept  . skipped"
-        )
+    for line in layer_picture(skip, total):
+        print(f"{'layers':12} {line}   # kept  . skipped")
 
 
 def _inspect_family(args: argparse.Namespace) -> None:
