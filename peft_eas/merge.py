@@ -88,6 +88,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
         "routed": {where: adapter.down.out_features for where, adapter in plan.routed.items()},
         "propagates": propagates,
         "use_bias": config.use_bias,
+        "adapter": config.record(),
     }
     return plan
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import sys
 import threading
 import types
@@ -539,6 +540,11 @@ def _always() -> bool:
     return True
 
 
+describe: Callable[..., None] | None = None
+"""Writes a merged model's card. Called with the model, the folder that it was saved to and, when it is pushed, the name
+of its repository. peft_eas sets it, where that is imported."""
+
+
 class EASMixin:
     """A transformers model whose attentions are partly gone; comes before the base class."""
 
@@ -551,12 +557,19 @@ class EASMixin:
         with generation(args, kwargs):
             return super().generate(*args, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         self.config.auto_map = {
             "AutoConfig": f"modeling_eas.{type(self.config).__name__}",
             **{auto: f"modeling_eas.EAS{name}" for auto, name in auto_classes(self.config.eas["model_type"]).items()},
         }
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if describe is not None and kwargs.get("is_main_process", True) and not kwargs.get("push_to_hub"):
+            describe(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        if describe is not None:  # by now, transformers has put the repository's card or its empty template there
+            describe(self, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 @functools.cache

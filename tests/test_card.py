@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_eas import EASConfig, card, model_card
 from peft_eas.card import layer_picture, write_card
@@ -18,9 +18,9 @@ SKIP = [0, 3]
 
 def merge(base, skip=SKIP, name="me/base", **settings):
     config = EASConfig(skip_layers=skip, **dict(r=4, r_pia=8) | settings)
+    base.name_or_path = name
     merged = get_peft_model(base, config).merge_and_unload().eval()
-    config.base_model_name_or_path = name
-    merged.config.eas["adapter"] = config.record()
+    merged.name_or_path = ""
     return merged
 
 
@@ -219,6 +219,16 @@ def test_a_card_that_cannot_be_read_stops_nothing(tmp_path):
 def test_only_merged_models_have_one():
     with pytest.raises(ValueError, match="not merged by peft_eas"):
         model_card(tiny.model("llama"))
+
+
+def test_a_model_that_is_saved_has_its_card(merged, tmp_path):
+    merged.save_pretrained(tmp_path)
+    assert ModelCard(written(tmp_path)).text.startswith(model_card(merged).text)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model_card(again).data.to_dict() == model_card(merged).data.to_dict()
+    written(tmp_path, "Mine.")
+    again.save_pretrained(tmp_path)
+    assert written(tmp_path) == "Mine."
 
 
 # Whose text it is -----------------------------------------------------------------------------------------------------
