@@ -6,7 +6,8 @@ Importing this package registers the tuner type "EAS" with PEFT and merged model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import CONFIG_MAPPING
 
-from .card import model_card
+from . import modeling_eas
+from .card import model_card, write_card
 from .config import EASConfig, EASType
 from .families import FAMILIES, Family, register_family
 from .model import EASModel
@@ -32,6 +33,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING[EASType.EAS] = EASConfig
 PEFT_TYPE_TO_TUNER_MAPPING[EASType.EAS] = EASModel
 PEFT_TYPE_TO_PREFIX_MAPPING[EASType.EAS] = EASModel.prefix
 
+modeling_eas.describe = write_card
 for _family in FAMILIES.values():
     if _family.model_type in CONFIG_MAPPING:  # older versions of transformers lack some
         register_family(_family)

@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, mod
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from .modeling_eas import auto_classes
-from .work import Work, base_of, count
+from .modeling_eas import auto_classes, depends_on_prompt
+from .work import Work, base_of, count, on_meta
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,6 @@ TASKS = {
     "AutoModel": "feature-extraction",
 }
 """The Hub's names of tasks, by the auto class that loads a model for it."""
-LENGTHS = (512, 2048)
-"""Tokens for which work is counted."""
-
 OWN = ("library_name", "pipeline_tag", "base_model", "base_model_relation", "datasets", "metrics", "model-index")
 """Metadata that says the same as the text: who edits it has edited the card."""
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -75,11 +72,10 @@ def model_card(
         )
     if base_model is not None:
         validate_repo_id(base_model)
-    made = eas.get("adapter", {})
+    made = eas["config"]
     base_model = base_model or made.get("base_model")
     name = repo_id or f"{base_model.split('/')[-1] if base_model else eas['model_type']} with EAS"
     auto = _auto_class(model, eas)
-    base, merged = count(base_of(model)), count(model, eas["skip"])
     inherited = _inherited(model.name_or_path, base_model)
     data = ModelCardData(
         library_name="transformers",
@@ -96,11 +92,11 @@ def model_card(
     )
     text = [
         f"# {name}",
-        _summary(eas, len(base.windows), base_model),
+        _summary(eas, model.config.get_text_config(decoder=True).num_hidden_layers, base_model),
         _how_to_load(auto, repo_id),
-        _costs(model, base, merged, measured),
+        _costs(model, count(base_of(model)), count(on_meta(model)), measured),
         _results(eval_results),
-        _how_made(eas, made),
+        _how_made(made),
         _limits(model, eas),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, text)) + "\n")
@@ -121,7 +117,11 @@ def write_card(model: PreTrainedModel, folder: str | os.PathLike, repo_id: str |
         except Exception as error:  # somebody's text, or YAML with errors of whatever kind
             logger.warning("%s is kept. %s `peft_eas.model_card(model)` makes another.", path, error)
             return
-    card = model_card(model, repo_id, **about)
+    try:
+        card = model_card(model, repo_id, **about)
+    except Exception as error:  # a family that can't be described is saved all the same
+        logger.warning("%s has no model card: %s", path.parent, error)
+        return
     own = card.data.to_dict()
     mark = f"{MARK} {_checksum(own, OWN, card.text)} {_checksum(own, INHERITED)} -->"
     if "license" in kept:
@@ -149,7 +149,7 @@ def layer_picture(skip: Collection[int], total: int) -> list[str]:
 
 def _auto_class(model: PreTrainedModel, eas: dict) -> str:
     name = type(model).__name__.removeprefix("EAS")
-    autos = [auto for auto, found in auto_classes(eas["model_type"]).items() if found == name]
+    autos = [auto for auto, found in auto_classes(eas["model_type"]).items() if found.__name__ == name]
     return next((auto for auto in TASKS if auto in autos), "AutoModel")
 
 
@@ -195,7 +195,8 @@ def _summary(eas: dict, total: int, base_model: str | None) -> str:
     base = f"[{base_model}]({constants.ENDPOINT}/{base_model})" if base_model else f"A `{eas['model_type']}` model"
     skip = eas["skip"]
     picture = "\n".join(layer_picture(skip, total))
-    stand_ins = "kept beside the weights as low-rank products" if eas["routed"] else "folded into the weights"
+    routed = any(record["kind"] == "routed" for record in eas["adapters"].values())
+    stand_ins = "kept beside the weights as low-rank products" if routed else "folded into the weights"
     return (
         f"{base}, fine-tuned with [Effective Attention Skipping](https://arxiv.org/abs/2403.15226) (EAS): {len(skip)} "
         f"of its {total} attentions are gone, and what stood in for them in training is {stand_ins}.\n\n"
@@ -222,24 +223,17 @@ transformers. Where `peft_eas` is installed, `import peft_eas` takes its place."
 
 
 def _costs(model: PreTrainedModel, base: Work, merged: Work, measured: Mapping[str, float] | None) -> str:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or LENGTHS[-1]
-    lengths = [length for length in LENGTHS if length <= limit] or [limit]
     rows = [("parameters", base.parameters, merged.parameters)]
-    if model.can_generate():
+    if model.can_generate() and base.kv_bytes and merged.kv_bytes:
         rows.append(("KV cache, bytes a token", base.kv_bytes, merged.kv_bytes))
-    rows += [(f"operations to read {n} tokens", base.prefill(n), merged.prefill(n)) for n in lengths]
-    if model.can_generate():
-        rows += [(f"bytes read to decode a token after {n}", base.decode(n), merged.decode(n)) for n in lengths]
+    rows += [(f"operations to read {n} tokens", base.prefill[n], merged.prefill[n]) for n in base.prefill]
     lines = ["## Size and speed", "", "| computed | base model | this model | ratio |", "|---|---:|---:|---:|"]
     lines += [f"| {what} | {_short(old)} | {_short(new)} | {new / old:.3f} |" for what, old, new in rows]
-    dtype = str(model.dtype).removeprefix("torch.")
     lines += [
         "",
-        "Computed from the shapes, not measured: operations are those of matrix products, bytes are those of",
-        f"parameters, keys and values in {dtype}. Time goes into other things, too.",
+        "Computed from the shapes, not measured: operations are those of matrix products. Time goes into other",
     ]
-    if any(base.windows):
-        lines += ["Layers with a sliding window cache no more tokens than that."]
+    lines += [f"things, too. Bytes are those of {str(model.dtype).removeprefix('torch.')}."]
     if measured:
         lines += ["", "| measured | times as fast as the base model |", "|---|---:|"]
         lines += [f"| {what} | {ratio:.2f} |" for what, ratio in measured.items()]
@@ -256,14 +250,10 @@ def _results(eval_results: list[EvalResult] | None) -> str:
     return "\n".join(lines)
 
 
-def _how_made(eas: dict, made: dict) -> str:
+def _how_made(made: dict) -> str:
     from . import __version__
 
-    settings = {key: value for key, value in made.items() if key != "base_model"} or {
-        "propagation": "prompt" if eas["propagates"] else "none",
-        "router": "prompt" if eas["routed"] else "static",
-        "use_bias": eas["use_bias"],
-    }
+    settings = {key: value for key, value in made.items() if key != "base_model"}
     listed = ", ".join(f"`{key}={value!r}`" for key, value in settings.items())
     return f"## Training\n\nFine-tuned and merged with peft_eas {__version__}: `EASConfig` with {listed}."
 
@@ -276,7 +266,7 @@ def _limits(model: PreTrainedModel, eas: dict) -> str:
         f"- It is a model of a class of its own (`model_type: {model.config.model_type}`), for transformers 5.15 or "
         "later. Other engines don't load it as it is.",
     ]
-    if (eas["prompt"] or eas["routed"]) and model.can_generate():
+    if depends_on_prompt(eas) and model.can_generate():
         lines.append(
             "- Its layers use a mean over the prompt, so a prompt has to be read in one forward: no chunked prefill, "
             "and no second turn on the KV cache of the first. Both are refused with an error."

@@ -263,11 +263,9 @@ def _merge(args: argparse.Namespace) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as scratch:
         folder = Path(scratch) / "merged"
-        if is_stripped := hasattr(merged.config, "eas"):
-            merged.config.eas.setdefault("adapter", config.record())
         merged.save_pretrained(folder)
         _save_tokenizer((args.adapter, base), folder)
-        if is_stripped:
+        if hasattr(merged.config, "eas"):
             about = read_card(args.adapter)
             write_card(merged, folder, **{key: about.get(key) for key in ("datasets", "language", "eval_results")})
         folder.replace(args.out)  # whole or not at all

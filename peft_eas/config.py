@@ -155,7 +155,7 @@ class EASConfig(PeftConfig):
         return wanted if isinstance(wanted, int) else round(wanted * num_attentions)
 
     def record(self) -> dict[str, Any]:
-        """What a merged model remembers of its adapter, in `config.eas["adapter"]`: plain values, and no folder."""
+        """What a merged model remembers of its adapter, in `config.eas["config"]`: plain values, and no folder."""
         base = self.base_model_name_or_path
         try:
             validate_repo_id(base)

@@ -58,7 +58,7 @@ _ROWS = (
         Family(model_type)
         for model_type in (
             "cwm", "diffllama", "emu3_text_model", "ernie4_5", "gemma", "granite", "granite_swa", "helium",
-            "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "mllama_text_model", "olmo", "qwen2",
+            "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "qwen2",
             "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
         )
     ),
@@ -145,8 +145,8 @@ _ROWS = (
         Family(model_type, decoder="language_model")
         for model_type in (
             "aya_vision", "blip-2", "cohere2_vision", "deepseek_vl", "gemma3", "glm46v", "glm4v", "got_ocr2",
-            "instructblip", "instructblipvideo", "internvl", "janus", "lfm2_vl", "lighton_ocr", "llama4", "llava",
-            "llava_next", "llava_next_video", "llava_onevision", "mistral3", "mllama", "ovis2", "paligemma",
+            "instructblip", "internvl", "janus", "lfm2_vl", "lighton_ocr", "llama4", "llava",
+            "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2", "paligemma",
             "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "video_llava", "vipllava",
         )
     ),

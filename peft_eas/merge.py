@@ -78,6 +78,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
         "skip": skip,
         "biased": biased,
         "adapters": {where: adapter.record for where, adapter in plan.adapters.items()},
+        "config": config.record(),
     }
     return plan
 

@@ -581,8 +581,8 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
 
     `eas` holds: `decoder`, `layers`, `attention`, `ffn` (names), `adds_residual` (see `SkippedAttention`), `norms`
     (those of a layer that go with its attention), `skip` (indices of layers without attention), `biased` (linears that
-    a fold has given a bias), and `adapters` (records of what stays of adapters, by the attention or FFN that they stand
-    before).
+    a fold has given a bias), `adapters` (records of what stays of adapters, by the attention or FFN that they stand
+    before) and, for people, `config` (what the adapter was configured with).
 
     Raises:
         ValueError: if `eas` was written by another version, or names layers that are not there.
@@ -645,6 +645,10 @@ def keep_adapter(layers: nn.ModuleList, name: str, adapter: InputShift | RoutedA
 
 def always() -> bool:
     return True
+
+
+describe: Callable[[PreTrainedModel, Path, str | None], None] | None = None
+"""Writes the model card of a model into a folder, for a repository if there is one; `peft_eas` puts it here."""
 
 
 class EASMixin:
@@ -713,11 +717,19 @@ class EASMixin:
             written = sorted(Path(scratch).iterdir())
             for file in written:
                 os.replace(file, folder / file.name)
+        if describe is not None and kwargs.get("is_main_process", True):
+            describe(self, folder, None)
         names = {file.name for file in written}
         if any(map(_WEIGHTS.fullmatch, names)):
             for file in folder.iterdir():  # or an earlier model's weights would be read, if it had other shards
                 if _WEIGHTS.fullmatch(file.name) and file.name not in names:
                     file.unlink()
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # transformers has put an empty card there since `save_pretrained`
+        if describe is not None:
+            describe(self, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 _HUB_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")

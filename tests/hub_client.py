@@ -36,17 +36,23 @@ def push(folder):
     card = b"---\nlicense: other\nlicense_name: their-own\nlicense_link: LICENSE\n---\nText.\n"
     upload_file(repo_id="me/base", path_in_repo="README.md", path_or_fileobj=card)
     done = {}
-    for attempt, seed in ("first", 2), ("second", 5):
+    for attempt, seed, skip in ("first", 2, [0, 3]), ("second", 5, [0, 2]):
         base = AutoModelForCausalLM.from_pretrained("me/base")
-        model = get_peft_model(base, EASConfig(skip_layers=[0, 3], r_pia=8, task_type="CAUSAL_LM"))
+        model = get_peft_model(base, EASConfig(skip_layers=skip, r_pia=8, task_type="CAUSAL_LM"))
         tiny.shake(model, seed)
         done[attempt] = {"unmerged": outputs(model), "adapter commit": model.push_to_hub("me/adapter").oid}
         model.save_pretrained(folder / "adapter")
         merged = model.merge_and_unload()
-        done[attempt] |= {"merged": outputs(merged), "merged commit": merged.push_to_hub("me/merged").oid}
+        done[attempt] |= {
+            "merged": outputs(merged),
+            "merged commit": merged.push_to_hub("me/merged", tags=[attempt]).oid,
+        }
     create_tag("me/merged", tag="v1", revision=done["first"]["merged commit"])
     tokenizer.push_to_hub("me/merged")
     merged.push_to_hub("me/sharded", max_shard_size="40KB", revision="small")
+    create_repo("me/written")
+    upload_file(repo_id="me/written", path_in_repo="README.md", path_or_fileobj=b"---\nlicense: mit\n---\nText.\n")
+    merged.push_to_hub("me/written")
     create_repo("me/adapter-folder")
     upload_folder(repo_id="me/adapter-folder", folder_path=folder / "adapter")
     assert cli.main(["merge", "me/adapter", str(folder / "merged")]) == 0

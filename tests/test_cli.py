@@ -134,7 +134,7 @@ def test_merge_writes_a_card(base, adapter, tmp_path, capsys):
     picture = re.search(r"0 [.#]{6} 5", capsys.readouterr().out)[0]
     assert picture in card.text
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert merged.config.eas["adapter"]["r_pia"] == 32
+    assert merged.config.eas["config"]["r_pia"] == 32
     assert model_card(merged).data.license == "apache-2.0"
 
 

@@ -138,4 +138,25 @@ def test_the_card_of_a_merged_folder(client, pushed):
     assert (card.data.base_model, card.data.base_model_relation) == ("me/base", "finetune")
     assert (card.data.license, card.data.license_name) == ("other", "their-own")
     assert card.data.license_link == f"{client.hub.url}/me/base/blob/main/LICENSE"
-    assert "0 .##.## 5" in card.text
+    assert "0 .#.### 5" in card.text
+
+
+def test_a_pushed_model_has_its_card(client, pushed):
+    hub = client.hub
+    first = ModelCard(hub.files("me/merged", pushed["first"]["merged commit"])["README.md"].decode())
+    second = ModelCard(hub.files("me/merged", pushed["second"]["merged commit"])["README.md"].decode())
+    assert "0 .##.## 5" in first.text
+    assert "0 .#.### 5" in second.text
+    for card in first, second:
+        assert card.text.startswith("\n# me/merged\n")
+        assert (card.data.base_model, card.data.license_name) == ("me/base", "their-own")
+        assert "More Information Needed" not in card.text
+    assert first.data.tags == ["eas", "attention-skipping", "first"]
+    assert second.data.tags == ["eas", "attention-skipping", "first", "second"]
+    assert hub.files("me/merged")["README.md"].decode() == str(second), "the tokenizer's push has changed it"
+    assert "0 .#.### 5" in hub.files("me/sharded", "small")["README.md"].decode()
+
+
+def test_a_card_that_somebody_wrote_is_kept_by_a_push(client, pushed):
+    assert "config.json" in client.hub.files("me/written")
+    assert client.hub.files("me/written")["README.md"] == b"---\nlicense: mit\n---\nText.\n"
