@@ -703,6 +703,8 @@ class EASMixin:
                 auto: f"modeling_eas.EAS{c.__name__}" for auto, c in auto_classes(self.config.eas["model_type"]).items()
             },
         }
+        # by the names of its own modules, and not by those of the checkpoint that the base model came from
+        kwargs.setdefault("save_original_format", False)
         folder = Path(save_directory)
         if push_to_hub:
             self.save_pretrained(folder, *args, **{k: v for k, v in kwargs.items() if k not in _HUB_KWARGS})
