@@ -296,9 +296,10 @@ class EASModel(BaseTuner):
         )
 
     def _prepare_merge(self, names: list[str], safe_merge: bool) -> list[EASLayer]:
-        """Refuse what can't be merged before anything is changed, and see to it that linears are not quantised."""
+        """Refuse what can't be merged before anything is changed, and say what becomes of quantised linears."""
         wrappers = [module for module in self.model.modules() if isinstance(module, EASLayer)]
-        dequantiser = Dequantiser(unquantised_dtype(self.model))
+        quantised = any(map(is_quantised, self.model.parameters()))
+        dequantiser = Dequantiser(unquantised_dtype(self.model)) if quantised else EASLayer.unquantised
         for wrapper in wrappers:
             wrapper.unquantised = dequantiser
             wrapper.check_foldable()
@@ -319,7 +320,8 @@ class EASModel(BaseTuner):
             names = self.active_adapters if adapter_names is None else adapter_names
             check_single(names)
             all_wrappers = self._prepare_merge(names, safe_merge)
-            requantiser = Requantiser(self.model) if requantize else None
+            if requantize:
+                requantiser = Requantiser(self.model)
             wrappers = {i: self._wrappers(i) for i in self._layers.names}
             plan = plan_merge(self.model, self._layers, wrappers, self.peft_config[names[0]], names[0])
             for wrapper in all_wrappers:
