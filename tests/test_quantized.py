@@ -189,6 +189,25 @@ def test_half_precision(load, prepared, compute, settings):
     assert distance(merged(**inputs).logits, expected, kept) <= 2 * error
 
 
+def test_norms_in_float32_and_trained_heads(load, tmp_path):
+    """As some trainers leave a model, which then needs autocasting. Merged it has one dtype, and does without."""
+    inputs = tiny.inputs("llama")
+    base = load(None, config=BitsAndBytesConfig(**FOUR_BITS), dtype=torch.bfloat16)
+    for name, parameter in base.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float()
+    model = adapted(base, modules_to_save=["lm_head"])
+    model.base_model.model.lm_head.modules_to_save.default.weight.data += 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs).logits
+    merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert distance(merged(**inputs).logits, expected) < 0.05
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**inputs).logits, merged(**inputs).logits, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_torchao(load, settings):
     ao = pytest.importorskip("torchao.quantization")
@@ -335,6 +354,22 @@ def test_requantised(load, kind, merged_before, settings, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}, **kwargs)
         same(state(loaded), state(merged))
         torch.testing.assert_close(loaded(**inputs).logits, merged(**inputs).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.filterwarnings("ignore:The folded linears were quantised again")
+def test_requantised_in_half_precision(load, prepared, settings, tmp_path):
+    inputs = tiny.inputs("llama")
+    base = load(None, config=BitsAndBytesConfig(**KINDS["nf4 twice"]), dtype=torch.bfloat16)
+    base = prepare_model_for_kbit_training(base) if prepared else base
+    merged = adapted(base, **settings).merge_and_unload(requantize=True)
+    kept = {p.dtype for p in merged.parameters() if not isinstance(p, bitsandbytes.nn.Params4bit)}
+    assert kept == {torch.float32 if prepared else torch.bfloat16}
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    same(state(loaded), state(merged))
+    torch.testing.assert_close(loaded(**inputs).logits, merged(**inputs).logits, rtol=0, atol=0)
 
 
 def test_only_a_quantised_base_is_quantised_again():
