@@ -7,6 +7,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from transformers import CONFIG_MAPPING
 
 from .config import EASConfig, EASType
+from .export import export
 from .families import FAMILIES, Family
 from .model import EASModel
 from .modeling_eas import prompt_mask, register_config
@@ -20,6 +21,7 @@ __all__ = [
     "EASModel",
     "EASType",
     "Family",
+    "export",
     "plot_search",
     "prompt_mask",
     "score_attentions",
