@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+import sys
 import urllib.request
 import warnings
 
@@ -171,23 +173,34 @@ TEXT = (
 )
 
 
+SERVER = """
+import os, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port, params.verbosity = 512, 1, 0, 0, -1
+params.warmup = False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+
+
 class LlamaCpp:
-    """A real llama.cpp with a model in it, on one CPU thread, exact: keys and values in float32."""
+    """A real llama.cpp with a model in it, in a process of its own: one CPU thread, keys and values in float32."""
 
     def __init__(self, folder):
-        xllamacpp = pytest.importorskip("xllamacpp")  # there are no wheels for some platforms
-        params = xllamacpp.CommonParams()
-        params.model.path = str(folder / "model.gguf")
-        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port, params.verbosity = 512, 1, 0, 0, -1
-        params.warmup = False
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.server = xllamacpp.Server(params)
+        command = [sys.executable, "-c", SERVER, str(folder / "model.gguf")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.address = next((line.strip() for line in self.process.stdout if line.startswith("http")), None)
+        assert self.address, f"llama.cpp does not load {folder}"
 
     def post(self, path, **body):
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=300) as answer:
             return json.load(answer)
 
@@ -207,6 +220,22 @@ class LlamaCpp:
     def generate(self, ids, count):
         body = dict(prompt=ids, n_predict=count, temperature=0, cache_prompt=False, return_tokens=True)
         return self.post("/completion", **body)["tokens"]
+
+
+@pytest.fixture
+def llama_cpp():
+    """`llama_cpp(folder)` is a running llama.cpp."""
+    pytest.importorskip("xllamacpp")  # there are no wheels for some platforms
+    running = []
+
+    def run(folder):
+        running.append(LlamaCpp(folder))
+        return running[-1]
+
+    yield run
+    for server in running:
+        server.process.kill()
+        server.process.communicate()
 
 
 def byte_level(*before, use_regex=True, ignore_merges=False, normalizer=None, template=None):
@@ -266,27 +295,27 @@ BPE = {"vocab_size": 390}  # a few more than the tokenizer has
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_llama_cpp_computes_what_the_merged_model_computes(name, use_bias, tmp_path):
+def test_llama_cpp_computes_what_the_merged_model_computes(name, use_bias, llama_cpp, tmp_path):
     model, tokenizer = merged(name, use_bias=use_bias, **BPE), byte_level()
     quietly(model, tmp_path / "out", "gguf", tokenizer)
-    llama_cpp = LlamaCpp(tmp_path / "out")
+    engine = llama_cpp(tmp_path / "out")
     for seed in range(3):
         ids = tiny.inputs("llama", rows=1, length=40, padding=None, seed=seed)["input_ids"]
         expected = model(ids).logits[0, -1].log_softmax(-1)
-        assert (llama_cpp.log_probabilities(ids[0].tolist(), 390) - expected).abs().max() < 2e-3
+        assert (engine.log_probabilities(ids[0].tolist(), 390) - expected).abs().max() < 2e-3
     generated = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=2, pad_token_id=0)[0, 40:]
-    assert llama_cpp.generate(ids[0].tolist(), 20) == generated.tolist()
+    assert engine.generate(ids[0].tolist(), 20) == generated.tolist()
 
 
 @pytest.mark.parametrize("skip", tiny.SKIP_SETS.values(), ids=tiny.SKIP_SETS)
 @torch.no_grad()
-def test_llama_cpp_skips_any_layer(skip, tmp_path):
+def test_llama_cpp_skips_any_layer(skip, llama_cpp, tmp_path):
     gguf = pytest.importorskip("gguf")
     model = merged(skip=skip, **BPE)
     quietly(model, tmp_path / "out", "gguf", byte_level())
     ids = tiny.inputs("llama", rows=1, length=40, padding=None)["input_ids"]
     expected = model(ids).logits[0, -1].log_softmax(-1)
-    found = LlamaCpp(tmp_path / "out").log_probabilities(ids[0].tolist(), 390)
+    found = llama_cpp(tmp_path / "out").log_probabilities(ids[0].tolist(), 390)
     assert (found - expected).abs().max() < 2e-3
     left = {
         int(t.name.split(".")[1]) for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors if "attn_" in t.name
@@ -296,7 +325,7 @@ def test_llama_cpp_skips_any_layer(skip, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "most"), [("float16", 0.05), ("bfloat16", 0.3), ("q8_0", 0.3)])
 @torch.no_grad()
-def test_smaller_dtypes_are_close(dtype, most, tmp_path):
+def test_smaller_dtypes_are_close(dtype, most, llama_cpp, tmp_path):
     model = merged(**BPE)
     sizes = []
     for kind in ("float32", dtype):
@@ -305,7 +334,7 @@ def test_smaller_dtypes_are_close(dtype, most, tmp_path):
     assert sizes[1] < 0.7 * sizes[0]
     ids = tiny.inputs("llama", rows=1, length=40, padding=None)["input_ids"]
     expected = model(ids).logits[0, -1].log_softmax(-1)
-    found = LlamaCpp(tmp_path / dtype).log_probabilities(ids[0].tolist(), 390)
+    found = llama_cpp(tmp_path / dtype).log_probabilities(ids[0].tolist(), 390)
     assert 0 < (found - expected).abs().max() < most
 
 
@@ -323,28 +352,28 @@ def llama3(ignore_merges=True):
         ("qwen2", lambda: byte_level(split(gguf_file.QWEN2), use_regex=False)),
     ],
 )
-def test_llama_cpp_splits_text_as_the_tokenizer_does(name, make, tmp_path):
+def test_llama_cpp_splits_text_as_the_tokenizer_does(name, make, llama_cpp, tmp_path):
     tokenizer = make()
     assert gguf_file._pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str())) == name
     quietly(merged(**BPE), tmp_path / "out", "gguf", tokenizer)
-    llama_cpp = LlamaCpp(tmp_path / "out")
+    engine = llama_cpp(tmp_path / "out")
     for text in (TEXT, TEXT[::-1], "", "a", " leading", "12345 6789"):
-        assert llama_cpp.tokenize(text) == tokenizer(text).input_ids
+        assert engine.tokenize(text) == tokenizer(text).input_ids
     messages = [{"role": "user", "content": "Hi."}]
     template = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert llama_cpp.post("/apply-template", messages=messages)["prompt"] == template
+    assert engine.post("/apply-template", messages=messages)["prompt"] == template
 
 
 @pytest.mark.parametrize("metaspace", [True, False])
 @pytest.mark.parametrize("prepend", [True, False])
-def test_llama_cpp_merges_as_sentencepiece_tokenizers_do(prepend, metaspace, tmp_path):
+def test_llama_cpp_merges_as_sentencepiece_tokenizers_do(prepend, metaspace, llama_cpp, tmp_path):
     tokenizer = sentencepiece(prepend, metaspace)
     quietly(merged(vocab_size=len(tokenizer)), tmp_path / "out", "gguf", tokenizer)
-    llama_cpp = LlamaCpp(tmp_path / "out")
+    engine = llama_cpp(tmp_path / "out")
     # transformers' Metaspace, unlike SentencePiece, puts no space before a text that begins with one
     backwards = TEXT[::-1] if not (metaspace and prepend) else TEXT[::-1].lstrip()
     for text in (TEXT, backwards, "a", "12345 6789"):
-        assert llama_cpp.tokenize(text) == tokenizer(text).input_ids
+        assert engine.tokenize(text) == tokenizer(text).input_ids
 
 
 def test_unknown_tokenizers_are_refused(tmp_path):
@@ -371,7 +400,8 @@ def test_unknown_tokenizers_are_refused(tmp_path):
     pieces.backend_tokenizer.normalizer = normalizers.Lowercase()
     refused("treats spaces in a way", pieces, merged(vocab_size=len(pieces)))
     quietly(model, tmp_path / "out", "gguf", odd, pre_tokenizer="qwen2")  # as the message says
-    LlamaCpp(tmp_path / "out")
+    field = pytest.importorskip("gguf").GGUFReader(tmp_path / "out" / "model.gguf").get_field("tokenizer.ggml.pre")
+    assert field.contents() == "qwen2"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -403,10 +433,8 @@ def test_what_a_format_cannot_hold_is_refused(format, tmp_path):
     for family in ("mistral", "qwen2"):
         refused(r"6 tokens back.*max_position_embeddings = 6", adapted(family, propagation="none").merge_and_unload())
     refused("'gelu', but", merged(hidden_act="gelu"))
-    refused(
-        "rotates a part",
-        merged(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-    )
+    partial = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    refused("rotates a part", merged(rope_parameters=partial))
     refused("no dtype 'int3'", merged(), dtype="int3")
     foreign = merged()
     foreign.model.layers[1].self_attn.q_norm = torch.nn.LayerNorm(8)
@@ -433,14 +461,15 @@ def test_what_only_gguf_cannot_hold_is_refused(tmp_path):
 
 
 @torch.no_grad()
-def test_a_window_as_long_as_the_model_reads_is_none(tmp_path):
-    """The way out that the refusal names."""
-    model, ids = merged("llama"), tiny.inputs("llama", padding=None)["input_ids"]
-    config = EASConfig(skip_layers=[2], propagation="none")
-    model = get_peft_model(tiny.model("mistral", changes={"sliding_window": 16}), config).merge_and_unload().eval()
-    model.config.max_position_embeddings = 16
-    quietly(model, tmp_path / "out", "nemotron-nas")
-    assert relative_error(deci_logits(tmp_path / "out", ids), model(ids).logits) < 1e-5
+def test_windows_that_make_no_difference_are_none(tmp_path):
+    ids = tiny.inputs("llama", padding=None)["input_ids"]
+    for name, base, skip in (
+        ("short", tiny.model("mistral", changes={"sliding_window": 16, "max_position_embeddings": 16}), [2]),
+        ("all skipped", tiny.model("qwen2"), [0, 2, 4]),  # the sliding ones
+    ):
+        model = get_peft_model(base, EASConfig(skip_layers=skip, propagation="none")).merge_and_unload().eval()
+        quietly(model, tmp_path / name, "nemotron-nas")
+        assert relative_error(deci_logits(tmp_path / name, ids), model(ids).logits) < 1e-5
 
 
 def test_warnings_name_what_an_engine_would_do_silently(tmp_path):
@@ -482,13 +511,13 @@ def test_an_export_is_whole_or_not_there(format, tmp_path):
 
 
 def test_gguf_is_optional(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'peft_eas\[export\]'"):
         peft_eas.export(merged(**BPE), tmp_path / "out", "gguf", byte_level())
 
 
 @torch.no_grad()
-def test_command(tmp_path, capsys):
+def test_command(llama_cpp, tmp_path, capsys):
     model, tokenizer = merged(use_bias=False, **BPE), byte_level()
     model.save_pretrained(tmp_path / "merged")
     run = ["export", str(tmp_path / "merged")]
@@ -501,7 +530,7 @@ def test_command(tmp_path, capsys):
     assert cli.main([*run, str(tmp_path / "gguf"), "--format", "gguf"]) == 0
     assert f"{tmp_path / 'gguf'}: model.gguf (" in capsys.readouterr().out
     ids = tiny.inputs("llama", rows=1, padding=None)["input_ids"]
-    found = LlamaCpp(tmp_path / "gguf").log_probabilities(ids[0].tolist(), 390)
+    found = llama_cpp(tmp_path / "gguf").log_probabilities(ids[0].tolist(), 390)
     assert (found - model(ids).logits[0, -1].log_softmax(-1)).abs().max() < 2e-3
     assert cli.main([*run, str(tmp_path / "nas2"), "--format", "nemotron-nas"]) == 0
     again = AutoTokenizer.from_pretrained(tmp_path / "nas2")
