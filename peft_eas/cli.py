@@ -136,9 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the base model")
 
     exporting = add(
-        "export", _export, "write a merged model for vLLM, SGLang and TensorRT-LLM (nemotron-nas), or llama.cpp (gguf)",
+        "export", _export, "write a merged model for vLLM, SGLang and TensorRT-LLM, for llama.cpp, or as ONNX",
+        "  peft-eas export merged merged-vllm --format nemotron-nas\n"
         "  peft-eas export merged merged-gguf --format gguf --dtype q8_0\n"
-        "  peft-eas export merged merged-vllm --format nemotron-nas",
+        "  peft-eas export merged merged-onnx --format onnx",
     )  # fmt: skip
     exporting.add_argument("dir", metavar="DIR", help="folder or hub name of a merged model")
     exporting.add_argument("out", metavar="OUT", type=Path, help="folder for what is written; must be new or empty")

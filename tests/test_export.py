@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from packaging.version import Version
 from peft import get_peft_model
+from real_data import load_model, load_tokenizer, movie_reviews
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
@@ -25,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 import peft_eas
 from peft_eas import EASConfig, cli
-from peft_eas.export import gguf_file
+from peft_eas.export import gguf_file, onnx_file
 
 FULL = {"sliding_window": None, "layer_types": ["full_attention"] * 6}
 LLAMA3 = {
@@ -405,45 +407,90 @@ def test_unknown_tokenizers_are_refused(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# onnx
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+NEEDS_TORCH = pytest.mark.skipif(
+    Version(torch.__version__) < Version(onnx_file.TORCH), reason=f"exporting ONNX needs torch {onnx_file.TORCH}"
+)
+
+
+@NEEDS_TORCH
+@torch.no_grad()
+def test_onnxruntime_computes_what_the_merged_model_computes(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    family = "gemma3_text"  # sliding windows, norms everywhere
+    small = {"num_hidden_layers": 3, "layer_types": tiny.MIXED[:3]}  # exporting a layer takes seconds
+    model = get_peft_model(tiny.model(family, changes=small), EASConfig(skip_layers=[1], propagation="none"))
+    tiny.shake(model)
+    model, tokenizer = model.merge_and_unload().train(), byte_level()
+    quietly(model, tmp_path / "out", "onnx", tokenizer)
+    assert model.training
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    for rows, length in ((3, 11), (1, 1), (5, 40)):
+        inputs = tiny.inputs(family, rows=rows, length=length, padding="left" if rows == 3 else None)
+        (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})
+        kept = inputs["attention_mask"].bool()
+        assert relative_error(torch.tensor(logits)[kept], model.eval()(**inputs).logits[kept]) < 1e-5
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT).input_ids == tokenizer(TEXT).input_ids
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Both
 # ----------------------------------------------------------------------------------------------------------------------
 
-FORMATS = ["nemotron-nas", "gguf"]
+LLAMAS = ["nemotron-nas", "gguf"]
+FORMATS = [*LLAMAS, "onnx"]
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_what_a_format_cannot_hold_is_refused(format, tmp_path):
-    def refused(match, model, **options):
+def adapted(family="llama", **settings):
+    model = get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=[1, 3]) | settings))
+    tiny.shake(model)
+    return model
+
+
+@pytest.fixture
+def refused(tmp_path):
+    def check(format, match, model, **options):
         with pytest.raises(ValueError, match=match):
             quietly(model, tmp_path / "out", format, byte_level(), **options)
         assert not list(tmp_path.iterdir())
 
-    def adapted(family="llama", **settings):
-        model = get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=[1, 3]) | settings))
-        tiny.shake(model)
-        return model
+    return check
 
-    refused("merge_and_unload", adapted(propagation="none"))
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_no_format_can_hold_is_refused(format, refused, tmp_path):
+    refused(format, "merge_and_unload", adapted(propagation="none"))
     for settings in (dict(), dict(propagation="none", router="prompt")):
-        refused("depend on the prompt.*freeze_context.*propagation='none'", adapted(**settings).merge_and_unload())
-    for family, why in (("qwen3", "normalises queries"), ("gemma3_text", "has norms"), ("llava", "reads images")):
-        refused(f"{why}.*MistralForCausalLM", adapted(family, propagation="none").merge_and_unload())
+        merged = adapted(**settings).merge_and_unload()
+        refused(format, r"depend on the prompt.*freeze_context.*propagation='none'", merged)
+    refused(format, "reads more than text", adapted("llava", propagation="none").merge_and_unload())
+    quantised = tiny.model("llama")
+    quantised.config.quantization_config = {"quant_method": "gptq"}
+    refused(format, "unquantised base", quantised)
+    with pytest.raises(ValueError, match="no format 'tflite': choose from 'nemotron-nas', 'gguf', 'onnx'"):
+        peft_eas.export(tiny.model("llama"), tmp_path / "out", "tflite")
+
+
+@pytest.mark.parametrize("format", LLAMAS)
+def test_what_is_no_llama_is_refused(format, refused):
+    for family, why in (("qwen3", "normalises queries"), ("gemma3_text", "has norms")):
+        model = adapted(family, propagation="none").merge_and_unload()
+        refused(format, f"{why}.*MistralForCausalLM.*'onnx'", model)
     head = AutoModelForSequenceClassification.from_config(tiny.config("llama"))
-    refused("LlamaForSequenceClassification can't be", head)
+    refused(format, "LlamaForSequenceClassification can't be", head)
     for family in ("mistral", "qwen2"):
-        refused(r"6 tokens back.*max_position_embeddings = 6", adapted(family, propagation="none").merge_and_unload())
-    refused("'gelu', but", merged(hidden_act="gelu"))
+        model = adapted(family, propagation="none").merge_and_unload()
+        refused(format, r"6 tokens back.*max_position_embeddings = 6", model)
+    refused(format, "'gelu', but", merged(hidden_act="gelu"))
     partial = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    refused("rotates a part", merged(rope_parameters=partial))
-    refused("no dtype 'int3'", merged(), dtype="int3")
+    refused(format, "rotates a part", merged(rope_parameters=partial))
+    refused(format, "no dtype 'int3'", merged(), dtype="int3")
     foreign = merged()
     foreign.model.layers[1].self_attn.q_norm = torch.nn.LayerNorm(8)
-    refused("no place for: model.layers.1.self_attn.q_norm.weight", foreign)
-    quantised = merged()
-    quantised.config.quantization_config = {"quant_method": "gptq"}
-    refused("unquantised base", quantised)
-    with pytest.raises(ValueError, match=r"no format 'onnx': choose from 'nemotron-nas', 'gguf'"):
-        peft_eas.export(merged(), tmp_path / "out", "onnx")
+    refused(format, "no place for: model.layers.1.self_attn.q_norm.weight", foreign)
 
 
 def test_what_only_gguf_cannot_hold_is_refused(tmp_path):
@@ -455,8 +502,9 @@ def test_what_only_gguf_cannot_hold_is_refused(tmp_path):
         large.model.layers[1].mlp.up_proj.weight[0, 0] = 1e6
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight has values.*dtype='bfloat16'"):
         quietly(large, tmp_path / "out", "gguf", byte_level(), dtype="float16")
-    with pytest.raises(ValueError, match="`pre_tokenizer` is for"):
-        quietly(merged(), tmp_path / "out", "nemotron-nas", pre_tokenizer="gpt-2")
+    for format, match in (("nemotron-nas", "`pre_tokenizer` is for"), ("onnx", "neither `dtype` nor")):
+        with pytest.raises(ValueError, match=match):
+            quietly(merged(), tmp_path / "out", format, pre_tokenizer="gpt-2")
     assert not list(tmp_path.iterdir())
 
 
@@ -488,7 +536,7 @@ def test_warnings_name_what_an_engine_would_do_silently(tmp_path):
         peft_eas.export(merged(use_bias=False), tmp_path / "silent", "nemotron-nas")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", LLAMAS)
 def test_an_export_is_whole_or_not_there(format, tmp_path):
     model, tokenizer = merged(**BPE), byte_level()
     (tmp_path / "full").mkdir()
@@ -510,10 +558,14 @@ def test_an_export_is_whole_or_not_there(format, tmp_path):
     assert any((tmp_path / "deeper" / "empty").iterdir())
 
 
-def test_gguf_is_optional(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"pip install 'peft_eas\[export\]'"):
-        peft_eas.export(merged(**BPE), tmp_path / "out", "gguf", byte_level())
+@pytest.mark.parametrize(
+    ("format", "package"), [("gguf", "gguf"), pytest.param("onnx", "onnxscript", marks=NEEDS_TORCH)]
+)
+def test_what_a_format_needs_is_named(format, package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"`{package}`: pip install 'peft_eas\[export\]'"):
+        peft_eas.export(merged(**BPE), tmp_path / "out", format, byte_level())
+    assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()
@@ -537,3 +589,38 @@ def test_command(llama_cpp, tmp_path, capsys):
     assert again(TEXT).input_ids == tokenizer(TEXT).input_ids
     settings = json.loads((tmp_path / "nas2" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows no other name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A real model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.pretrained
+@torch.no_grad()
+def test_a_pretrained_model_in_llama_cpp(llama_cpp, tmp_path):
+    """SmolLM2-135M without 8 of 30 attentions: the tokens of transformers on 20 prompts, and close probabilities."""
+    config = EASConfig(skip_layers=[6, 7, 8, 12, 17, 21, 22, 29], propagation="none")
+    model, tokenizer = get_peft_model(load_model(), config), load_tokenizer()
+    tiny.shake(model, scale=0.01)
+    model = model.merge_and_unload().eval()
+    texts = [review.text for review in movie_reviews(0, 20)[1]]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    out = model.generate(**batch, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    expected = out.sequences[:, batch["input_ids"].shape[1] :].tolist()
+    logits = torch.stack(out.logits, dim=1)
+    margins = -logits.topk(2).values.diff().squeeze(-1)
+    # how many prompts, and largest error of a log-probability: of float32, of rounding to float16 (transformers' own is
+    # 0.08), of 8 bits
+    for dtype, count, most in (("float32", 20, 1e-3), ("float16", 20, 0.1), ("q8_0", 5, 1.5)):
+        quietly(model, tmp_path / dtype, "gguf", tokenizer, dtype=dtype)
+        engine = llama_cpp(tmp_path / dtype)
+        for index in range(count):
+            assert engine.tokenize(texts[index]) == prompts[index]
+            pairs = zip(engine.generate(prompts[index], 6), expected[index], strict=False)
+            differ = next((at for at, (found, wanted) in enumerate(pairs) if found != wanted), None)
+            assert differ is None or margins[index, differ] < 2 * most  # then either token is as good
+        for index in range(3):
+            error = engine.log_probabilities(prompts[index], 49152) - logits[index, 0].log_softmax(-1)
+            assert error.abs().max() < most

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .llama_shape import LlamaShape
+from .llama_shape import LlamaShape, llama_shape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +46,7 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def write_gguf(
-    shape: LlamaShape,
+    model: PreTrainedModel,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: str | None,
@@ -62,6 +62,7 @@ def write_gguf(
         import gguf
     except ImportError:
         raise ImportError("The format 'gguf' needs the package `gguf`: pip install 'peft_eas[export]'.") from None
+    shape = llama_shape(model)
     dtype = dtype or str(shape.tensors["model.norm.weight"].dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"The format 'gguf' has no dtype {dtype!r}: choose from {', '.join(DTYPES)}.")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -17,7 +16,6 @@ FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2
 UNFIT = {
     "qwen3": "it normalises queries and keys",
     "gemma3_text": "it has norms behind its attentions and FFNs, and scales its embeddings",
-    "llava": "it reads images",
 }
 """`{model_type: why not}` of the other families that peft_eas knows."""
 
@@ -37,8 +35,7 @@ class LlamaShape:
     """What a format writes.
 
     Attributes:
-        model: The merged model.
-        config: Its configuration.
+        config: The configuration of the model.
         rope: `{"rope_type": ..., "rope_theta": ..., ...}`.
         head_dim: Size of an attention's head.
         tensors: The parameters, by the names they have in `LlamaForCausalLM`; those of a skipped attention and its
@@ -46,7 +43,6 @@ class LlamaShape:
         attention: For each layer, whether it has an attention.
     """
 
-    model: PreTrainedModel
     config: PreTrainedConfig
     rope: dict[str, Any]
     head_dim: int
@@ -67,24 +63,15 @@ def llama_shape(model: PreTrainedModel) -> LlamaShape:
     Raises:
         ValueError: if it is none, with what stands in the way and what to do about it.
     """
-    if isinstance(model, PeftModel):
-        raise ValueError("This model has adapters in it: export what `model.merge_and_unload()` returns.")
     config = model.config
     model_type = config.model_type.removeprefix("eas_")
     name = type(model).__name__.removeprefix("EAS")
     if name != FAMILIES.get(model_type):
         why = f": {UNFIT[model_type]}" if model_type in UNFIT else ""
         raise ValueError(
-            f"A {name} can't be exported, since the engines' layers without attention are those of Llama{why}. What "
-            f"can be: {', '.join(FAMILIES.values())}. transformers runs the merged model as it is."
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("The weights of this model are quantised: merge the adapters into the unquantised base model.")
-    if _depends_on_prompt(config):
-        raise ValueError(
-            "The layers of this model depend on the prompt, which the engines know nothing of. Ways out: "
-            "`model.freeze_context(dataloader)` on the model with adapters before it is merged, or training with "
-            "`propagation='none'` and `router='static'`."
+            f"A {name} can't be exported so, since the engines' layers without attention are those of Llama{why}. What "
+            f"can be: {', '.join(FAMILIES.values())}. transformers runs the merged model as it is; the format 'onnx' "
+            "holds one forward of it."
         )
     if config.hidden_act != "silu":
         raise ValueError(f"This model's activation is {config.hidden_act!r}, but the engines' layers only know silu.")
@@ -106,17 +93,11 @@ def llama_shape(model: PreTrainedModel) -> LlamaShape:
         warnings.warn(
             "Layer 0 has no attention, but llama.cpp, vLLM and SGLang can't begin with such a layer: it gets one of "
             "zeros, which changes nothing but takes the time and the KV cache of an attention.",
-            stacklevel=3,
+            stacklevel=4,
         )
         tensors |= _zero_attention(config, head_dim, tensors["model.norm.weight"])
         attention[0] = True
-    return LlamaShape(model, config, rope, head_dim, tensors, tuple(attention))
-
-
-def _depends_on_prompt(config: PreTrainedConfig) -> bool:
-    """Whether the layers of a merged model look at which tokens are the prompt."""
-    eas = getattr(config, "eas", None)
-    return eas is not None and (eas["prompt"] is not None or bool(eas["routed"]))
+    return LlamaShape(config, rope, head_dim, tensors, tuple(attention))
 
 
 def _check_window(config: PreTrainedConfig, attention: list[bool]) -> None:

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import configuration_decilm
-from .llama_shape import ATTENTION, DTYPES, FFN, LlamaShape
+from .llama_shape import ATTENTION, DTYPES, FFN, LlamaShape, llama_shape
 
 SIZE_STEP = 256
 """The engines round the intermediate size up to a multiple of this."""
 
 
 def write_nemotron_nas(
-    shape: LlamaShape,
+    model: PreTrainedModel,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: str | None,
@@ -34,6 +34,7 @@ def write_nemotron_nas(
     """
     if pre_tokenizer is not None:
         raise ValueError("`pre_tokenizer` is for the format 'gguf'.")
+    shape = llama_shape(model)
     dtype = dtype or str(shape.tensors["model.norm.weight"].dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"The format 'nemotron-nas' has no dtype {dtype!r}: choose from {', '.join(DTYPES)}.")
@@ -50,7 +51,7 @@ def write_nemotron_nas(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     source = inspect.getsource(configuration_decilm)
     (folder / "configuration_decilm.py").write_text(source, encoding="utf-8")
-    shape.model.generation_config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
     save_torch_state_dict(_tensors(shape, DTYPES[dtype], biased, ffn_biased, size), folder)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
