@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING
 from . import modeling_eas
 from .card import model_card, write_card
 from .config import EASConfig, EASType
+from .export import export
 from .families import FAMILIES, Family, register_family
 from .model import EASModel
 from .modeling_eas import prompt_mask
@@ -22,6 +23,7 @@ __all__ = [
     "EASModel",
     "EASType",
     "Family",
+    "export",
     "model_card",
     "plot_search",
     "prompt_mask",

@@ -1,4 +1,4 @@
-"""The command line: `peft-eas score`, `train`, `merge`, `inspect` and `inspect-family`."""
+"""The command line: `peft-eas score`, `train`, `merge`, `export`, `inspect` and `inspect-family`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,9 @@ from transformers import (
 
 from .card import TAGS, layer_picture, read_card, write_card
 from .config import EASConfig, EASType
+from .export import FORMATS, export
 from .families import FAMILIES
+from .folders import new_folder
 from .search import EASCallback, score_attentions
 from .search.callback import WARM_STARTS
 from .search.report import REPORT
@@ -152,6 +153,18 @@ def _parser() -> argparse.ArgumentParser:
     family.add_argument("--layers", type=_positive, default=4, help="how many layers to build (default: 4)")
     family.add_argument("--trust-remote-code", action="store_true", help="run modelling code that comes with the model")
 
+    exporting = add(
+        "export", _export, "write a merged model for vLLM, SGLang and TensorRT-LLM, for llama.cpp, or as ONNX",
+        "  peft-eas export merged merged-vllm --format nemotron-nas\n"
+        "  peft-eas export merged merged-gguf --format gguf --dtype q8_0\n"
+        "  peft-eas export merged merged-onnx --format onnx",
+    )  # fmt: skip
+    exporting.add_argument("dir", metavar="DIR", help="folder or hub name of a merged model")
+    exporting.add_argument("out", metavar="OUT", type=Path, help="folder for what is written; must be new or empty")
+    exporting.add_argument("--format", choices=list(FORMATS), required=True)
+    exporting.add_argument("--dtype", help="float32, bfloat16, float16, or for gguf q8_0 (default: that of the model)")
+    exporting.add_argument("--pre-tokenizer", metavar="NAME", help="for gguf: llama.cpp's name, if it isn't recognised")
+
     inspect = add(
         "inspect", _inspect, "say what an adapter or a merged model skips, and how large it is",
         "  peft-eas inspect out\n  peft-eas inspect merged --json",
@@ -242,35 +255,34 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UsageError(f"{args.out} exists already and is not an empty folder: name another one.")
-    config = PeftConfig.from_pretrained(args.adapter)
-    if config.peft_type != EASType.EAS:
-        raise UsageError(f"{args.adapter} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
-    base = args.base or config.base_model_name_or_path
-    if not base:
-        raise UsageError(f"{args.adapter} does not say what its base model is: give --base.")
-    model = PeftModel.from_pretrained(_load_model(base, args.dtype), args.adapter, config=config)
-    skipped = model.skip_layers
-    if args.freeze_context:
-        tokenizer = next(_tokenizers((args.adapter, base)), None)
-        if tokenizer is None:
-            raise UsageError(f"--freeze-context needs a tokenizer, and there is none beside {args.adapter} or {base}.")
-        examples = _examples(args.freeze_context, tokenizer, max_length=512, count=256)
-        collate = DataCollatorForSeq2Seq(_with_padding(tokenizer, base))
-        model.to(_device()).freeze_context([collate(examples[i : i + 8]) for i in range(0, len(examples), 8)])
-    merged = model.merge_and_unload(safe_merge=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as scratch:
-        folder = Path(scratch) / "merged"
+    with new_folder(args.out) as folder:
+        config = PeftConfig.from_pretrained(args.adapter)
+        if config.peft_type != EASType.EAS:
+            raise UsageError(f"{args.adapter} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
+        base = args.base or config.base_model_name_or_path
+        if not base:
+            raise UsageError(f"{args.adapter} does not say what its base model is: give --base.")
+        model = PeftModel.from_pretrained(_load_model(base, args.dtype), args.adapter, config=config)
+        skipped = model.skip_layers
+        if args.freeze_context:
+            _freeze_context(model, args.freeze_context, (args.adapter, base))
+        merged = model.merge_and_unload(safe_merge=True)
         merged.save_pretrained(folder)
         _save_tokenizer((args.adapter, base), folder)
         if hasattr(merged.config, "eas"):
             about = read_card(args.adapter)
             write_card(merged, folder, **{key: about.get(key) for key in ("datasets", "language", "eval_results")})
-        folder.replace(args.out)  # whole or not at all
     size = sum(parameter.numel() for parameter in merged.parameters())
     print(f"{args.out}: {type(merged).__name__}, {size / 1e6:.1f} M parameters, without the attentions of {skipped}")
+
+
+def _freeze_context(model: PeftModel, data: str, sources: Sequence[str]) -> None:
+    tokenizer = next(_tokenizers(sources), None)
+    if tokenizer is None:
+        raise UsageError(f"--freeze-context needs a tokenizer, and there is none beside {' or '.join(sources)}.")
+    examples = _examples(data, tokenizer, max_length=512, count=256)
+    collate = DataCollatorForSeq2Seq(_with_padding(tokenizer, sources[-1]))
+    model.to(_device()).freeze_context([collate(examples[i : i + 8]) for i in range(0, len(examples), 8)])
 
 
 def _save_tokenizer(sources: Sequence[str], folder: Path) -> None:
@@ -285,6 +297,18 @@ def _tokenizers(sources: Sequence[str]) -> Iterator[PreTrainedTokenizerBase]:
     for source in sources:
         with contextlib.suppress(OSError, ValueError):
             yield AutoTokenizer.from_pretrained(source)
+
+
+def _export(args: argparse.Namespace) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.dir)
+    except (OSError, ValueError):
+        tokenizer = None
+        print(f"There is no tokenizer in {args.dir}.", file=sys.stderr)
+    export(_load_model(args.dir), args.out, args.format, tokenizer, args.dtype, args.pre_tokenizer)
+    files = sorted(args.out.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    print(f"{args.out}: {', '.join(file.name for file in files)} ({size / 1e6:.1f} MB)")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -69,11 +69,16 @@ def config(family: str) -> PreTrainedConfig:
     return CONFIGS[family]()
 
 
-def model(family: str, seed: int = 0, **kwargs) -> PreTrainedModel:
-    """A tiny model with weights large enough for layers to matter, and norms that are not 1."""
+def model(family: str, seed: int = 0, changes: dict | None = None, **kwargs) -> PreTrainedModel:
+    """A tiny model with weights large enough for layers to matter, and norms that are not 1.
+
+    `changes` are made to its configuration.
+    """
     torch.manual_seed(seed)
     auto = AutoModelForImageTextToText if family == "llava" else AutoModelForCausalLM
-    made = auto.from_config(config(family), **kwargs)
+    changed = config(family)
+    changed.update(changes or {})
+    made = auto.from_config(changed, **kwargs)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "norm" in name:

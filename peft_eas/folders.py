@@ -1,0 +1,31 @@
+"""Folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the `with` ends; if it ends in an exception, nothing is left.
+
+    Args:
+        target: Where the folder is wanted: a name that is free, or an empty folder.
+
+    Raises:
+        ValueError: if `target` is something else.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists already and is not an empty folder: name another one.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target, so that the last step is one renaming
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        folder = Path(scratch) / "new"
+        folder.mkdir()
+        yield folder
+        folder.replace(target)
