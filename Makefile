@@ -9,11 +9,11 @@ demo: $(VENV)/ready
 	$(PY) examples/sentiment.py
 
 test: $(VENV)/ready
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 # the same tests on the lowest versions that setup.cfg admits
 test-min: .venv-min/ready
-	.venv-min/bin/python -m pytest $(ARGS)
+	.venv-min/bin/python -m pytest -n 2 $(ARGS)
 
 # PEFT's own tests, unmodified, against EAS
 test-peft: $(VENV)/ready

@@ -27,7 +27,7 @@ def test_the_page_is_that_of_the_table():
     """Every family has its line on the page, so the page is from after its row was written."""
     lines = matrix.PAGE.read_text(encoding="utf-8").splitlines()
     listed = [line.split("`")[1] for line in lines if line.startswith("| `")]
-    assert sorted(listed) == sorted(matrix.whole_models())
+    assert set(matrix.whole_models()) <= set(listed) <= set(FAMILIES)  # older versions of transformers lack some
     assert not [line for line in lines if "✗" in line]
 
 
