@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: demo test test-min test-peft lint clean
+.PHONY: demo test test-min test-peft supported-models lint clean
 
 demo: $(VENV)/ready
 	$(PY) examples/sentiment.py
@@ -18,6 +18,10 @@ test-min: .venv-min/ready
 # PEFT's own tests, unmodified, against EAS
 test-peft: $(VENV)/ready
 	$(PY) tests/peft_suite/run.py $(ARGS)
+
+# every family, on tiny random models: writes docs/supported-models.md
+supported-models: $(VENV)/ready
+	$(PY) tests/matrix.py
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

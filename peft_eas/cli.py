@@ -1,4 +1,4 @@
-"""The command line: `peft-eas score`, `train`, `merge` and `inspect`."""
+"""The command line: `peft-eas score`, `train`, `merge`, `inspect` and `inspect-family`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ from transformers import (
     set_seed,
 )
 
+from .card import TAGS, layer_picture, read_card, write_card
 from .config import EASConfig, EASType
+from .families import FAMILIES
 from .search import EASCallback, score_attentions
 from .search.callback import WARM_STARTS
 from .search.report import REPORT
 from .search.scores import METHODS
+from .trace import TraceError, as_source, check_family, propose_family
 
 DATA_HELP = (
     "data: a .jsonl, .json, .csv or .parquet file, a folder, or a dataset of the hub, with the columns `prompt` and "
@@ -141,6 +144,14 @@ def _parser() -> argparse.ArgumentParser:
         "weights, which other engines run",
     )  # fmt: skip
 
+    family = add(
+        "inspect-family", _inspect_family, "propose a row for a model family that is not known yet, and try it",
+        "  peft-eas inspect-family openai-community/gpt2",
+    )  # fmt: skip
+    family.add_argument("model", metavar="MODEL", help="hub name or folder of a causal language model, for its config")
+    family.add_argument("--layers", type=_positive, default=4, help="how many layers to build (default: 4)")
+    family.add_argument("--trust-remote-code", action="store_true", help="run modelling code that comes with the model")
+
     inspect = add(
         "inspect", _inspect, "say what an adapter or a merged model skips, and how large it is",
         "  peft-eas inspect out\n  peft-eas inspect merged --json",
@@ -210,7 +221,9 @@ def _train(args: argparse.Namespace) -> None:
     if args.warm_start is not None:
         search["warm_start"] = None if args.warm_start == "none" else args.warm_start
     set_seed(training.seed)
-    model = get_peft_model(_load_model(args.model), config)
+    base = _load_model(args.model)
+    base.add_model_tags(TAGS)  # PEFT writes them into the adapter's card
+    model = get_peft_model(base, config)
     model.print_trainable_parameters()
     trainer = Trainer(
         model,
@@ -252,6 +265,9 @@ def _merge(args: argparse.Namespace) -> None:
         folder = Path(scratch) / "merged"
         merged.save_pretrained(folder)
         _save_tokenizer((args.adapter, base), folder)
+        if hasattr(merged.config, "eas"):
+            about = read_card(args.adapter)
+            write_card(merged, folder, **{key: about.get(key) for key in ("datasets", "language", "eval_results")})
         folder.replace(args.out)  # whole or not at all
     size = sum(parameter.numel() for parameter in merged.parameters())
     print(f"{args.out}: {type(merged).__name__}, {size / 1e6:.1f} M parameters, without the attentions of {skipped}")
@@ -291,11 +307,31 @@ def _inspect(args: argparse.Namespace) -> None:
         print(f"{'skips':12} {len(skip)} attentions: {sorted(skip)}")
         return
     print(f"{'skips':12} {len(skip)} of {total} attentions: {sorted(skip)}")
-    for start in range(0, total, 40):
-        row = range(start, min(start + 40, total))
-        print(
-            f"{'layers':12} {start:>3} {''.join('.' if i in skip else '#' for i in row)} {row[-1]}   # kept  . skipped"
-        )
+    for line in layer_picture(skip, total):
+        print(f"{'layers':12} {line}   # kept  . skipped")
+
+
+def _inspect_family(args: argparse.Namespace) -> None:
+    trust = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(args.model, **trust)
+    whole = config.num_hidden_layers
+    config.num_hidden_layers = count = min(whole, args.layers)
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == whole:  # one entry a layer
+            setattr(config, name, value[:count])
+    model = AutoModelForCausalLM.from_config(config, **trust)
+    try:
+        row = propose_family(model)
+        error = check_family(model, row)
+    except TraceError as reason:
+        raise UsageError(f"{reason} Look at the model's code, and write the row by hand.") from None
+    print(as_source(row))
+    if row.model_type in FAMILIES:
+        print(f"There is a row already: {as_source(FAMILIES[row.model_type])}")
+    if error < 1e-4:
+        print(f"Merging with this row is exact ({error:.0e}). Look at it, then: peft_eas.register_family(...)")
+    else:
+        print(f"Merging with this row is not exact ({error:.0e}): something else reads the attention's or FFN's input.")
 
 
 def _about_adapter(folder: Path) -> dict[str, Any]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import enum
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 
 
@@ -150,6 +153,16 @@ class EASConfig(PeftConfig):
             return len(self.skip_layers)
         wanted = 0.25 if self.num_skip in (None, "auto") else self.num_skip
         return wanted if isinstance(wanted, int) else round(wanted * num_attentions)
+
+    def record(self) -> dict[str, Any]:
+        """What a merged model remembers of its adapter, in `config.eas["config"]`: plain values, and no folder."""
+        base = self.base_model_name_or_path
+        try:
+            validate_repo_id(base)
+        except ValueError:  # a folder, or nothing
+            base = None
+        kept = ("r", "r_pia", "groups", "router", "propagation", "scaling", "use_bias")
+        return {"base_model": None if base and os.path.isdir(base) else base} | {k: getattr(self, k) for k in kept}
 
     def settle(self, skip_layers: Iterable[int]) -> None:
         """Record that the set is chosen, in place of whatever said how to choose it."""

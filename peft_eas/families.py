@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import CONFIG_MAPPING
 
-from .modeling_eas import outermost
+from .modeling_eas import outermost, register_config
 
 SPLIT = ("q_proj", "k_proj", "v_proj")
 GATED = ("gate_proj", "up_proj")
@@ -28,7 +29,8 @@ class Family:
         layers: The list of decoder layers, in the decoder.
         attention: The attention, in a layer; layers without one are left alone.
         attention_inputs: The linears of the attention that read its input; those that a layer has of them.
-        attention_norms: The norms, in a layer, that nobody needs once the attention is gone.
+        attention_norms: The norms, in a layer, that only the attention reads; those that a layer has.
+        output_norms: The norms, in a layer, that the attention's output goes through.
         ffn: The FFN, in a layer.
         ffn_inputs: The linears of the FFN that read its input (`""`: the FFN is that linear), routers and the stacked
             weights of experts included; those that a layer has of them.
@@ -43,6 +45,7 @@ class Family:
     attention: str = "self_attn"
     attention_inputs: tuple[str, ...] = SPLIT
     attention_norms: tuple[str, ...] = PRE
+    output_norms: tuple[str, ...] = ()
     ffn: str = "mlp"
     ffn_inputs: tuple[str, ...] = GATED
     stacked_axis: int = -1
@@ -55,7 +58,7 @@ _ROWS = (
         Family(model_type)
         for model_type in (
             "cwm", "diffllama", "emu3_text_model", "ernie4_5", "gemma", "granite", "granite_swa", "helium",
-            "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "mllama_text_model", "olmo", "qwen2",
+            "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "qwen2",
             "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
         )
     ),
@@ -96,13 +99,13 @@ _ROWS = (
     Family("gptj", layers="h", attention="attn", attention_norms=(), ffn_inputs=("fc_in",)),
     Family("phi", attention_norms=(), ffn_inputs=("fc1",)),
     # a norm after the attention, and no other (post), or one before, too (sandwich)
-    Family("exaone4", attention_norms=POST),
-    Family("olmo2", attention_norms=POST),
-    Family("olmo3", attention_norms=POST),
-    Family("gemma2", attention_norms=PRE + POST),
-    Family("gemma3_text", attention_norms=PRE + POST),
-    Family("glm4", attention_norms=(*PRE, "post_self_attn_layernorm"), ffn_inputs=("gate_up_proj",)),
-    Family("glm4v_text", attention_norms=(*PRE, "post_self_attn_layernorm"), ffn_inputs=("gate_up_proj",)),
+    Family("exaone4", attention_norms=(), output_norms=POST),
+    Family("olmo2", attention_norms=(), output_norms=POST),
+    Family("olmo3", attention_norms=(), output_norms=POST),
+    Family("gemma2", output_norms=POST),
+    Family("gemma3_text", output_norms=POST),
+    Family("glm4", output_norms=("post_self_attn_layernorm",), ffn_inputs=("gate_up_proj",)),
+    Family("glm4v_text", output_norms=("post_self_attn_layernorm",), ffn_inputs=("gate_up_proj",)),
     Family("vaultgemma"),
     # multi-head latent attention
     Family("deepseek_v2", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
@@ -114,25 +117,26 @@ _ROWS = (
     *(
         Family(model_type, ffn_inputs=GATED + ROUTED + SHARED)
         for model_type in (
-            "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hunyuan_v1_moe", "hy_v3", "mellum", "mimo_v2_flash",
+            "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hy_v3", "mellum", "mimo_v2_flash",
             "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_vl_moe_text", "solar_open",
         )
     ),
-    Family("cohere2_moe", attention_norms=(), ffn_inputs=GATED + ROUTED),
-    Family("flex_olmo", attention_norms=POST, ffn_inputs=ROUTED),
+    Family("cohere2_moe", attention_norms=(), ffn_inputs=GATED + ROUTED + SHARED),
+    Family("flex_olmo", attention_norms=(), output_norms=POST, ffn_inputs=ROUTED),
     Family("gpt_oss", ffn_inputs=("router", "experts.gate_up_proj"), stacked_axis=-2),
     Family("granitemoe", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("granitemoe_swa", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
+    Family("hunyuan_v1_moe",
+           ffn_inputs=("gate.wg", "experts.gate_up_proj", "shared_mlp.gate_proj", "shared_mlp.up_proj")),
     Family("llama4_text", ffn="feed_forward", ffn_inputs=(*GATED, "router", "experts.gate_up_proj", *SHARED),
            stacked_axis=-2),
     Family("phimoe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("qwen2_moe", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     # hybrids: layers that have no attention are left alone
     Family("bamba", ffn="feed_forward"),
-    Family("falcon_h1", attention_norms=(), ffn="feed_forward"),  # beside a state-space model that reads the norm
     Family("jamba", ffn="feed_forward", ffn_inputs=(*GATED, "router", "experts.gate_up_proj")),
     Family("lfm2", attention_norms=("operator_norm",), ffn="feed_forward", ffn_inputs=("w1", "w3")),
-    Family("olmo_hybrid", attention_norms=POST),
+    Family("olmo_hybrid", attention_norms=(), output_norms=POST),
     Family("qwen3_5_text"),
     Family("qwen3_5_moe_text", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     Family("qwen3_next", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
@@ -141,8 +145,8 @@ _ROWS = (
         Family(model_type, decoder="language_model")
         for model_type in (
             "aya_vision", "blip-2", "cohere2_vision", "deepseek_vl", "gemma3", "glm46v", "glm4v", "got_ocr2",
-            "instructblip", "instructblipvideo", "internvl", "janus", "lfm2_vl", "lighton_ocr", "llama4", "llava",
-            "llava_next", "llava_next_video", "llava_onevision", "mistral3", "mllama", "ovis2", "paligemma",
+            "instructblip", "internvl", "janus", "lfm2_vl", "lighton_ocr", "llama4", "llava",
+            "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2", "paligemma",
             "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "video_llava", "vipllava",
         )
     ),
@@ -150,6 +154,21 @@ _ROWS = (
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
+
+
+def register_family(family: Family) -> None:
+    """Add a row to the table, or replace the one of that `model_type`.
+
+    Raises:
+        ValueError: if transformers has no configuration class for the `model_type`; register that first
+            (`AutoConfig.register`).
+    """
+    if family.model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"transformers knows no model type {family.model_type!r}: call `AutoConfig.register` for it first."
+        )
+    FAMILIES[family.model_type] = family
+    register_config(CONFIG_MAPPING[family.model_type])
 
 
 @dataclass(frozen=True)
@@ -211,7 +230,6 @@ def _row(model: nn.Module) -> Family:
         return FAMILIES[model_type]
     raise ValueError(
         f"EAS does not know how models of type {model_type!r} ({type(model).__name__}) are built. Known types: "
-        f"{', '.join(sorted(FAMILIES))}. To add one, put a row into the table: "
-        f"`peft_eas.FAMILIES[{model_type!r}] = peft_eas.Family({model_type!r}, attention=..., attention_inputs=..., "
-        "attention_norms=..., ffn=..., ffn_inputs=...)`."
+        f"{', '.join(sorted(FAMILIES))}. To add one: `peft-eas inspect-family MODEL` proposes a row, and "
+        f"`peft_eas.register_family(peft_eas.Family({model_type!r}, ...))` puts it into the table."
     )

@@ -32,6 +32,7 @@ from .modeling_eas import (
     prompt_mean,
     prompt_slot,
 )
+from .quantized import Dequantiser, check_foldable, is_quantised, weight_of
 
 
 class Adapter(NamedTuple):
@@ -72,6 +73,8 @@ class EASLayer(nn.Module, BaseTunerLayer):
     touch_idle = False
     """Whether an adapter that a training forward does not use takes part all the same, by adding zero: for
     DistributedDataParallel, which expects a gradient for every parameter."""
+    unquantised = Dequantiser(torch.float32)
+    """What makes folded linears out of quantised ones; `EASModel` sets it before it merges."""
 
     def __init__(self, base_layer: nn.Module, family: Family, index: int) -> None:
         super().__init__()
@@ -298,9 +301,15 @@ class EASLayer(nn.Module, BaseTunerLayer):
         biases = (None, None) if self.is_shifted(adapter_name) else (adapter.down_bias, adapter.up_bias)
         for name in self.inputs:
             linear = _get(self.base_layer, name)
+            check_foldable(linear)
             if _tensors(linear)[0].device.type == "meta":
                 raise ValueError("The model's weights are offloaded: load it without offloading before merging it.")
-            yield name, _fold(linear, self.stacked_axis, adapter, *biases)
+            yield name, _fold(linear, self.stacked_axis, adapter, *biases, self.unquantised)
+
+    def check_foldable(self) -> None:
+        """Refuse linears that nothing can be folded into, see `quantized.check_foldable`."""
+        for name in self.inputs:
+            check_foldable(_get(self.base_layer, name))
 
     def is_shifted(self, adapter_name: str) -> bool:
         """Whether folding leaves something to be added to the input: what depends on the prompt, and the biases with
@@ -378,7 +387,9 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         for parameter in base_layer.parameters():
-            return parameter.device, parameter.dtype if parameter.is_floating_point() else None
+            if is_quantised(parameter) or not parameter.is_floating_point():
+                return parameter.device, self.unquantised.dtype
+            return parameter.device, parameter.dtype
         return None, None
 
 
@@ -497,7 +508,9 @@ def _is_transposed(linear: nn.Module) -> bool:
 def _in_features(linear: nn.Module | nn.Parameter, stacked_axis: int) -> int:
     if isinstance(linear, nn.Parameter):
         return linear.shape[stacked_axis]
-    return linear.weight.shape[0] if _is_transposed(linear) else getattr(linear, "in_features", linear.weight.shape[-1])
+    if hasattr(linear, "in_features"):
+        return linear.in_features
+    return linear.weight.shape[0 if _is_transposed(linear) else -1]
 
 
 def _fold(
@@ -506,12 +519,15 @@ def _fold(
     adapter: Adapter,
     down_bias: torch.Tensor | None,
     up_bias: torch.Tensor | None,
+    unquantised: Dequantiser,
 ) -> nn.Module | nn.Parameter:
-    """A linear, or the stacked weights of experts, with an adapter folded in; of the same class, whatever that is."""
+    """A linear, or the stacked weights of experts, with an adapter folded in; of the same class, if not quantised."""
     is_stacked = isinstance(linear, nn.Parameter)
     is_transposed = stacked_axis == -2 if is_stacked else _is_transposed(linear)
-    weight, bias = (linear, None) if is_stacked else (linear.weight, getattr(linear, "bias", None))
+    weight, bias = (linear, None) if is_stacked else (weight_of(linear), getattr(linear, "bias", None))
     folded, bias = pia.fold(weight.mT if is_transposed else weight, bias, adapter.down, down_bias, adapter.up, up_bias)
+    if not is_stacked and is_quantised(linear.weight):
+        return unquantised(linear, folded, bias)
     new_weight = nn.Parameter(folded.mT.contiguous() if is_transposed else folded, requires_grad=weight.requires_grad)
     if is_stacked:
         return new_weight

@@ -74,10 +74,11 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
         "attention": family.attention,
         "ffn": family.ffn,
         "adds_residual": family.adds_residual,
-        "norms": list(family.attention_norms),
+        "norms": [*family.attention_norms, *family.output_norms],
         "skip": skip,
         "biased": biased,
         "adapters": {where: adapter.record for where, adapter in plan.adapters.items()},
+        "config": config.record(),
     }
     return plan
 
@@ -94,7 +95,7 @@ def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
     _change_config(model, eas)
     config_class = type(model.config)
     modeling_eas.register_models(config_class)
-    model.__class__ = getattr(modeling_eas, f"EAS{type(model).__name__}")
+    model.__class__ = modeling_eas.eas_class(type(model))
     if modeling_eas.depends_on_prompt(eas):
         modeling_eas.watch_prompt(model, modeling_eas.always)
     return model
@@ -104,7 +105,7 @@ def _change_config(model: PreTrainedModel, eas: dict) -> None:
     """Give `model` a configuration of its own kind; the one it came with may be another model's, too."""
     old = model.config
     new = copy.deepcopy(old)
-    new.__class__ = getattr(modeling_eas, f"EAS{type(old).__name__}")
+    new.__class__ = modeling_eas.eas_class(type(old))
     new.eas = eas
     if eas["skip"]:
         text = new.get_text_config(decoder=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import EASConfig
 from .families import find_layers
@@ -18,6 +19,7 @@ from .gates import SkipGates
 from .layer import EASAttention, EASFeedForward, EASLayer, check_single
 from .merge import finish_merge, plan_merge
 from .modeling_eas import generation, unwatch_prompt, watch_prompt
+from .quantized import Dequantiser, Requantiser, dequantise, is_quantised, unquantised_dtype
 
 
 class EASModel(BaseTuner):
@@ -263,15 +265,47 @@ class EASModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        if safe_merge:
-            self._check_finite(self.active_adapters if adapter_names is None else adapter_names)
+        self._prepare_merge(self.active_adapters if adapter_names is None else adapter_names, safe_merge)
         super().merge_adapter(adapter_names)
 
-    def _check_finite(self, adapter_names: list[str]) -> None:
-        for module in self.model.modules():
-            if isinstance(module, EASLayer):
-                for name in adapter_names:
-                    module.check_finite(name)
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> PreTrainedModel:
+        """Fold the active adapter into the weights, and hand back a transformers model without the skipped attentions.
+
+        A quantised base model is dequantised, all of it, to the dtype of its embeddings: the merged model computes with
+        the weights that the adapter was trained on.
+
+        Args:
+            progressbar: Whether to show one.
+            safe_merge: Whether to look for NaN before anything is changed.
+            adapter_names: The adapter, in a list; the active one by default.
+            requantize: Whether to quantise the folded linears again, as they were (bitsandbytes only), and leave the
+                others quantised. Warns of what that loses.
+
+        Raises:
+            ValueError: for linears that nothing can be folded into, for NaN, and for `requantize` without a base model
+                that bitsandbytes has quantised; nothing is changed then.
+        """
+        return self._unload_and_optionally_merge(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, requantize=requantize
+        )
+
+    def _prepare_merge(self, names: list[str], safe_merge: bool) -> list[EASLayer]:
+        """Refuse what can't be merged before anything is changed, and say what becomes of quantised linears."""
+        wrappers = [module for module in self.model.modules() if isinstance(module, EASLayer)]
+        quantised = any(map(is_quantised, self.model.parameters()))
+        dequantiser = Dequantiser(unquantised_dtype(self.model)) if quantised else EASLayer.unquantised
+        for wrapper in wrappers:
+            wrapper.unquantised = dequantiser
+            wrapper.check_foldable()
+            for name in names if safe_merge else ():
+                wrapper.check_finite(name)
+        return wrappers
 
     def _unload_and_optionally_merge(
         self,
@@ -279,19 +313,33 @@ class EASModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        requantize: bool = False,
     ) -> nn.Module:
-        plan = None
+        plan = requantiser = None
         if merge:  # refuses before anything is changed
             names = self.active_adapters if adapter_names is None else adapter_names
             check_single(names)
-            if safe_merge:
-                self._check_finite(names)
+            all_wrappers = self._prepare_merge(names, safe_merge)
+            if requantize:
+                requantiser = Requantiser(self.model)
             wrappers = {i: self._wrappers(i) for i in self._layers.names}
             plan = plan_merge(self.model, self._layers, wrappers, self.peft_config[names[0]], names[0])
+            for wrapper in all_wrappers:
+                if wrapper.merged:  # to be folded from the weights as they were
+                    wrapper.unmerge()
+                wrapper.unquantised = requantiser or wrapper.unquantised
+        dequantises = requantiser is None and any(map(is_quantised, self.model.parameters()))
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unwatch_prompt(model)
         model.__dict__.pop("generate", None)
-        return model if plan is None else finish_merge(model, plan)
+        if plan is None:
+            return model
+        model = finish_merge(model, plan)
+        if dequantises:
+            dequantise(model)
+        if requantiser is not None:
+            requantiser.warn()
+        return model
 
 
 class AnyNeedsPrompt:

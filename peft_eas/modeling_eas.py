@@ -18,7 +18,6 @@ import functools
 import inspect
 import os
 import re
-import sys
 import tempfile
 import threading
 import types
@@ -115,8 +114,8 @@ class PromptBoundary:
         self.is_needed = is_needed
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        _local.mask = None
-        if kwargs.get(PROMPT_MASK) is not None or not self.is_needed():
+        # a model within a model, such as that of BLIP-2, has the outer one's mask already
+        if kwargs.get(PROMPT_MASK) is not None or _local.mask is not None or not self.is_needed():
             return None
         mask = self._find(dict(zip(self.names, args, strict=False)) | kwargs, module.training)
         if _local.generations:
@@ -221,22 +220,29 @@ def mask_of(kwargs: dict) -> torch.Tensor | None:
 
 
 def watch_prompt(model: PreTrainedModel, is_needed: Callable[[], bool]) -> None:
-    """Let the outermost `model` find the prompt in each forward (see `PromptBoundary`)."""
+    """Let `model` find the prompt in each forward (see `PromptBoundary`); a model within it, too, if that generates."""
     unwatch_prompt(model)
-    model.register_forward_pre_hook(PromptBoundary(model, is_needed), with_kwargs=True)
-    model.register_forward_hook(_forget_mask, always_call=True)
+    for module in _boundaries(model):
+        module.register_forward_pre_hook(PromptBoundary(module, is_needed), with_kwargs=True)
+        module.register_forward_hook(_forget_mask, always_call=True)
 
 
 def unwatch_prompt(model: PreTrainedModel) -> None:
     """Undo `watch_prompt`."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, PromptBoundary):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
-    for key, hook in list(model._forward_hooks.items()):
-        if hook is _forget_mask:
-            del model._forward_hooks[key]
-            model._forward_hooks_always_called.pop(key, None)
+    for module in _boundaries(model):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, PromptBoundary):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _forget_mask:
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def _boundaries(model: PreTrainedModel) -> list[PreTrainedModel]:
+    inner = (m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel) and m.can_generate())
+    return [model, *inner]
 
 
 _SUBJECT = "The prompt of a model with `propagation='prompt'` or `router='prompt'`"
@@ -575,8 +581,8 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
 
     `eas` holds: `decoder`, `layers`, `attention`, `ffn` (names), `adds_residual` (see `SkippedAttention`), `norms`
     (those of a layer that go with its attention), `skip` (indices of layers without attention), `biased` (linears that
-    a fold has given a bias), and `adapters` (records of what stays of adapters, by the attention or FFN that they stand
-    before).
+    a fold has given a bias), `adapters` (records of what stays of adapters, by the attention or FFN that they stand
+    before) and, for people, `config` (what the adapter was configured with).
 
     Raises:
         ValueError: if `eas` was written by another version, or names layers that are not there.
@@ -641,6 +647,10 @@ def always() -> bool:
     return True
 
 
+describe: Callable[[PreTrainedModel, Path, str | None], None] | None = None
+"""Writes the model card of a model into a folder, for a repository if there is one; `peft_eas` puts it here."""
+
+
 class EASMixin:
     """A transformers model whose attentions are partly gone; comes before the base class."""
 
@@ -689,8 +699,12 @@ class EASMixin:
         """As in transformers, but what is in the folder is replaced only when all new files are complete."""
         self.config.auto_map = {
             "AutoConfig": f"modeling_eas.{type(self.config).__name__}",
-            **{auto: f"modeling_eas.EAS{name}" for auto, name in auto_classes(self.config.eas["model_type"]).items()},
+            **{
+                auto: f"modeling_eas.EAS{c.__name__}" for auto, c in auto_classes(self.config.eas["model_type"]).items()
+            },
         }
+        # by the names of its own modules, and not by those of the checkpoint that the base model came from
+        kwargs.setdefault("save_original_format", False)
         folder = Path(save_directory)
         if push_to_hub:
             self.save_pretrained(folder, *args, **{k: v for k, v in kwargs.items() if k not in _HUB_KWARGS})
@@ -705,27 +719,38 @@ class EASMixin:
             written = sorted(Path(scratch).iterdir())
             for file in written:
                 os.replace(file, folder / file.name)
+        if describe is not None and kwargs.get("is_main_process", True):
+            describe(self, folder, None)
         names = {file.name for file in written}
         if any(map(_WEIGHTS.fullmatch, names)):
             for file in folder.iterdir():  # or an earlier model's weights would be read, if it had other shards
                 if _WEIGHTS.fullmatch(file.name) and file.name not in names:
                     file.unlink()
 
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # transformers has put an empty card there since `save_pretrained`
+        if describe is not None:
+            describe(self, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
 
 _HUB_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
-@functools.cache
-def auto_classes(model_type: str) -> dict[str, str]:
-    """`{auto class: name of the model class}` that transformers has for `model_type`."""
+def auto_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
+    """`{auto class: model class}` that transformers has for `model_type`, those registered from outside included."""
     found = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
-        value = None if mapping is None or not name.startswith("AutoModel") else mapping._model_mapping.get(model_type)
-        # some entries are models of another configuration
-        if isinstance(value, str) and getattr(transformers, value).config_class.model_type == model_type:
-            found[name] = value
+        if mapping is None or not name.startswith("AutoModel"):
+            continue
+        value = mapping._model_mapping.get(model_type)
+        candidates = [getattr(transformers, value)] if isinstance(value, str) else []
+        candidates += [model for config, model in mapping._extra_content.items() if config.model_type == model_type]
+        for model in candidates:
+            if model.config_class.model_type == model_type:  # some entries are models of another configuration
+                found[name] = model
     return found
 
 
@@ -740,28 +765,38 @@ class EASConfigMixin:
 
 def register_config(base: type[PreTrainedConfig]) -> None:
     """Let `AutoConfig` know merged models over `base`; their model classes follow when one is loaded."""
-    AutoConfig.register(f"eas_{base.model_type}", getattr(sys.modules[__name__], f"EAS{base.__name__}"), exist_ok=True)
+    AutoConfig.register(f"eas_{base.model_type}", eas_class(base), exist_ok=True)
 
 
 def register_models(config_class: type[PreTrainedConfig]) -> None:
     """Let transformers' auto classes know the merged models of `config_class`."""
-    for auto, name in auto_classes(config_class.model_type.removeprefix("eas_")).items():
-        getattr(modeling_auto, auto).register(config_class, getattr(sys.modules[__name__], f"EAS{name}"), exist_ok=True)
+    for auto, base in auto_classes(config_class.model_type.removeprefix("eas_")).items():
+        getattr(modeling_auto, auto).register(config_class, eas_class(base), exist_ok=True)
+
+
+def eas_class(base: type) -> type:
+    """The class of merged models over the model class `base`, or of their configurations over the class `base`."""
+    name = f"EAS{base.__name__}"
+    known = globals().get(name)
+    if known is not None and base in known.__bases__:
+        return known
+    if issubclass(base, PreTrainedConfig):
+        mixin, members = EASConfigMixin, {"model_type": f"eas_{base.model_type}", "_auto_class": "AutoConfig"}
+    else:
+        autos = [auto for auto, cls in auto_classes(base.config_class.model_type).items() if cls is base]
+        members = {"config_class": eas_class(base.config_class), "_auto_class": autos[0] if autos else "AutoModel"}
+        mixin = EASMixin
+    made = types.new_class(name, (mixin, base), exec_body=lambda ns: ns.update(members, __module__=__name__))
+    globals()[name] = made
+    return made
 
 
 def __getattr__(name: str) -> type:
     """Make `EAS<class>` from the transformers class `<class>`."""
     base = getattr(transformers, name.removeprefix("EAS"), None) if name.startswith("EAS") else None
-    if isinstance(base, type) and issubclass(base, PreTrainedConfig):
-        members = {"model_type": f"eas_{base.model_type}", "_auto_class": "AutoConfig"}
-        bases: tuple[type, ...] = (EASConfigMixin, base)
-    elif isinstance(base, type) and issubclass(base, PreTrainedModel):
-        config = getattr(sys.modules[__name__], f"EAS{base.config_class.__name__}")
-        autos = [auto for auto, cls in auto_classes(base.config_class.model_type).items() if cls == base.__name__]
-        members = {"config_class": config, "_auto_class": autos[0] if autos else "AutoModel"}
-        bases = (EASMixin, base)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = types.new_class(name, bases, exec_body=lambda ns: ns.update(members, __module__=__name__))
-    globals()[name] = made
-    return made
+    if not (isinstance(base, type) and issubclass(base, (PreTrainedConfig, PreTrainedModel))):
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}: transformers {transformers.__version__} has no class "
+            f"{name.removeprefix('EAS')!r}. If the family was registered from outside, import what registers it."
+        )
+    return eas_class(base)

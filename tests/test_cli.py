@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,25 +10,19 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from safetensors import safe_open
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_eas import cli, score_attentions
+from peft_eas import cli, model_card, score_attentions
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     tiny.model("llama").save_pretrained(folder)
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i + 3 for i in range(90)} | {"<unk>": 95}
-    raw = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = WhitespaceSplit()
-    special = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -83,6 +78,7 @@ def test_train_searches_and_saves_an_adapter(base, adapter):
     arguments = torch.load(adapter / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert arguments.learning_rate == 1e-3
     assert AutoTokenizer.from_pretrained(adapter).eos_token == "<eos>"
+    assert {"eas", "attention-skipping"} < set(ModelCard.load(adapter / "README.md").data.tags)
 
 
 def test_merge(base, adapter, tmp_path, capsys):
@@ -115,6 +111,31 @@ def test_merge_without_the_prompt(base, adapter, data, tmp_path, capsys):
 def _said(capsys, *argv):
     assert cli.main([str(a) for a in argv]) == 0
     return capsys.readouterr().out
+
+
+def test_merge_writes_a_card(base, adapter, tmp_path, capsys):
+    """With the base model's license, and what the adapter's card says of data and results."""
+    result = EvalResult("text-generation", "me/words", "Words", "accuracy", 0.5)
+    about = ModelCardData(datasets=["me/words"], language="la", license="mit", eval_results=[result], model_name="a")
+    changed = tmp_path / "adapter"
+    shutil.copytree(adapter, changed)
+    ModelCard(f"---\n{about.to_yaml()}\n---\n").save(changed / "README.md")
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n")
+    assert cli.main(["merge", str(changed), str(tmp_path / "out"), "--base", str(tmp_path / "base")]) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.language, card.data.datasets) == ("apache-2.0", "la", ["me/words"])
+    assert card.data.eval_results == [result]
+    assert card.data.base_model is None  # a folder
+    assert str(tmp_path) not in str(card)
+    assert "`r=8`, `r_pia=32`" in card.text
+    capsys.readouterr()
+    assert cli.main(["inspect", str(tmp_path / "out")]) == 0
+    picture = re.search(r"0 [.#]{6} 5", capsys.readouterr().out)[0]
+    assert picture in card.text
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.config.eas["config"]["r_pia"] == 32
+    assert model_card(merged).data.license == "apache-2.0"
 
 
 def test_inspect(base, adapter, tmp_path, capsys):

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import tiny
 import torch
+from matrix import tiny_model
 from peft import get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -206,6 +207,31 @@ def test_merge_of_a_named_adapter():
     merged = model.merge_and_unload(adapter_names=["other"])
     close(merged(**inputs).logits, expected)
     assert merged.config.eas["skip"] == [1, 2]
+
+
+def test_merge_of_a_named_adapter_while_another_is_merged_in_place():
+    inputs = tiny.inputs("llama")
+    model = adapted()
+    model.add_adapter("other", EASConfig(skip_layers=[1, 2], init_weights=False))
+    model.set_adapter("other")
+    expected = model(**inputs).logits
+    model.set_adapter("default")
+    model.merge_adapter()
+    close(model.merge_and_unload(adapter_names=["other"])(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "mixtral"])
+def test_a_base_whose_checkpoint_has_other_names_than_its_modules(family, tmp_path):
+    """Merged models are saved by the names of their modules, and so they are read."""
+    base = tiny.model(family) if family in tiny.FAMILIES else tiny_model(family)
+    base.save_pretrained(tmp_path / "base")
+    merged = adapted(family, base=auto(family).from_pretrained(tmp_path / "base")).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded, info = auto(family).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    inputs = tiny.inputs(family)
+    torch.testing.assert_close(loaded(**inputs).logits, merged(**inputs).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

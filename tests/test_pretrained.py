@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from PIL import ImageColor
 from real_data import VISUAL_ANSWERS, collator, load_model, load_tokenizer, movie_reviews, tokenise, visual_questions
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from vqa import descriptions
 
 from peft_eas import EASConfig
@@ -108,6 +108,34 @@ def test_dropping_one_attention_costs_what_was_measured_before(smollm2):
     assert abs(losses[7] - losses[None]) < 0.1
     assert abs(losses[8] - losses[None]) < 0.1
     assert losses[0] > losses[None] + 0.3
+
+
+def test_trained_on_four_bits_and_merged(smollm2, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    stock, tokenizer = smollm2
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        stock.name_or_path, quantization_config=bits, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    assert base.get_memory_footprint() < 0.35 * stock.get_memory_footprint()
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    model = get_peft_model(base, EASConfig(skip_layers=SKIP, task_type="CAUSAL_LM"))
+    train, held_out = movie_reviews(8, 4)
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, num_train_epochs=1, learning_rate=1e-3, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, args, train_dataset=tokenise(train, tokenizer), data_collator=collator(tokenizer)).train()
+    prompts = tokenizer([review.prompt for review in held_out], padding=True, return_tensors="pt")
+    kept = prompts["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model.eval()(**prompts).logits
+        merged = model.merge_and_unload()
+        error = (merged(**prompts).logits - expected)[kept].abs().max()
+    assert error <= 1e-4 * expected[kept].abs().max()
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    assert stock.num_parameters() > merged.num_parameters()
 
 
 def test_the_questions_are_about_the_images_that_they_come_with():

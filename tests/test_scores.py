@@ -1,11 +1,14 @@
 """One-shot scores against what they are said to be, computed another way."""
 
+import matrix
 import pytest
 import tiny
 import torch
 from peft import get_peft_model
 
 from peft_eas import EASConfig, score_attentions
+from peft_eas.families import POST, find_layers
+from peft_eas.search import budget
 
 
 def batches(family):
@@ -56,6 +59,37 @@ def test_similarity_of_the_residual_stream(family):
         assert scores[i] == pytest.approx(float(totals[i] / count), rel=1e-4, abs=1e-6)
 
 
+# where an attention's output, or the residual stream after it, is found elsewhere than in a Llama
+AFTER = {"bloom": "post_attention_layernorm", "gpt2": "ln_2", "opt": "final_layer_norm", "mixtral": POST[0]}
+BEFORE = {"bloom": "input_layernorm", "gpt2": "ln_1", "opt": "self_attn_layer_norm", "mixtral": "input_layernorm"}
+
+
+@pytest.mark.parametrize("family", AFTER)
+def test_other_families(family):
+    """Similarity by the inputs of the norms before and after, and loss by skip sets of one."""
+    inputs = matrix.tiny_inputs(family)
+    kept = inputs["attention_mask"].bool()
+    inputs["labels"] = inputs["input_ids"].masked_fill(~kept, -100)
+    model, seen = matrix.tiny_model(family), {}
+    for i, name in find_layers(model).names.items():
+        for which in (BEFORE, AFTER):
+            norm = model.get_submodule(f"{name}.{which[family]}")
+            norm.register_forward_pre_hook(lambda m, args, key=(i, which is AFTER): seen.update({key: args[0]}))
+    with torch.no_grad():
+        model(**inputs)
+    by_similarity = score_attentions(matrix.tiny_model(family), [inputs])
+    for i, score in by_similarity.items():
+        a, b = (seen[i, after].view(*kept.shape, -1)[kept].double() for after in (False, True))
+        assert score == pytest.approx(float((1 - torch.cosine_similarity(a, b, dim=-1)).mean()), rel=1e-4, abs=1e-6)
+    by_loss = score_attentions(matrix.tiny_model(family), [inputs], method="loss")
+    tuned = get_peft_model(matrix.tiny_model(family), EASConfig(skip_layers=[], propagation="none")).eval()
+    with torch.no_grad():
+        whole = float(tuned(**inputs).loss)
+        for i, score in by_loss.items():
+            tuned.set_skip_layers([i])
+            assert score == pytest.approx(float(tuned(**inputs).loss) - whole, abs=1e-5)
+
+
 @pytest.mark.parametrize("method", ["similarity", "loss"])
 def test_the_model_is_left_as_it_was(method):
     model = tiny.model("llama").train()
@@ -83,3 +117,16 @@ def test_what_can_not_be_scored_is_said():
         model.model.layers[3].self_attn.o_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"layers \[3, 4, 5\] are not finite"):
         score_attentions(model, batches("llama"))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_what_is_timed_is_the_model_without_these_attentions(family):
+    inputs = matrix.tiny_inputs(family)
+    model = get_peft_model(matrix.tiny_model(family), EASConfig(skip_layers=[], propagation="none")).eval()
+    names = [find_layers(matrix.tiny_model(family)).attention(i) for i in (0, 2)]
+    whole = model(**inputs).logits
+    with model.disable_adapter(), budget.without(model.base_model.model, names):
+        actual = model(**inputs).logits
+    torch.testing.assert_close(model(**inputs).logits, whole, rtol=0, atol=0)
+    model.set_skip_layers([0, 2])
+    torch.testing.assert_close(actual, model(**inputs).logits)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -13,6 +16,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -79,6 +83,15 @@ def model(family: str, seed: int = 0, **kwargs) -> PreTrainedModel:
             else:
                 parameter.normal_(std=0.15)
     return made.eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Of the words `w0` to `w89`, whose tokens are 3 to 92."""
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i + 3 for i in range(90)} | {"<unk>": 95}
+    raw = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = WhitespaceSplit()
+    special = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
 
 
 def inputs(family: str, rows: int = 3, length: int = 11, padding: str | None = "left", seed: int = 1) -> dict:

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..modeling_eas import SkippedAttention
+
 
 def largest_within(losses: Sequence[float], max_increase: float) -> int:
     """The largest `k` with `losses[k] - losses[0] <= max_increase`; `losses[k]` is that with `k` attentions skipped.
@@ -74,22 +76,19 @@ def measured_speedup(model: nn.Module, attentions: Sequence[str], inputs: dict[s
     ratios = []
     for _ in range(rounds + 1):
         whole = seconds()
-        with _without(model, attentions):
+        with without(model, attentions):
             ratios.append(whole / seconds())
     return statistics.median(ratios[1:])  # the first round was for warming up
 
 
 @contextmanager
-def _without(model: nn.Module, attentions: Sequence[str]) -> Iterator[None]:
+def without(model: nn.Module, attentions: Sequence[str]) -> Iterator[None]:
+    """Leave out the named attentions of a model with adapters inside of the `with`."""
     modules = [model.get_submodule(name) for name in attentions]
     try:
         for module in modules:
-            module.forward = _zeros
+            module.forward = SkippedAttention(0, module.adds_residual).forward
         yield
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
-
-
-def _zeros(hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-    return hidden_states.new_zeros(1, 1, 1), None

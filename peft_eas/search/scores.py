@@ -62,13 +62,14 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, dataloader: Iterable[
         def compare(module, args, output, index, streams=streams, kept=kept):
             before = streams.pop(index).float()
             update = (output[0] if isinstance(output, tuple) else output).float()
-            totals[index] += (1 - F.cosine_similarity(before, before + update, dim=-1))[kept].sum().item()
+            after = update if family.adds_residual else before + update
+            totals[index] += (1 - F.cosine_similarity(before, after, dim=-1))[kept].sum().item()
 
         with _hooks() as handles:
             for index, name in layers.names.items():
                 layer = model.get_submodule(name)
                 # a norm after the attention is part of what it adds to the residual stream
-                last = layer.get_submodule((family.attention, *family.attention_norms[1:])[-1])
+                last = layer.get_submodule((family.attention, *family.output_norms)[-1])
                 before = functools.partial(remember, index=index)
                 handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(last.register_forward_hook(functools.partial(compare, index=index)))
@@ -92,9 +93,10 @@ def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict])
         return total / sum(weights)
 
     whole, scores = loss(), {}
+    nothing = functools.partial(_nothing, layers.family.adds_residual)
     for index in layers.names:
         with _hooks() as handles:
-            handles.append(model.get_submodule(layers.attention(index)).register_forward_hook(_nothing))
+            handles.append(model.get_submodule(layers.attention(index)).register_forward_hook(nothing))
             scores[index] = loss() - whole
     return scores
 
@@ -102,10 +104,10 @@ def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict])
 METHODS: dict[str, Callable[..., dict[int, float]]] = {"similarity": _by_similarity, "loss": _by_loss}
 
 
-def _nothing(module: nn.Module, args: tuple, output: tuple | torch.Tensor) -> tuple | torch.Tensor:
-    if isinstance(output, tuple):
-        return (torch.zeros_like(output[0]), *output[1:])
-    return torch.zeros_like(output)
+def _nothing(adds_residual: bool, module: nn.Module, args: tuple, output: tuple | torch.Tensor) -> tuple | torch.Tensor:
+    whole = output if isinstance(output, tuple) else (output,)
+    first = args[1] if adds_residual else torch.zeros_like(whole[0])
+    return (first, *whole[1:]) if isinstance(output, tuple) else first
 
 
 @contextmanager
