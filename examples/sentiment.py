@@ -165,17 +165,12 @@ def measure(
     return results
 
 
-def print_table(
-    logits: dict[str, torch.Tensor],
-    models: dict[str, nn.Module],
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: Sequence[Review],
-) -> None:
-    """One row a model; speeds are relative to the first one's."""
+def print_table(scores: dict[str, tuple[float, float]], models: dict[str, nn.Module]) -> None:
+    """One row a model, with its accuracy and loss in `scores`; speeds are relative to the first one's."""
     columns = {"accuracy": 10, "loss": 8, "parameters": 12, "KV bytes/token": 16, "prefill": 9, "decode": 9}
     rows = []
     for name, measured in measure(models).items():
-        accuracy, loss = accuracy_and_loss(logits[name], tokenizer, held_out)
+        accuracy, loss = scores[name]
         parameters = sum(parameter.numel() for parameter in models[name].parameters())
         speeds = (f"{measured[kind]:.2f}x" for kind in ("prefill", "decode"))
         cells = (f"{accuracy:.3f}", f"{loss:.3f}", f"{parameters / 1e6:.1f} M", f"{measured['kv_bytes']:,.0f}", *speeds)
@@ -240,7 +235,8 @@ def main() -> None:
 
     with step("Measuring speed"):
         base.to(merged.device)  # the Trainer has put the others there
-        print_table(logits, models, tokenizer, held_out)
+        scores = {name: accuracy_and_loss(these, tokenizer, held_out) for name, these in logits.items()}
+        print_table(scores, models)
         difference = (logits["EAS, merged"] - logits["EAS, not merged"]).abs().max()
         print(
             "Speeds are those of reading 512 tokens and of generating 16 more, relative to the base model's.\n"

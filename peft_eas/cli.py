@@ -16,15 +16,19 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     Trainer,
     TrainingArguments,
     set_seed,
 )
+from transformers.models.auto import modeling_auto
 
 from .card import TAGS, layer_picture, read_card, write_card
 from .config import EASConfig, EASType
@@ -286,11 +290,20 @@ def _freeze_context(model: PeftModel, data: str, sources: Sequence[str]) -> None
 
 
 def _save_tokenizer(sources: Sequence[str], folder: Path) -> None:
-    tokenizer = next(_tokenizers(sources), None)
-    if tokenizer is None:
+    """Save the tokenizer of the first source that has one; or the processor, which has a tokenizer and more."""
+    found = next(_processors(sources), None) or next(_tokenizers(sources), None)
+    if found is None:
         print(f"There is no tokenizer beside {' or '.join(sources)}; none was saved.", file=sys.stderr)
     else:
-        tokenizer.save_pretrained(folder)
+        found.save_pretrained(folder)
+
+
+def _processors(sources: Sequence[str]) -> Iterator[ProcessorMixin]:
+    for source in sources:
+        with contextlib.suppress(OSError, ValueError):
+            found = AutoProcessor.from_pretrained(source)
+            if isinstance(found, ProcessorMixin):  # of a language model it is the tokenizer
+                yield found
 
 
 def _tokenizers(sources: Sequence[str]) -> Iterator[PreTrainedTokenizerBase]:
@@ -421,7 +434,11 @@ def _device() -> torch.device:
 
 
 def _load_model(name: str, dtype: str | None = None) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    model_type = AutoConfig.from_pretrained(name).model_type
+    reads_images = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    is_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto = AutoModelForImageTextToText if reads_images and not is_causal else AutoModelForCausalLM
+    return auto.from_pretrained(name, dtype=dtype or "auto")
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:

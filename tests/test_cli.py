@@ -11,11 +11,18 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+)
 
-from peft_eas import cli, model_card, score_attentions
+from peft_eas import EASConfig, cli, model_card, score_attentions
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +102,31 @@ def test_merge(base, adapter, tmp_path, capsys):
     # the adapter says where its base is
     assert cli.main(["merge", str(adapter), str(tmp_path / "again"), "--dtype", "bfloat16"]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").dtype == torch.bfloat16
+
+
+def test_merge_of_a_vision_language_model(base, tmp_path, capsys):
+    """With its processor, which comes before a tokenizer alone."""
+    model = tiny.model("llava")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens("<image>", special_tokens=True)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    model.save_pretrained(tmp_path / "base")
+    LlavaProcessor(images, tokenizer, patch_size=4).save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, EASConfig(skip_layers=[1, 4]))
+    tiny.shake(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "merged"
+    assert cli.main(["merge", str(tmp_path / "adapter"), str(out), "--base", str(tmp_path / "base")]) == 0
+    assert "without the attentions of [1, 4]" in capsys.readouterr().out
+    merged = AutoModelForImageTextToText.from_pretrained(out)
+    inputs = tiny.inputs("llava")
+    expected = adapted.eval()(**inputs).logits
+    torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    processor = AutoProcessor.from_pretrained(out)
+    assert isinstance(processor, LlavaProcessor)
+    assert processor.image_processor.crop_size["height"] == 8
+    assert processor.tokenizer.eos_token == "<eos>"
 
 
 def test_merge_without_the_prompt(base, adapter, data, tmp_path, capsys):

@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from real_data import collator, load_model, load_tokenizer, movie_reviews, tokenise
+from PIL import ImageColor
+from real_data import VISUAL_ANSWERS, collator, load_model, load_tokenizer, movie_reviews, tokenise, visual_questions
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from vqa import descriptions
 
 from peft_eas import EASConfig
 
@@ -134,3 +136,15 @@ def test_trained_on_four_bits_and_merged(smollm2, tmp_path, monkeypatch):
     assert error <= 1e-4 * expected[kept].abs().max()
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     assert stock.num_parameters() > merged.num_parameters()
+
+
+def test_the_questions_are_about_the_images_that_they_come_with():
+    questions = visual_questions("test")
+    assert len(questions) == 9673
+    assert {question.image.size for question in questions} == {(64, 64)}
+    assert {question.answer for question in questions} == set(VISUAL_ANSWERS)
+    described = descriptions(questions)
+    assert len(described) == 880
+    for image, (color, _shape) in described:  # backgrounds are pale
+        rgb = ImageColor.getrgb("lime" if color == "green" else color)
+        assert rgb in {found for _, found in image.getcolors(64 * 64)}

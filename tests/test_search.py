@@ -18,11 +18,12 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from test_training import collate, dataset, parameters, trainer
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, default_data_collator
 
 from peft_eas import EASCallback, EASConfig, plot_search, score_attentions
 from peft_eas.layer import EASAttention, EASLayer
 from peft_eas.search import bandit, callback
+from peft_eas.search.held_out import HeldOut, fingerprints
 
 STEPS = 20
 SEARCH = dict(warmup_steps=3, search_steps=9, interval=3, warm_start=None)  # rounds after steps 6, 9 and 12
@@ -341,6 +342,28 @@ def test_rewards_from_the_training_set_never_see_the_batch_just_trained_on(tmp_p
         assert len(seen) == 12
         assert len(used) == 12
         assert not seen & used
+
+
+def test_rows_with_the_same_question_about_other_images_are_others():
+    batch = tiny.inputs("llava", rows=4, padding=None)
+    batch["input_ids"] = batch["input_ids"][:1].repeat(4, 1)
+    batch["pixel_values"][3] = batch["pixel_values"][0]
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(4)]
+
+    def made_without(trained):
+        found = HeldOut(rows, default_data_collator, 1, 4, seed=0).batches(
+            0, fingerprints(default_data_collator(trained))
+        )
+        return [b["pixel_values"][0] for b in found]
+
+    left = made_without([rows[0], rows[1]])
+    assert len(left) == 1
+    assert torch.equal(left[0], rows[2]["pixel_values"])
+    with pytest.raises(ValueError, match="Every example is being trained on"):
+        made_without(rows[:3])
+    # the tokens count, too
+    rows[3]["input_ids"] = rows[3]["input_ids"].flip(0)
+    assert len(made_without(rows[:3])) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

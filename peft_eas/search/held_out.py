@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -83,13 +84,18 @@ class HeldOut:
 
 
 def fingerprints(batch: dict[str, Any]) -> set[int]:
-    """What tells the rows of a batch from others: a hash of their tokens without padding; none if it has no tokens."""
+    """What tells the rows of a batch from others: a hash of their tokens without padding, and of their images if there
+    is one tensor of them a row (many images have the same question); none if there are no tokens."""
     ids = batch.get("input_ids")
     if ids is None:
         return set()
-    mask = batch.get("attention_mask")
+    mask, images = batch.get("attention_mask"), batch.get("pixel_values")
     kept = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask.bool()
-    return {hash(tuple(row[keep].tolist())) for row, keep in zip(ids, kept, strict=True)}
+    if images is None or len(images) != len(ids):
+        seen = [0] * len(ids)
+    else:  # not `hash`, which differs from process to process for bytes
+        seen = [zlib.crc32(image.detach().cpu().contiguous().view(torch.uint8).numpy()) for image in images]
+    return {hash((of_image, *row[keep].tolist())) for of_image, row, keep in zip(seen, ids, kept, strict=True)}
 
 
 @torch.no_grad()

@@ -1,0 +1,214 @@
+"""examples/vqa.py from its first line to its last, with a tiny model and a handful of images that are drawn here."""
+
+import argparse
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vqa
+from PIL import Image, ImageDraw
+from real_data import COLORS, SHAPES, VisualQuestion
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+TEXTS = ("what color is the shape?", "what shape is in the image?", "is there a red shape?", "is there not a circle?")
+TOKENS = 16  # of an image
+VOCABULARY = 1000  # the ids of the prompt that speeds are measured with are below it
+
+
+def drawing(color, shape):
+    image = Image.new("RGB", (64, 64), "white")
+    draw = ImageDraw.Draw(image)
+    if shape == "triangle":
+        draw.polygon([(32, 10), (10, 54), (54, 54)], fill=color)
+    else:
+        {"circle": draw.ellipse, "rectangle": draw.rectangle}[shape]([12, 12, 52, 52], fill=color)
+    return image
+
+
+def questions(split):
+    made = []
+    for i, (color, shape) in enumerate(itertools.product(COLORS[split == "test" :: 2], SHAPES)):
+        answers = (color, shape, "yes" if color == "red" else "no", "no" if shape == "circle" else "yes")
+        image = drawing(color, shape)
+        made += [VisualQuestion(i, image, text, answer) for text, answer in zip(TEXTS, answers, strict=True)]
+    return made
+
+
+def tokenizer():
+    text = " ".join((*TEXTS, *vqa.VISUAL_ANSWERS, "Answer: This is a", *(f"w{i}" for i in range(VOCABULARY))))
+    words = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(text.split())][:VOCABULARY]
+    words = {word: i for i, word in enumerate(words)}
+    raw = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = WhitespaceSplit()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="left", **special)
+
+
+def language_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@pytest.fixture
+def llava():
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16
+    )
+    torch.manual_seed(1)
+    model, processor = vqa.put_together(CLIPVisionModel(vision), language_model(), tokenizer())
+    return model.eval(), processor
+
+
+@pytest.fixture
+def tiny_world(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFT_EAS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(vqa, "load_model", language_model)
+    monkeypatch.setattr(vqa, "load_tokenizer", tokenizer)
+    monkeypatch.setattr(vqa, "visual_questions", questions)
+
+
+def test_the_whole_example(tiny_world, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = "--num-skip 2 --tower-epochs 2 --captions 8 --train-examples 20 --search-examples 4 --batch-size 4"
+    monkeypatch.setattr("sys.argv", ["vqa.py", *options.split(), "--held-out-examples", "16", "--output", str(out)])
+    vqa.main()
+    printed = capsys.readouterr().out
+
+    # the table: two of six attentions are gone
+    rows = {name: printed.split(f"\n{name}  ")[1].split() for name in ("base", "LoRA, merged", "EAS, merged")}
+    kv = {name: int(row[4].replace(",", "")) for name, row in rows.items()}
+    assert kv["base"] == kv["LoRA, merged"] == 6 * 2 * 2 * 8 * 4
+    assert kv["EAS, merged"] == 4 * 2 * 2 * 8 * 4
+
+    # what was saved is what was fine-tuned from the saved start: the tower as it was, the projector trained further
+    (start,) = (tmp_path / "cache").iterdir()
+    before = AutoModelForImageTextToText.from_pretrained(start)
+    merged = AutoModelForImageTextToText.from_pretrained(out)
+    assert type(merged).__name__ == "EASLlavaForConditionalGeneration"
+    assert len(merged.config.eas["skip"]) == 2
+    for name, value in before.model.vision_tower.state_dict().items():
+        assert torch.equal(merged.model.vision_tower.state_dict()[name], value)
+    for name, value in before.model.multi_modal_projector.state_dict().items():
+        assert not torch.equal(merged.model.multi_modal_projector.state_dict()[name], value)
+    # and the start has the language model, whose vocabulary is one token longer
+    for name, value in language_model().model.state_dict().items():
+        assert torch.equal(before.model.language_model.state_dict()[name][: len(value)], value)
+
+    # the answers of the example are those of the merged model without cache and padding, image by image
+    processor = AutoProcessor.from_pretrained(out)
+    asked = [line for line in printed.splitlines() if line.startswith(TEXTS)]
+    assert len(asked) == 12
+    held_out = vqa.random.Random(0).sample(questions("test"), 16)
+    for line, question in zip(asked, held_out, strict=False):
+        inputs = processor(images=question.image, text=question.prompt, return_tensors="pt")
+        output = merged.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert line.removeprefix(question.text).strip().startswith(answer)
+        assert ("wrong: " in line) == (answer != question.answer)
+    with Image.open(out / "answers.png") as picture:
+        assert len(picture.getcolors(1 << 20)) > 8
+
+    # the second time, the start is there already
+    monkeypatch.setattr(vqa, "make_llava", lambda *args: pytest.fail("made again"))
+    assert vqa.starting_point(questions("train"), vqa.parse_args()) == start
+
+
+def test_batches_have_an_image_in_each_prompt_and_labels_for_the_answer_alone(llava):
+    model, processor = llava
+    some = [questions("train")[0], vqa.Caption(drawing("teal", "circle"), "a teal circle"), questions("train")[3]]
+    batch = vqa.collate(some, processor)
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert ((batch["input_ids"] == image_token).sum(-1) == TOKENS).all()
+    assert (batch["attention_mask"] == 0).any(), "no row is padded"
+    total = 0.0
+    columns = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    for ids, mask, labels, question in zip(*columns, some, strict=True):
+        answer = processor.tokenizer(f"{question.answer} </s>").input_ids
+        assert labels[labels != -100].tolist() == answer
+        assert ids[mask.bool()].tolist()[-len(answer) :] == answer
+        prompt = processor(images=question.image, text=question.prompt, return_tensors="pt")
+        assert ids[mask.bool()].tolist()[: -len(answer)] == prompt["input_ids"][0].tolist()
+        with torch.no_grad():
+            for token in answer:
+                total -= F.log_softmax(model(**prompt).logits[0, -1], dim=-1)[token].item()
+                prompt["input_ids"] = torch.cat([prompt["input_ids"], torch.tensor([[token]])], dim=-1)
+                prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    with torch.no_grad():
+        loss = model(**batch).loss.item()
+    assert loss == pytest.approx(total / (batch["labels"] != -100).sum().item(), rel=1e-5)
+
+
+def test_what_questions_and_answers_say_of_an_image():
+    told = {
+        (("what color is the shape?", "red"), ("is there a circle?", "yes")): ("red", "circle"),
+        (("what is the color of the circle?", "teal"),): ("teal", "circle"),
+        (("what is the blue shape?", "triangle"),): ("blue", "triangle"),
+        (("is there not a green shape?", "no"), ("is no rectangle present?", "no")): ("green", "rectangle"),
+        (("is there a red shape?", "no"), ("what shape is present?", "circle")): None,
+        (("does the image not contain a red shape?", "yes"), ("is a triangle present?", "yes")): None,
+    }
+    asked = []
+    images = [drawing("red", "circle") for _ in told]
+    for i, pairs in enumerate(told):
+        asked += [VisualQuestion(i, images[i], text, answer) for text, answer in pairs]
+    expected = [(images[i], words) for i, words in enumerate(told.values()) if words is not None]
+    found = vqa.descriptions(asked)
+    assert [words for _, words in found] == [words for _, words in expected]
+    assert all(image is other for (image, _), (other, _) in zip(found, expected, strict=True))
+
+
+def test_the_tower_learns_to_tell_images_apart(tmp_path):
+    described = [(drawing(*words), words) for words in vqa.CLASSES] * 4
+    args = argparse.Namespace(output=tmp_path, seed=0, tower_epochs=16)
+    tower = vqa.make_tower(described, args)
+    pixels = vqa.image_processor()([image for image, _ in described[:24]], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = tower(pixels).last_hidden_state[:, 1:].mean(1)
+        mirrored = tower(pixels.flip(-1)).last_hidden_state[:, 1:].mean(1)
+    assert features.shape == (24, 128)
+    assert torch.equal(torch.cdist(mirrored, features).argmin(-1), torch.arange(24))
+
+
+def test_accuracy_and_loss(llava):
+    _, processor = llava
+    ask = questions("train")[:3]  # black, circle, no
+    ids = [processor.tokenizer(q.answer).input_ids[0] for q in ask]
+    logits = torch.zeros(3, len(processor.tokenizer))
+    logits[0, ids[0]] = 2.0
+    logits[0, processor.tokenizer("shape?").input_ids[0]] = 3.0  # likelier, but no answer
+    logits[1, ids[1]] = 1.0
+    logits[1, processor.tokenizer("triangle").input_ids[0]] = 1.5
+    logits[2, ids[2]] = 1.0
+    accuracy, loss = vqa.accuracy_and_loss(logits, processor.tokenizer, ask)
+    assert accuracy == pytest.approx(2 / 3)
+    expected = sum(row.logsumexp(-1) - row[i] for row, i in zip(logits, ids, strict=True)) / 3
+    assert loss == pytest.approx(expected.item())
+
+
+def test_accuracy_without_images():
+    seen = [("a?", "yes"), ("a?", "yes"), ("a?", "no"), ("b?", "red")]
+    train = [SimpleNamespace(text=text, answer=answer) for text, answer in seen]
+    asked = [SimpleNamespace(text=t, answer=a) for t, a in [("a?", "yes"), ("a?", "no"), ("b?", "red"), ("c?", "no")]]
+    assert vqa.blind_accuracy(train, asked) == 0.5
