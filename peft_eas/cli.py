@@ -404,11 +404,12 @@ def _about_merged(folder: Path) -> dict[str, Any]:
     kept = text.num_hidden_layers - len(eas["skip"])
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    quantised = getattr(config, "quantization_config", None)
     return {
         "kind": f"merged model ({config.model_type}, over {eas['model_type']})",
         "skip_layers": sorted(eas["skip"]),
         "num_layers": text.num_hidden_layers,
-        "parameters": sum(sizes.values()),
+        "parameters": f"quantised by {quantised['quant_method']}" if quantised else sum(sizes.values()),
         "kv_cache": f"{2 * kept * heads * head} values a token, instead of {2 * text.num_hidden_layers * heads * head}",
         "biases": f"{len(eas['biased'])} linears have got a bias",
         "prompt": _about_kept(eas["adapters"]),

@@ -15,7 +15,8 @@ from test_training import batch, trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from peft_eas import EASCallback, EASConfig
+from peft_eas import EASCallback, EASConfig, model_card
+from peft_eas.cli import main
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -316,7 +317,7 @@ def test_disabling_and_unloading_give_the_quantised_base(load, kind, tmp_path):
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
 @pytest.mark.parametrize("merged_before", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_requantised(load, kind, merged_before, settings, tmp_path):
+def test_requantised(load, kind, merged_before, settings, tmp_path, capsys):
     """Folded linears hold the folded weights, quantised as the base was; the others are untouched; the loss is told."""
     inputs = tiny.inputs("llama")
     base = load(kind)
@@ -335,6 +336,7 @@ def test_requantised(load, kind, merged_before, settings, tmp_path):
         if name not in FOLDED:
             assert torch.equal(found, before[name])
             continue
+        assert kind != "int8" or merged.get_submodule(name).state.CB is None  # nothing of the old weights
         error += (found - module.weight).square().sum()
         change += (module.weight - before[name]).square().sum()
         size += module.weight.square().sum()
@@ -350,6 +352,10 @@ def test_requantised(load, kind, merged_before, settings, tmp_path):
     merged.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
     assert not [n for n, (dtype, _) in saved(tmp_path).items() if n.endswith("proj.weight") and dtype == "F32"]
+    sizes = [next(k for k in model_card(m).text.splitlines() if k.startswith("| parameters")) for m in (merged, wanted)]
+    assert sizes[0] == sizes[1]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "quantised by bitsandbytes" in capsys.readouterr().out
     for kwargs in (dict(), dict(trust_remote_code=True)):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}, **kwargs)
         same(state(loaded), state(merged))
