@@ -17,7 +17,7 @@ UNFIT = {
     "qwen3": "it normalises queries and keys",
     "gemma3_text": "it has norms behind its attentions and FFNs, and scales its embeddings",
 }
-"""`{model_type: why not}` of the other families that peft_eas knows."""
+"""`{model_type: why not}` of families that look alike."""
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
