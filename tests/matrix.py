@@ -87,7 +87,8 @@ IMAGE_TOKEN = 98
 TOWER = dict(
     hidden_size=16, embed_dim=16, intermediate_size=24, depth=2, num_hidden_layers=2, num_attention_heads=2,
     num_heads=2, image_size=8, patch_size=4, out_hidden_size=32, encoder_hidden_size=16, projection_dim=32,
-    num_position_embeddings=16, output_dim=32,
+    num_position_embeddings=16, output_dim=32, vocab_size=64, num_embeddings=64, base_channels=32,
+    channel_multiplier=[1, 1],
 )  # fmt: skip
 
 
