@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from .batches import hooks
 from .config import EASConfig
 from .families import FAMILIES, Family, find_layers
 from .modeling_eas import outermost
@@ -118,7 +117,7 @@ def _attention(layer: nn.Module) -> str | None:
 def _watch(model: PreTrainedModel, container: nn.ModuleList, input_ids: torch.Tensor) -> list[list[Call]]:
     """The calls of each layer's modules, in the order in which they return, in one forward."""
     calls: list[list[Call]] = [[] for _ in container]
-    with _hooks() as handles, torch.no_grad():
+    with hooks() as handles, torch.no_grad():
         for layer, made in zip(container, calls, strict=True):
             for name, module in layer.named_modules():
                 if name:
@@ -200,13 +199,3 @@ def _readers(block: Call, calls: list[Call], hidden_size: int) -> tuple[tuple[st
     order = {name: i for i, (name, _) in enumerate(block.module.named_parameters())}
     key = {name: min((i for n, i in order.items() if n.startswith(name)), default=0) for name in found}
     return tuple(sorted(found, key=key.__getitem__)), axis
-
-
-@contextmanager
-def _hooks() -> Iterator[list]:
-    handles: list = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..batches import evaluating, inputs_of, kept_tokens, label_count
+from ..batches import evaluating, hooks, inputs_of, kept_tokens, label_count
 from ..families import Layers, find_layers
 
 
@@ -65,7 +64,7 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, dataloader: Iterable[
             after = update if family.adds_residual else before + update
             totals[index] += (1 - F.cosine_similarity(before, after, dim=-1))[kept].sum().item()
 
-        with _hooks() as handles:
+        with hooks() as handles:
             for index, name in layers.names.items():
                 layer = model.get_submodule(name)
                 # a norm after the attention is part of what it adds to the residual stream
@@ -95,7 +94,7 @@ def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict])
     whole, scores = loss(), {}
     nothing = functools.partial(_nothing, layers.family.adds_residual)
     for index in layers.names:
-        with _hooks() as handles:
+        with hooks() as handles:
             handles.append(model.get_submodule(layers.attention(index)).register_forward_hook(nothing))
             scores[index] = loss() - whole
     return scores
@@ -108,13 +107,3 @@ def _nothing(adds_residual: bool, module: nn.Module, args: tuple, output: tuple 
     whole = output if isinstance(output, tuple) else (output,)
     first = args[1] if adds_residual else torch.zeros_like(whole[0])
     return (first, *whole[1:]) if isinstance(output, tuple) else first
-
-
-@contextmanager
-def _hooks() -> Iterator[list]:
-    handles: list = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
