@@ -408,6 +408,7 @@ def test_unknown_tokenizers_are_refused(tmp_path):
     spec["model"]["merges"] = spec["model"]["merges"][1:] + spec["model"]["merges"][:1]
     shuffled = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), unk_token="<unk>")
     refused("can't be those of a SentencePiece model", shuffled, merged(vocab_size=len(pieces)))
+    refused("leave `pre_tokenizer` out", pieces, merged(vocab_size=len(pieces)), pre_tokenizer="gpt-2")
     pieces.backend_tokenizer.normalizer = normalizers.Lowercase()
     refused("treats spaces in a way", pieces, merged(vocab_size=len(pieces)))
     quietly(model, tmp_path / "out", "gguf", odd, pre_tokenizer="qwen2")  # as the message says
