@@ -230,7 +230,7 @@ def test_text_without_prompts_trains_without_propagation(base, tmp_path, capsys)
 
 
 def test_help_has_examples(capsys):
-    for command in ("score", "train", "merge", "inspect"):
+    for command in ("score", "train", "merge", "export", "inspect"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
         assert stopped.value.code == 0

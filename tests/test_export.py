@@ -1,7 +1,7 @@
 """Exports, read by others: a reader of nemotron-nas checkpoints written from vLLM's rules, and llama.cpp itself."""
 
+import functools
 import json
-import resource
 import subprocess
 import sys
 import urllib.request
@@ -27,7 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 import peft_eas
 from peft_eas import EASConfig, cli
-from peft_eas.export import gguf_file, onnx_file
+from peft_eas.export import gguf_file, nemotron_nas, onnx_file
+from peft_eas.export.llama_shape import LlamaShape
 
 FULL = {"sliding_window": None, "layer_types": ["full_attention"] * 6}
 LLAMA3 = {
@@ -139,6 +140,18 @@ def test_nemotron_nas_skips_any_layer(skip, tmp_path):
     assert [index for index, block in enumerate(blocks) if block.attention.no_op] == [i for i in skip if i]
 
 
+@pytest.mark.parametrize(
+    ("hidden", "size"), [(576, 1536), (896, 4864), (2048, 5632), (4096, 11008), (4096, 14336), (8192, 28672)]
+)
+def test_the_engines_formula_gives_the_size_of_real_models(hidden, size):
+    config = tiny.config("llama")
+    config.update({"hidden_size": hidden, "intermediate_size": size})
+    shape = LlamaShape(config, {"rope_type": "default", "rope_theta": 1e4}, 8, {}, (True,))
+    (block,) = nemotron_nas._config(shape, "float32", False, False, size)["block_configs"]
+    for mult in (block["ffn"]["ffn_mult"], round(block["ffn"]["ffn_mult"], 6)):  # some round it
+        assert -(-int(2 * mult * hidden / 3) // 256) * 256 == size
+
+
 def test_the_configuration_survives_saving(tmp_path):
     quietly(merged(), tmp_path / "out", "nemotron-nas", dtype="bfloat16")
     config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -150,12 +163,8 @@ def test_the_configuration_survives_saving(tmp_path):
 
 
 def test_large_models_are_sharded(tmp_path, monkeypatch):
-    save = peft_eas.export.__globals__["FORMATS"]["nemotron-nas"].__globals__["save_torch_state_dict"]
-    monkeypatch.setitem(
-        peft_eas.export.__globals__["FORMATS"]["nemotron-nas"].__globals__,
-        "save_torch_state_dict",
-        lambda tensors, folder: save(tensors, folder, max_shard_size="50KB"),
-    )
+    save = functools.partial(nemotron_nas.save_torch_state_dict, max_shard_size="50KB")
+    monkeypatch.setattr(nemotron_nas, "save_torch_state_dict", save)
     model, ids = merged(), tiny.inputs("llama", padding=None)["input_ids"]
     quietly(model, tmp_path / "out", "nemotron-nas")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -399,6 +408,7 @@ def test_unknown_tokenizers_are_refused(tmp_path):
     spec["model"]["merges"] = spec["model"]["merges"][1:] + spec["model"]["merges"][:1]
     shuffled = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), unk_token="<unk>")
     refused("can't be those of a SentencePiece model", shuffled, merged(vocab_size=len(pieces)))
+    refused("leave `pre_tokenizer` out", pieces, merged(vocab_size=len(pieces)), pre_tokenizer="gpt-2")
     pieces.backend_tokenizer.normalizer = normalizers.Lowercase()
     refused("treats spaces in a way", pieces, merged(vocab_size=len(pieces)))
     quietly(model, tmp_path / "out", "gguf", odd, pre_tokenizer="qwen2")  # as the message says
@@ -543,6 +553,7 @@ def test_an_export_is_whole_or_not_there(format, tmp_path):
     (tmp_path / "full" / "mine").write_text("precious")
     with pytest.raises(ValueError, match="is not an empty folder"):
         quietly(model, tmp_path / "full", format, tokenizer)
+    resource = pytest.importorskip("resource")  # not on Windows
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))  # the disk is full in the middle of the weights
     try:

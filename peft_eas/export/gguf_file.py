@@ -176,6 +176,8 @@ def _add_tokenizer(
         raise ValueError(f"The tokenizer has ids up to {max(tokens)}, but the model only {vocab_size} embeddings.")
     texts = [tokens.get(index, f"[PAD{index}]") for index in range(vocab_size)]
     is_sentencepiece = spec["model"].get("byte_fallback", False)
+    if is_sentencepiece and pre_tokenizer is not None:
+        raise ValueError("A tokenizer like SentencePiece's has no pre-tokenizer: leave `pre_tokenizer` out.")
     if is_sentencepiece:
         writer.add_tokenizer_model("llama")
         writer.add_add_space_prefix(_has_space_prefix(spec))
@@ -206,8 +208,8 @@ def _add_tokenizer(
         if index is not None:
             getattr(writer, f"add_{kind}_token_id")(index)
     ids = tokenizer("a").input_ids
-    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
+    writer.add_add_bos_token(ids[:1] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(ids[-1:] == [tokenizer.eos_token_id])
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]

@@ -78,11 +78,9 @@ def llama_shape(model: PreTrainedModel) -> LlamaShape:
     rope = dict(config.rope_parameters)
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError("This model rotates a part of each head only (`partial_rotary_factor`), unlike Llama.")
-    eas = getattr(config, "eas", None)
-    skip = [] if eas is None else eas["skip"]
-    attention = [index not in skip for index in range(config.num_hidden_layers)]
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    attention = [f"model.layers.{i}.self_attn.q_proj.weight" in tensors for i in range(config.num_hidden_layers)]
     _check_window(config, attention)
-    tensors = {name: t.detach() for name, t in model.state_dict().items()}
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     misfits = [name for name in tensors if not _PLACES.fullmatch(name)]
