@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, mod
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from .modeling_eas import auto_classes, depends_on_prompt
+from .modeling_eas import auto_classes, depends_on_prompt, skipped
 from .work import Work, base_of, count, on_meta
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def model_card(
     )
     text = [
         f"# {name}",
-        _summary(eas, model.config.get_text_config(decoder=True).num_hidden_layers, base_model),
+        _summary(eas, base_model),
         _how_to_load(auto, repo_id),
         _costs(model, count(base_of(model)), count(on_meta(model)), measured),
         _results(eval_results),
@@ -191,11 +191,15 @@ def _inherited(*sources: str | None) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _summary(eas: dict, total: int, base_model: str | None) -> str:
+def _summary(eas: dict, base_model: str | None) -> str:
     base = f"[{base_model}]({constants.ENDPOINT}/{base_model})" if base_model else f"A `{eas['model_type']}` model"
-    skip = eas["skip"]
-    picture = "\n".join(layer_picture(skip, total))
-    routed = any(record["kind"] == "routed" for record in eas["adapters"].values())
+    skip, lines = skipped(eas), []
+    for form in eas["attentions"]:
+        lines += [f"{form['stack']}, {'cross' if form['context'] else 'self'}"] * eas["by_name"]
+        lines += layer_picture(form["skip"], form["total"])
+    picture = "\n".join(lines)
+    total = sum(form["total"] for form in eas["attentions"]) if eas["by_name"] else eas["attentions"][0]["total"]
+    routed = eas["config"]["router"] == "prompt"
     stand_ins = "kept beside the weights as low-rank products" if routed else "folded into the weights"
     return (
         f"{base}, fine-tuned with [Effective Attention Skipping](https://arxiv.org/abs/2403.15226) (EAS): {len(skip)} "

@@ -35,6 +35,7 @@ from .config import EASConfig, EASType
 from .export import FORMATS, export
 from .families import FAMILIES
 from .folders import new_folder
+from .modeling_eas import skipped
 from .search import EASCallback, score_attentions
 from .search.callback import WARM_STARTS
 from .search.report import REPORT
@@ -125,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--num-skip", type=_num_skip, help="a count, a fraction, or auto (default: a quarter)")
     train.add_argument("--max-loss-increase", type=float, help="with --num-skip auto: what skipping may cost")
     train.add_argument("--target-speedup", type=float, help="instead of --num-skip: speed of a forward, such as 1.1")
-    train.add_argument("--skip-layers", type=int, nargs="+", metavar="LAYER", help="skip just these; no search")
+    train.add_argument(
+        "--skip-layers", type=_layer, nargs="+", metavar="LAYER", help="skip just these, by index or name; no search"
+    )
     train.add_argument("--r", type=_positive, default=8, help="rank of the adapters (default: 8)")
     train.add_argument("--r-pia", type=_positive, default=32, help="rank of the PIAs (default: 32)")
     train.add_argument("--propagation", choices=["prompt", "none"], default="prompt", help="default: prompt")
@@ -376,12 +379,14 @@ def _about_adapter(folder: Path) -> dict[str, Any]:
     if config.peft_type != EASType.EAS:
         raise UsageError(f"{folder} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
     sizes, gates = _tensors(folder)
-    indices = {int(part) for name in gates for part in name.split(".") if part.isdigit()}
+    indices = [_layer_of(name) for name in gates]
+    by_name = len(set(indices)) < len(indices)
+    skip = [name.removesuffix(".eas_skip") if by_name else _layer_of(name) for name, gate in gates.items() if gate]
     about = {
         "kind": "adapter" if config.skip_layers is not None else "adapter, set not chosen yet (the best so far)",
         "base_model": config.base_model_name_or_path,
-        "skip_layers": sorted(_layer_of(name) for name, gate in gates.items() if gate),
-        "num_layers": max(indices) + 1 if indices else None,
+        "skip_layers": sorted(skip) if config.skip_layers is None or not by_name else config.skip_layers,
+        "num_layers": max(indices) + 1 if indices and not by_name else None,
         "parameters": sum(sizes.values()),
         "settings": f"r={config.r} r_pia={config.r_pia} propagation={config.propagation} router={config.router}",
     }
@@ -400,25 +405,28 @@ def _about_merged(folder: Path) -> dict[str, Any]:
     if eas is None:
         raise UsageError(f"{folder} is a {config.model_type} model that was not merged by peft_eas.")
     sizes, _ = _tensors(folder)
-    text = config.get_text_config(decoder=True)
-    kept = text.num_hidden_layers - len(eas["skip"])
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    skip, first = skipped(eas), eas["attentions"][0]
     quantised = getattr(config, "quantization_config", None)
-    return {
+    about = {
         "kind": f"merged model ({config.model_type}, over {eas['model_type']})",
-        "skip_layers": sorted(eas["skip"]),
-        "num_layers": text.num_hidden_layers,
+        "skip_layers": skip,
+        "num_layers": None if eas["by_name"] else first["total"],
         "parameters": f"quantised by {quantised['quant_method']}" if quantised else sum(sizes.values()),
-        "kv_cache": f"{2 * kept * heads * head} values a token, instead of {2 * text.num_hidden_layers * heads * head}",
-        "biases": f"{len(eas['biased'])} linears have got a bias",
-        "prompt": _about_kept(eas["adapters"]),
+        "biases": f"{sum(len(form['biased']) for form in eas['attentions'])} linears have got a bias",
+        "prompt": _about_kept(eas["attentions"]),
     }
+    if not eas["by_name"] and first["pools"] == "prompt":
+        text, total = config.get_text_config(decoder=True), first["total"]
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        values = 2 * head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        about["kv_cache"] = f"{(total - len(skip)) * values} values a token, instead of {total * values}"
+    return about
 
 
-def _about_kept(adapters: dict[str, dict]) -> str:
-    routed = sum(record["kind"] == "routed" for record in adapters.values())
-    shifts = sum(record["kind"] == "input_shift" and record["rank"] > 0 for record in adapters.values())
+def _about_kept(forms: list[dict]) -> str:
+    records = [record for form in forms for record in form["adapters"].values()]
+    routed = sum(record["kind"] == "routed" for record in records)
+    shifts = sum(record["kind"] == "input_shift" and record["rank"] > 0 for record in records)
     parts = [f"propagated in {shifts} layers"] * bool(shifts)
     parts += [f"{routed} adapters have a router that looks at it"] * bool(routed)
     return "; ".join(parts) or "no layer depends on it"
@@ -513,6 +521,10 @@ def _tensors(folder: Path) -> tuple[dict[str, int], dict[str, bool]]:
         except SafetensorError as error:
             raise UsageError(f"{file} is damaged: {error}") from None
     return sizes, gates
+
+
+def _layer(given: str) -> int | str:
+    return int(given) if given.isdigit() else given
 
 
 def _layer_of(name: str) -> int:

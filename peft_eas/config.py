@@ -37,8 +37,10 @@ class EASConfig(PeftConfig):
             with the set skipped may exceed that with nothing skipped when the search ends.
         target_speedup (`float`, *optional*): Instead of `num_skip`: skip as many as make a forward of the held-out
             batches this many times as fast, by its operations; above 1.
-        skip_layers (`list[int]`, *optional*): Indices of the decoder layers whose attention is skipped. If `None`, no
-            attention is skipped until a set is chosen by a search or by `model.set_skip_layers(...)`.
+        skip_layers (`list[int | str]`, *optional*): The attentions that are skipped: indices of layers, or names such
+            as `"encoder.3.self"` and `"decoder.3.cross"` where a layer has several attentions or a model several lists
+            of layers. If `None`, no attention is skipped until a set is chosen by a search or by
+            `model.set_skip_layers(...)`.
         groups (`int`): Number of blocks of the block-diagonal up-projections (the paper uses 2).
         router (`"static"` or `"prompt"`): Weights of the two up-projection branches: learned constants, or the paper's
             function of the prompt. Only `"static"` folds into the weights.
@@ -70,8 +72,8 @@ class EASConfig(PeftConfig):
     target_speedup: float | None = field(
         default=None, metadata={"help": "Instead of num_skip: skip as many as make a forward this many times as fast."}
     )
-    skip_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the decoder layers whose attention is skipped; then no search."}
+    skip_layers: list[int | str] | None = field(
+        default=None, metadata={"help": "Attentions that are skipped: indices of layers, or names; then no search."}
     )
     groups: int = field(default=2, metadata={"help": "Blocks of the block-diagonal up-projections."})
     router: str = field(default="static", metadata={"help": "'static' or 'prompt': weights of the two branches."})
@@ -110,7 +112,7 @@ class EASConfig(PeftConfig):
         for name in ("use_bias", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        self.skip_layers = _check_indices("skip_layers", self.skip_layers)
+        self.skip_layers = _check_indices("skip_layers", self.skip_layers, or_names=True)
         if not isinstance(self.layers_to_transform, int) or isinstance(self.layers_to_transform, bool):
             self.layers_to_transform = _check_indices("layers_to_transform", self.layers_to_transform)
         self._check_num_skip()
@@ -164,9 +166,9 @@ class EASConfig(PeftConfig):
         kept = ("r", "r_pia", "groups", "router", "propagation", "scaling", "use_bias")
         return {"base_model": None if base and os.path.isdir(base) else base} | {k: getattr(self, k) for k in kept}
 
-    def settle(self, skip_layers: Iterable[int]) -> None:
+    def settle(self, skip_layers: Iterable[int | str]) -> None:
         """Record that the set is chosen, in place of whatever said how to choose it."""
-        self.skip_layers = sorted(skip_layers)
+        self.skip_layers = list(skip_layers)
         if self.num_skip is not None:
             self.num_skip = len(self.skip_layers)
         self.max_loss_increase = self.target_speedup = None
@@ -189,13 +191,16 @@ def _check_number(name: str, value: object, accept, allowed: str) -> None:
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
-def _check_indices(name: str, value: object) -> list[int] | None:
+def _check_indices(name: str, value: object, or_names: bool = False) -> list[int | str] | None:
     if value is None:
         return None
-    wrong = ValueError(f"`{name}` must be a list of distinct layer indices (0 or more), got {value!r}.")
+    allowed = "layer indices (0 or more)" + " or names of attentions" * or_names
+    wrong = ValueError(f"`{name}` must be a list of distinct {allowed}, got {value!r}.")
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise wrong
-    indices = list(value)
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices) or len(set(indices)) < len(indices):
+    items = list(value)
+    indices = [i for i in items if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+    names = [i for i in items if isinstance(i, str) and or_names]
+    if len(indices) + len(names) < len(items) or len(set(items)) < len(items):
         raise wrong
-    return sorted(indices)
+    return sorted(indices) + names

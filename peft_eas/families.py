@@ -2,54 +2,153 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from .modeling_eas import outermost, register_config
+from .modeling_eas import has_module, outermost, register_config
 
 SPLIT = ("q_proj", "k_proj", "v_proj")
+QKV = ("query", "key", "value")
 GATED = ("gate_proj", "up_proj")
 ROUTED = ("gate", "experts.gate_up_proj")  # of a mixture of experts
 SHARED = tuple(f"{name}.{linear}" for name in ("shared_expert", "shared_experts") for linear in GATED)
 LATENT = ("q_proj", "q_a_proj", "kv_a_proj_with_mqa")  # multi-head latent attention
 PRE = ("input_layernorm",)
+SELF_NORM = ("self_attn_layer_norm",)
 POST = ("post_attention_layernorm",)
 
 
-@dataclass(frozen=True)
-class Family:
-    """Where a family keeps what EAS touches. Names of modules are relative to the row before them.
+@dataclass(frozen=True, kw_only=True)
+class Attentions:
+    """Attentions of one kind in one list of layers. Names of modules are relative to the line before them.
 
     Attributes:
-        model_type: `config.model_type` of the model.
-        decoder: For a vision-language model, the name of its language model; the rest of the row is then looked up by
-            that model's own `model_type`.
-        layers: The list of decoder layers, in the decoder.
+        stack: What the list is called in the names of its attentions, `"encoder"` in `"encoder.3.self"`.
+        layers: The list of layers, in the model.
         attention: The attention, in a layer; layers without one are left alone.
-        attention_inputs: The linears of the attention that read its input; those that a layer has of them.
+        core: The part of the attention whose input only its linears read, where the attention itself adds its input to
+            what that part gives (BERT).
+        attention_inputs: The linears of the attention that read its input; those that a layer has of them. Of a
+            cross-attention: those that read the stream which it adds to.
         attention_norms: The norms, in a layer, that only the attention reads; those that a layer has.
         output_norms: The norms, in a layer, that the attention's output goes through.
+        residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT).
+        adds_residual: Whether the attention adds the residual stream, its second argument, itself (BLOOM).
+        returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`.
+        needed: A module in an attention that the others need, too (T5's relative positions): one that has it stays.
+        pools: What the mean of equation (3) goes over: `"prompt"`, the prompt of a decoder; `"attended"`, all tokens
+            that the attention may look at; `"nothing"`, where all tokens are answers (decoders that have an encoder).
+        context: Of a cross-attention, the argument with the tokens that keys and values come from.
+        context_inputs: The linears that read these.
+        mask: The argument with the attention's mask.
         ffn: The FFN, in a layer.
         ffn_inputs: The linears of the FFN that read its input (`""`: the FFN is that linear), routers and the stacked
             weights of experts included; those that a layer has of them.
         stacked_axis: Which axis of stacked weights is the input's: -1 for `(experts, out, in)`, -2 for `(experts, in,
             out)`.
-        adds_residual: Whether the attention adds the residual stream, its second argument, itself.
     """
 
-    model_type: str
-    decoder: str | None = None
+    stack: str = "decoder"
     layers: str = "layers"
     attention: str = "self_attn"
+    core: str = ""
     attention_inputs: tuple[str, ...] = SPLIT
     attention_norms: tuple[str, ...] = PRE
     output_norms: tuple[str, ...] = ()
+    residual_norm: str = ""
+    adds_residual: bool = False
+    returns: tuple[str, ...] = ("",)
+    needed: str = ""
+    pools: str = "prompt"
+    context: str = ""
+    context_inputs: tuple[str, ...] = ()
+    mask: str = "attention_mask"
     ffn: str = "mlp"
     ffn_inputs: tuple[str, ...] = GATED
     stacked_axis: int = -1
-    adds_residual: bool = False
+
+    @property
+    def kind(self) -> str:
+        """`"self"` or `"cross"`, the last part of the names of these attentions."""
+        return "cross" if self.context else "self"
+
+    def form(self) -> dict:
+        """What a merged model has to know of these attentions, see `modeling_eas.restructure`."""
+        return {name: getattr(self, name) for name in _FORM} | {"returns": list(self.returns)}
+
+
+_FORM = (
+    "stack", "layers", "attention", "core", "ffn", "residual_norm", "adds_residual", "returns", "pools", "context",
+    "mask",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Attentions):
+    """Where a family keeps what EAS touches; most have one kind of attention in one list of layers.
+
+    Attributes:
+        model_type: `config.model_type` of the model.
+        decoder: For a vision-language model, the name of its language model; the rest of the row is then looked up by
+            that model's own `model_type`.
+        also: Further attentions: cross-attentions of these layers, those of other lists.
+    """
+
+    model_type: str = field(kw_only=False)
+    decoder: str | None = None
+    also: tuple[Attentions, ...] = ()
+
+    @property
+    def attentions(self) -> tuple[Attentions, ...]:
+        """All kinds of attentions of the family, in the order in which a layer calls them."""
+        return (self, *self.also)
+
+
+# what several rows have in common
+_BERT = dict(
+    stack="encoder", layers="encoder.layer", attention="attention", core="self",
+    attention_inputs=tuple(f"self.{name}" for name in QKV), attention_norms=(), residual_norm="output.LayerNorm",
+    pools="attended", ffn="intermediate", ffn_inputs=("dense",),
+)  # fmt: skip
+_BERT_CROSS = dict(
+    attention="crossattention", attention_inputs=("self.query",), context="encoder_hidden_states",
+    context_inputs=("self.key", "self.value"), mask="encoder_attention_mask",
+)  # fmt: skip
+
+
+def _clip(stack: str, layers: str) -> dict:
+    return dict(stack=stack, layers=layers, attention_norms=("layer_norm1",), pools="attended", ffn_inputs=("fc1",))
+
+
+def _t5(stack: str, ffn: str) -> dict:
+    return dict(
+        stack=stack, layers=f"{stack}.block", attention="layer.0.SelfAttention", attention_inputs=("q", "k", "v"),
+        attention_norms=("layer.0.layer_norm",), returns=("position_bias", ""), needed="relative_attention_bias",
+        pools="attended" if stack == "encoder" else "nothing", mask="mask", ffn=ffn, ffn_inputs=("wi", "wi_0", "wi_1"),
+    )  # fmt: skip
+
+
+_T5_CROSS = dict(
+    attention="layer.1.EncDecAttention", attention_inputs=("q",), attention_norms=("layer.1.layer_norm",), needed="",
+    context="key_value_states", context_inputs=("k", "v"), pools="attended",
+)  # fmt: skip
+
+
+def _bart(stack: str, norms: tuple[str, ...] = ()) -> dict:
+    return dict(
+        stack=stack, layers=f"{stack}.layers", attention_norms=norms, ffn="fc1", ffn_inputs=("",),
+        pools="attended" if stack == "encoder" else "nothing",
+    )  # fmt: skip
+
+
+def _bart_cross(norms: tuple[str, ...] = ()) -> dict:
+    return _bart("decoder", norms) | dict(
+        attention="encoder_attn", attention_inputs=("q_proj",), context="key_value_states",
+        context_inputs=("k_proj", "v_proj"), pools="attended",
+    )  # fmt: skip
 
 
 _ROWS = (
@@ -140,12 +239,63 @@ _ROWS = (
     Family("qwen3_5_text"),
     Family("qwen3_5_moe_text", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     Family("qwen3_next", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
+    # encoders; the attention of BERT adds its input itself, and norms the sum
+    *(
+        Family(model_type, **_BERT)
+        for model_type in ("bert", "camembert", "electra", "ernie", "roberta", "xlm-roberta")
+    ),
+    Family("vit", stack="encoder", attention="attention", attention_norms=("layernorm_before",), pools="attended",
+           ffn_inputs=("fc1",)),
+    Family("clip", **_clip("text", "text_model.encoder.layers"),
+           also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),)),
+    Family("clip_text_model", **_clip("text", "encoder.layers")),
+    Family("clip_vision_model", **_clip("vision", "encoder.layers")),
+    # fusion of texts and images
+    Family("vilt", stack="encoder", layers="encoder.layer", attention="attention",
+           attention_inputs=tuple(f"attention.{name}" for name in QKV), attention_norms=("layernorm_before",),
+           returns=(), pools="attended", ffn="intermediate", ffn_inputs=("dense",)),
+    Family("lxmert", **_BERT | dict(stack="text", returns=()),
+           also=(
+               Attentions(**_BERT | dict(stack="vision", layers="encoder.r_layers", returns=())),
+               Attentions(**_BERT | dict(stack="cross_text", layers="encoder.x_layers", attention="lang_self_att",
+                                         ffn="lang_inter", returns=())),
+               Attentions(**_BERT | dict(stack="cross_vision", layers="encoder.x_layers", attention="visn_self_att",
+                                         ffn="visn_inter", returns=())),
+           )),
+    Family("bridgetower", **_BERT | dict(stack="text", layers="text_model.encoder.layer"),
+           also=tuple(
+               Attentions(**_BERT | dict(stack=stack, layers=layers) | kind)
+               for stack, layers in (("cross_text", "cross_modal_text_layers"),
+                                     ("cross_image", "cross_modal_image_layers"))
+               for kind in (dict(), _BERT_CROSS)
+           )),
+    # encoder-decoders
+    *(
+        Family(model_type, **_t5("encoder", "layer.1.DenseReluDense"),
+               also=(Attentions(**_t5("decoder", "layer.2.DenseReluDense")),
+                     Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _T5_CROSS)))
+        for model_type in ("t5", "mt5")
+    ),
+    *(  # with a norm after the residual sum
+        Family(model_type, **_bart("encoder"),
+               also=(Attentions(**_bart("decoder")), Attentions(**_bart_cross())))
+        for model_type in ("bart", "marian")
+    ),
+    *(  # with a norm before
+        Family(model_type, **_bart("encoder", SELF_NORM),
+               also=(Attentions(**_bart("decoder", SELF_NORM)),
+                     Attentions(**_bart_cross(("encoder_attn_layer_norm",)))))
+        for model_type in ("mbart", "pegasus", "m2m_100", "whisper")
+    ),
     # vision-language models
+    Family("mllama_text_model",
+           also=(Attentions(attention="cross_attn", attention_inputs=("q_proj",), context="cross_attention_states",
+                            context_inputs=("k_proj", "v_proj"), pools="attended"),)),
     *(
         Family(model_type, decoder="language_model")
         for model_type in (
             "aya_vision", "blip-2", "cohere2_vision", "deepseek_vl", "gemma3", "glm46v", "glm4v", "got_ocr2",
-            "instructblip", "internvl", "janus", "lfm2_vl", "lighton_ocr", "llama4", "llava",
+            "instructblip", "internvl", "janus", "lfm2_vl", "lighton_ocr", "llama4", "llava", "mllama",
             "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2", "paligemma",
             "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "video_llava", "vipllava",
         )
@@ -172,32 +322,81 @@ def register_family(family: Family) -> None:
 
 
 @dataclass(frozen=True)
-class Layers:
-    """The decoder layers of one model that have an attention.
+class Arm:
+    """One attention of a model that can be skipped, or adapted.
 
     Attributes:
-        family: The row of the decoder.
-        decoder: What the model calls its decoder, `""` if it is one itself.
-        container: Name of the list of layers in the model.
-        names: `{index: name of the layer in the model}`.
+        row: How attentions of its kind are built.
+        index: Index of its layer.
+        layer: Name of the layer in the model.
+        depth: How deep in its list the layer is, in [0, 1).
+        is_skippable: Whether it can be skipped, or only adapted, because others need something of it.
     """
 
-    family: Family
-    decoder: str
-    container: str
-    names: dict[int, str]
+    row: Attentions
+    index: int
+    layer: str
+    depth: float
+    is_skippable: bool = True
 
-    def attention(self, index: int) -> str:
-        """Name of the attention of layer `index` in the model."""
-        return f"{self.names[index]}.{self.family.attention}"
+    @property
+    def name(self) -> str:
+        """Such as `"decoder.3.self"`."""
+        return f"{self.row.stack}.{self.index}.{self.row.kind}"
 
-    def ffn(self, index: int) -> str:
-        """Name of the FFN of layer `index` in the model."""
-        return f"{self.names[index]}.{self.family.ffn}"
+    @property
+    def attention(self) -> str:
+        """Name of the attention in the model."""
+        return f"{self.layer}.{self.row.attention}"
+
+    @property
+    def ffn(self) -> str:
+        """Name in the model of the FFN that the PIA stands before."""
+        return f"{self.layer}.{self.row.ffn}"
+
+
+class Layers(dict[int | str, Arm]):
+    """The attentions of one model by what they are called: the index of the layer if that says which is meant (one
+    attention a layer, one list of layers), the name (`"encoder.3.self"`) otherwise.
+
+    Attributes:
+        family: The row of the model, or of its decoder.
+        decoder: What the model calls its decoder, `""` if it is one itself.
+        containers: Name in the model of each list of layers, by the name that the row has for it.
+        by_name: Whether it takes names to say which attention is meant.
+    """
+
+    def __init__(self, family: Family, decoder: str, containers: dict[str, str], arms: list[Arm]) -> None:
+        indices = [arm.index for arm in arms]
+        self.by_name = len(set(indices)) < len(indices)
+        super().__init__({arm.name if self.by_name else arm.index: arm for arm in arms})
+        self.family = family
+        self.decoder = decoder
+        self.containers = containers
+        self._keys = {arm.name: key for key, arm in self.items()}
+
+    def key_of(self, arm: Arm) -> int | str:
+        """What an attention is called here."""
+        return self._keys[arm.name]
+
+    def resolve(self, given: Iterable[int | str]) -> list[int | str]:
+        """The attentions that are meant, in the model's order, by indices of layers or by names.
+
+        Raises:
+            ValueError: for one that there is not, or an index where it takes a name.
+        """
+        given = list(given)
+        wrong = [item for item in given if item not in self and item not in self._keys]
+        if wrong:
+            names = list(self._keys)
+            also = "" if names == list(self) else f", also called {names[0]!r} to {names[-1]!r}"
+            raise ValueError(f"`skip_layers` names {wrong}, but the attentions of this model are {list(self)}{also}.")
+        meant = {self._keys.get(item, item) for item in given}
+        return [key for key in self if key in meant]
 
 
 def find_layers(model: nn.Module) -> Layers:
-    """Find the decoder layers of `model` by the row of its family.
+    """Find the attentions of `model` by the row of its family.
 
     Raises:
         ValueError: if no row fits the model, with the families that are known and what to do.
@@ -207,21 +406,32 @@ def find_layers(model: nn.Module) -> Layers:
     if row.decoder is not None:
         name, decoder = outermost(model, row.decoder)
         family = _row(decoder)
-    inner, layers = outermost(decoder, family.layers)
-    container = f"{name}.{inner}".strip(".")
-    return Layers(
-        family=family,
-        decoder=row.decoder or "",
-        container=container,
-        names={i: f"{container}.{i}" for i, layer in enumerate(layers) if _has(layer, family.attention)},
-    )
+    containers, arms = {}, []
+    for attentions in family.attentions:
+        if family.also and not has_module(decoder, attentions.layers):
+            continue  # a tower alone
+        if attentions.pools == "attended" and not attentions.context and getattr(decoder.config, "is_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} has `is_decoder=True`, but EAS knows {family.model_type!r} only as an "
+                "encoder, whose tokens all see each other."
+            )
+        inner, layers = outermost(decoder, attentions.layers)
+        container = containers[attentions.layers] = f"{name}.{inner}".strip(".")
+        for index, layer in enumerate(layers):
+            attention = _get(layer, attentions.attention)
+            if attention is not None:
+                is_skippable = not attentions.needed or _get(attention, attentions.needed) is None
+                arms.append(Arm(attentions, index, f"{container}.{index}", index / len(layers), is_skippable))
+    if not arms:
+        raise ValueError(f"{type(model).__name__} has none of the layers that the row of {family.model_type!r} names.")
+    return Layers(family, row.decoder or "", containers, arms)
 
 
-def _has(layer: nn.Module, name: str) -> bool:
+def _get(module: nn.Module, name: str) -> nn.Module | None:
     try:
-        return layer.get_submodule(name) is not None
+        return module.get_submodule(name)
     except AttributeError:
-        return False
+        return None
 
 
 def _row(model: nn.Module) -> Family:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from .layer import EASAttention, EASFeedForward, EASLayer
+from .layer import EASAttention, EASLayer
 
 
 class SkipGates:
@@ -14,31 +14,31 @@ class SkipGates:
     Made by `model.skip_gates()`. Nothing here creates, drops or freezes a parameter except `drop_idle`.
 
     Args:
-        pairs: The wrapped attention and FFN of each layer whose attention can be skipped, by layer index.
+        pairs: Each wrapped attention that can be skipped and its PIA, by index of the layer or by name.
         adapter_name: The adapter.
     """
 
-    def __init__(self, pairs: dict[int, tuple[EASAttention, EASFeedForward]], adapter_name: str) -> None:
+    def __init__(self, pairs: dict[int | str, tuple[EASAttention, EASLayer]], adapter_name: str) -> None:
         self.pairs = pairs
         self.adapter_name = adapter_name
 
     @property
-    def layers(self) -> list[int]:
-        """Indices of the layers whose attention can be skipped."""
+    def layers(self) -> list[int | str]:
+        """The attentions that can be skipped."""
         return list(self.pairs)
 
     @property
-    def skipped(self) -> list[int]:
-        """Indices of the layers whose attention is skipped, as a checkpoint would say."""
+    def skipped(self) -> list[int | str]:
+        """The attentions that are skipped, as a checkpoint would say."""
         return [i for i, (attention, _) in self.pairs.items() if attention.gates[self.adapter_name]]
 
-    def set(self, skip_layers: Collection[int]) -> None:
+    def set(self, skip_layers: Collection[int | str]) -> None:
         """Skip just these, in evaluation and in checkpoints, and in training unless other ones are drawn."""
         for index, (attention, _) in self.pairs.items():
             if attention.gates[self.adapter_name] != (index in skip_layers):
                 attention.set_gate(self.adapter_name, index in skip_layers)
 
-    def draw(self, skip_layers: Collection[int] | None) -> None:
+    def draw(self, skip_layers: Collection[int | str] | None) -> None:
         """Skip just these in training forwards, until the next draw; `None`: what is `set`."""
         for index, (attention, _) in self.pairs.items():
             if skip_layers is None:
@@ -47,7 +47,7 @@ class SkipGates:
                 attention.drawn[self.adapter_name] = index in skip_layers
 
     @contextmanager
-    def skipping(self, skip_layers: Collection[int]) -> Iterator[None]:
+    def skipping(self, skip_layers: Collection[int | str]) -> Iterator[None]:
         """Skip just these inside of the `with`, for models in eval mode; then what was skipped before."""
         before = {index: attention.gates[self.adapter_name] for index, (attention, _) in self.pairs.items()}
         try:

@@ -18,19 +18,18 @@ from transformers.pytorch_utils import Conv1D
 
 from . import pia
 from .config import EASConfig
-from .families import Family
+from .families import Arm
 from .modeling_eas import (
+    Bypass,
     InputShift,
     PromptContext,
     by_row,
-    cache_of,
     cache_state,
     change_input,
-    current_context,
     enter_layer,
     mask_of,
-    prompt_mean,
-    prompt_slot,
+    slot_state,
+    take_context,
 )
 from .quantized import Dequantiser, check_foldable, is_quantised, weight_of
 
@@ -51,11 +50,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: The attention or the FFN.
-        family: How its model is built.
-        index: Index of its layer.
+        arm: The attention, or the one that the PIA stands for.
 
     Raises:
-        ValueError: if it has none of the linears that the family names.
+        ValueError: if it has none of the linears that the family's row names.
     """
 
     adapter_layer_names: tuple[str, ...] = (
@@ -76,21 +74,13 @@ class EASLayer(nn.Module, BaseTunerLayer):
     unquantised = Dequantiser(torch.float32)
     """What makes folded linears out of quantised ones; `EASModel` sets it before it merges."""
 
-    def __init__(self, base_layer: nn.Module, family: Family, index: int) -> None:
+    def __init__(self, base_layer: nn.Module, arm: Arm) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.index = index
-        self.adds_residual = family.adds_residual
-        self.stacked_axis = family.stacked_axis
-        named = family.ffn_inputs if self.is_pia else family.attention_inputs
-        # families name all that some of their layers have
-        self.inputs = tuple(name for name in named if _get(base_layer, name) is not None)
-        if not self.inputs:
-            raise ValueError(
-                f"{type(base_layer).__name__} of layer {index} has none of {', '.join(named)}, which the row of "
-                f"{family.model_type!r} names as what reads its input."
-            )
-        self.hidden_size = _in_features(_get(base_layer, self.inputs[0]), self.stacked_axis)
+        self._wrap(base_layer)
+        self.arm = arm
+        self.stacked_axis = arm.row.stacked_axis
+        self.inputs, self.hidden_size = inputs_of(self.base_layer, arm, self.is_pia)
+        self.pooled_size = self.hidden_size
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.eas_dropout = nn.ModuleDict()
@@ -101,6 +91,9 @@ class EASLayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names = {}
         self.merged_adapters: list[str] = []
         self._unfolded: dict[str, nn.Module | nn.Parameter] = {}
+
+    def _wrap(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -117,8 +110,8 @@ class EASLayer(nn.Module, BaseTunerLayer):
         d, groups, is_pia = self.hidden_size, config.groups, self.is_pia
         rank = config.r_pia if is_pia else config.r
         parameters = {"C" if is_pia else "A": _kaiming(rank, d)}
-        if is_pia and config.propagation == "prompt":
-            parameters["A"] = _kaiming(rank, d)
+        if self.propagates(config):
+            parameters["A"] = _kaiming(rank, self.pooled_size)
         if config.use_bias:
             parameters |= {k.lower(): torch.zeros(rank) for k in ("A", "C") if k in parameters}
             parameters["b"] = torch.zeros(2, d)
@@ -136,6 +129,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
         for name in parameters if dtype is not None else ():
             values = getattr(self, f"eas_{name}")
             values[adapter_name] = values[adapter_name].to(dtype)
+
+    def propagates(self, config: EASConfig) -> bool:
+        """Whether an adapter here takes the mean over the prompt's tokens, or over those of the other modality."""
+        return self.is_pia and config.propagation == "prompt" and self.arm.row.pools != "nothing"
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether the parameters of `adapter_name` exist here."""
@@ -168,29 +165,24 @@ class EASLayer(nn.Module, BaseTunerLayer):
         names = self.merged_adapters or self.active_adapters
         return names[0] if names and names[0] in self.eas_config else None
 
-    def delta(self, z: torch.Tensor, adapter_name: str, context: PromptContext) -> torch.Tensor:
+    def delta(self, adapter_name: str, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
         """What the adapter adds to the input `z (B, T, d)`: equations (1) and (2) without their first term."""
         config, adapter = self.eas_config[adapter_name], self.adapter(adapter_name)
         wide = self.eas_dropout[adapter_name](self._cast_input_dtype(z, adapter.down.dtype))
+
+        def mean() -> torch.Tensor:
+            return self._cast_input_dtype(context.mean(wide), adapter.down.dtype)
+
         router, temperature = self.eas_router[adapter_name], config.temperature
         if config.router == "static":
             alpha = torch.softmax(router, dim=-1)
         else:
             bias = self.eas_router_bias[adapter_name]
-            alpha = context.once(
-                "alpha",
-                lambda mask: torch.softmax(F.linear(prompt_mean(wide, mask), router, bias) / temperature, dim=-1),
-            )
+            alpha = context.once("alpha", lambda: torch.softmax(F.linear(mean(), router, bias) / temperature, dim=-1))
         hidden = F.linear(wide, adapter.down, adapter.down_bias)
         if adapter.prompt_down is not None:
-            hidden = hidden + context.once(
-                "p", lambda mask: F.linear(prompt_mean(wide, mask), adapter.prompt_down, adapter.prompt_down_bias)
-            )
+            hidden = hidden + context.once("p", lambda: F.linear(mean(), adapter.prompt_down, adapter.prompt_down_bias))
         return pia.up_project(hidden, adapter.up, adapter.up_bias, alpha).to(z.dtype)
-
-    def adapted(self, adapter_name: str, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
-        """`z (B, T, d)` as the adapter gives it to the attention or FFN: equations (1) and (2)."""
-        return z + self.delta(z, adapter_name, context)
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """The parameters of an adapter."""
@@ -314,7 +306,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
     def is_shifted(self, adapter_name: str) -> bool:
         """Whether folding leaves something to be added to the input: what depends on the prompt, and the biases with
         it; or biases that there is no place for."""
-        if self.is_pia and self.eas_config[adapter_name].propagation == "prompt":
+        if any(part.propagates(part.eas_config[adapter_name]) for part in self.parts(adapter_name)):
             return True
         return self.eas_config[adapter_name].use_bias and not all(
             isinstance(linear, nn.Module) and "bias" in linear._parameters
@@ -327,27 +319,63 @@ class EASLayer(nn.Module, BaseTunerLayer):
         return [name for name, linear in linears.items() if linear.bias is None]
 
     @torch.no_grad()
-    def input_shift(self, adapter_name: str) -> InputShift:
-        """What a folded adapter leaves to be added to the input, equation (10)."""
+    def input_shifts(self, adapter_name: str) -> dict[EASLayer, InputShift]:
+        """What folded adapters leave to be added to the input, equation (10), by the one that it comes from."""
         adapter = self.mixed(adapter_name)
-        biases = [bias for bias in (adapter.down_bias, adapter.prompt_down_bias) if bias is not None]
-        up, constant = pia.input_shift(adapter.down, sum(biases) if biases else None, adapter.up, adapter.up_bias)
+        up, constant = pia.input_shift(adapter.down, adapter.down_bias, adapter.up, adapter.up_bias)
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
-        rank = 0 if adapter.prompt_down is None else len(adapter.down)
-        shift = InputShift(self.hidden_size, rank, constant is not None, device=device, dtype=dtype)
-        if rank:
-            shift.down.weight.copy_(adapter.prompt_down)
-            shift.up.weight.copy_(up)
-        if constant is not None:
-            shift.bias.copy_(constant)
-        return shift.requires_grad_(False)
+        parts = self.parts(adapter_name)
+        shifts = {}
+        for part, columns in zip(parts, up.split([p.rank(adapter_name) for p in parts], dim=1), strict=True):
+            rank = part.rank(adapter_name) if part.propagates(part.eas_config[adapter_name]) else 0
+            has_bias = constant is not None and not shifts  # there is one constant for all of them
+            shift = InputShift(self.hidden_size, rank, has_bias, part.pooled_size, device=device, dtype=dtype)
+            if rank:
+                shift.down.weight.copy_(part.eas_A[adapter_name])
+                shift.up.weight.copy_(columns)
+            if has_bias:
+                shift.bias.copy_(constant)
+            shifts[part] = shift.requires_grad_(False)
+        return shifts
+
+    def parts(self, adapter_name: str) -> list[EASLayer]:
+        """The modules whose adapters are folded in here: this one, and see `EASFeedForward`."""
+        return [self]
+
+    @property
+    def folder(self) -> EASLayer:
+        """The module that folds this one's adapters in."""
+        return self
+
+    def rank(self, adapter_name: str) -> int:
+        """Rank of an adapter."""
+        return len((self.eas_C if self.is_pia else self.eas_A)[adapter_name])
 
     def mixed(self, adapter_name: str) -> Adapter:
-        """The parameters of an adapter with `router="static"`, branches added up: `up (d, r)`, `up_bias (d,)`."""
-        adapter = self.adapter(adapter_name)
-        alpha = torch.softmax(self.eas_router[adapter_name], dim=-1)
-        up_bias = None if adapter.up_bias is None else pia.mix(adapter.up_bias, alpha)
-        return adapter._replace(up=pia.mix(adapter.up, alpha), up_bias=up_bias)
+        """What is folded, for `router="static"`, as one adapter of the form of equation (1).
+
+        Branches are added up: `up (d, r)`, `up_bias (d,)`. Several adapters before one FFN are one of the sum of their
+        ranks. The bias of equation (3) is part of `down_bias`.
+        """
+        mixed = []
+        for part in self.parts(adapter_name):
+            adapter = part.adapter(adapter_name)
+            alpha = torch.softmax(part.eas_router[adapter_name], dim=-1)
+            down_bias = adapter.down_bias
+            if adapter.prompt_down_bias is not None:
+                down_bias = down_bias + adapter.prompt_down_bias
+            up_bias = None if adapter.up_bias is None else pia.mix(adapter.up_bias, alpha)
+            mixed.append((adapter.down, down_bias, pia.mix(adapter.up, alpha), up_bias))
+        downs, down_biases, ups, up_biases = zip(*mixed, strict=True)
+        has_bias = up_biases[0] is not None
+        return Adapter(
+            down=torch.cat(downs),
+            down_bias=torch.cat(down_biases) if has_bias else None,
+            up=torch.cat(ups, dim=1),
+            up_bias=sum(up_biases) if has_bias else None,
+            prompt_down=None,
+            prompt_down_bias=None,
+        )
 
     def unmerge(self) -> None:
         """Put the original linears back: the very tensors, so nothing is lost to rounding."""
@@ -402,8 +430,13 @@ class EASAttention(EASLayer):
     is_pia = False
     other_param_names = (*EASLayer.other_param_names, "eas_skip", "drawn")
 
-    def __init__(self, base_layer: nn.Module, family: Family, index: int) -> None:
-        super().__init__(base_layer, family, index)
+    def __init__(self, base_layer: nn.Module, arm: Arm) -> None:
+        super().__init__(base_layer, arm)
+        self.bypass = Bypass(arm.row.form(), arm.index, base_layer)
+        self._before_core = None
+        if arm.row.core:
+            core = base_layer.get_submodule(arm.row.core)
+            self._before_core = core.register_forward_pre_hook(self._adapted, with_kwargs=True)
         self.eas_skip = BufferDict(persistent=True)
         # What training forwards go by instead of the gates while a search draws sets.
         self.drawn: dict[str, bool] = {}
@@ -421,9 +454,9 @@ class EASAttention(EASLayer):
         return self.drawn.get(adapter_name, gate) if self.training else gate
 
     def needs_prompt(self) -> bool:
-        """Whether this layer, as it stands, depends on the prompt."""
+        """Whether this layer, as it stands, depends on the prompt of a decoder."""
         name = self.acting_adapter()
-        if name is None:
+        if name is None or self.arm.row.pools != "prompt":
             return False
         config = self.eas_config[name]
         return config.router == "prompt" or (self.skips(name) and config.propagation == "prompt")
@@ -432,47 +465,161 @@ class EASAttention(EASLayer):
         return not self.gates[adapter_name] and self.eas_config[adapter_name].router == "static"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mask = mask_of(kwargs)
-        name = self.acting_adapter()
-        cache = cache_of(kwargs)
+        name, attention = self.acting_adapter(), self.arm.row.attention
         if name is not None and self.skips(name):
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            state = {} if cache is None else prompt_slot(cache, self.index).prompt_state
-            enter_layer(PromptContext(mask, state))
-            return self._touched(args[1] if self.adds_residual else torch.zeros_like(hidden_states), name), None
-        enter_layer(None)
-        if name is not None:
-            is_folded = self.merged and self.is_folded_by(name)
-            routed = self.eas_config[name].router == "prompt"
-            context = PromptContext(mask, cache_state(cache, self.index) if routed else {})
-            if not is_folded:
-                args, kwargs = change_input(args, kwargs, lambda z: self.adapted(name, z, context))
-            elif self.is_shifted(name):
-                args, kwargs = change_input(args, kwargs, lambda z: self.input_shift(name)(z, context))
+            enter_layer(attention, self.bypass.context(args, kwargs, slot_state))
+            first = args[0] if args else kwargs["hidden_states"]
+            nothing, *others = self.bypass.output(args, kwargs, self.base_layer, torch.zeros_like(first))
+            return self._touched(nothing, name), *others
+        enter_layer(attention, None)
+        if self.arm.row.core:
+            mask_of(kwargs)
+        else:
+            args, kwargs = self._adapted(self.base_layer, args, kwargs)
         return self.base_layer(*args, **kwargs)
+
+    def _adapted(self, core: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of the attention, or of its core, with the input as the active adapter gives it."""
+        name = self.acting_adapter()
+        routed = name is not None and self.eas_config[name].router == "prompt"
+        context = self.bypass.context(args, kwargs, cache_state if routed else _nowhere)
+        if name is None:
+            return args, kwargs
+        if not (self.merged and self.is_folded_by(name)):
+            return change_input(args, kwargs, lambda z: z + self.delta(name, z, context))
+        if self.is_shifted(name):
+            return change_input(args, kwargs, lambda z: self.input_shifts(name)[self](z, context))
+        return args, kwargs
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        base_layer = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        if self._before_core is not None:
+            self._before_core.remove()
+        return base_layer
 
 
 class EASFeedForward(EASLayer):
-    """A FFN, with a PIA (2) in front while its layer's attention is skipped."""
+    """A FFN, with a PIA (2) in front while an attention of its layer is skipped.
+
+    Where a layer has a cross-attention, too, there is a further PIA for that; what they add to the input adds up.
+
+    Args:
+        base_layer: The FFN.
+        arms: The attentions of its layer.
+        pooled_sizes: Size of the tokens that each of them takes keys and values from; `None`: that of the FFN's input.
+    """
 
     is_pia = True
+
+    def __init__(self, base_layer: nn.Module, arms: list[Arm], pooled_sizes: list[int | None]) -> None:
+        super().__init__(base_layer, arms[0])
+        self.pooled_size = pooled_sizes[0] or self.hidden_size
+        self.eas_further = nn.ModuleDict()
+        for arm, size in zip(arms[1:], pooled_sizes[1:], strict=True):
+            self.eas_further[arm.row.kind] = FurtherPIA(self, arm, size)
+
+    @property
+    def pias(self) -> list[EASLayer]:
+        """The PIA of each attention."""
+        return [self, *self.eas_further.values()]
+
+    def pia_of(self, arm: Arm) -> EASLayer:
+        """The PIA that stands for an attention."""
+        return next(pia for pia in self.pias if pia.arm == arm)
+
+    def parts(self, adapter_name: str) -> list[EASLayer]:
+        return [pia for pia in self.pias if pia.gates.get(adapter_name, False)]
+
+    def is_folded_by(self, adapter_name: str) -> bool:
+        return bool(self.parts(adapter_name)) and self.eas_config[adapter_name].router == "static"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name = self.acting_adapter()
+        contexts = [(part, take_context(part.arm.row.attention)) for part in self.pias]
+        if name is not None:
+            args, kwargs = change_input(args, kwargs, lambda z: self._adapted(name, z, contexts))
+        return self.base_layer(*args, **kwargs)
+
+    def _adapted(
+        self, name: str, z: torch.Tensor, contexts: list[tuple[EASLayer, PromptContext | None]]
+    ) -> torch.Tensor:
+        is_folded = self.merged and self.is_folded_by(name)
+        if is_folded and not self.is_shifted(name):
+            return z
+        changes = self.input_shifts(name) if is_folded else {}
+        total = z
+        for part, context in contexts:
+            if context is None:
+                total = part._touched(total, name)
+            elif is_folded:
+                total = by_row(changes[part], total, context)
+            else:
+                total = total + by_row(functools.partial(part.delta, name), z, context)
+        return total
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        for part in self.eas_further.values():
+            part.merged_adapters = []
+
+
+class FurtherPIA(EASLayer):
+    """The PIA of a layer's second attention, in the `EASFeedForward` that folds it in.
+
+    Args:
+        ffn: The wrapped FFN.
+        arm: The attention.
+        pooled_size: Size of the tokens that it takes keys and values from.
+    """
+
+    is_pia = True
+
+    def __init__(self, ffn: EASFeedForward, arm: Arm, pooled_size: int | None) -> None:
+        super().__init__(ffn, arm)
+        self.pooled_size = pooled_size or self.hidden_size
+
+    def _wrap(self, base_layer: nn.Module) -> None:
+        self._ffn = (base_layer,)  # in a tuple, so that it is not a child
+
+    @property
+    def base_layer(self) -> nn.Module:
+        return self.folder.base_layer
 
     def is_folded_by(self, adapter_name: str) -> bool:
         return self.gates.get(adapter_name, False) and self.eas_config[adapter_name].router == "static"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        context, name = current_context(), self.acting_adapter()
-        if name is not None and context is None:
-            args, kwargs = change_input(args, kwargs, lambda z: self._touched(z, name))
-        elif name is not None and not (self.merged and self.is_folded_by(name)):
-            args, kwargs = change_input(
-                args, kwargs, lambda z: by_row(functools.partial(self.adapted, name), z, context)
-            )
-        elif name is not None and self.is_shifted(name):
-            args, kwargs = change_input(args, kwargs, lambda z: by_row(self.input_shift(name), z, context))
-        output = self.base_layer(*args, **kwargs)
-        enter_layer(None)  # lets go of the tensors
-        return output
+    @property
+    def folder(self) -> EASLayer:
+        return self._ffn[0]
+
+    def fold(self, adapter_name: str) -> dict[str, nn.Module | nn.Parameter]:
+        return {}  # `folder` does it
+
+    def unmerge(self) -> None:
+        self.merged_adapters = []
+
+
+def _nowhere(cache: object, layer_idx: int) -> dict[str, torch.Tensor]:
+    """Where what depends on nothing is kept."""
+    return {}
+
+
+def inputs_of(module: nn.Module, arm: Arm, is_ffn: bool) -> tuple[tuple[str, ...], int]:
+    """Names of what reads the input of an attention or a FFN, and the size of that input.
+
+    Raises:
+        ValueError: if it has none of what the family's row names.
+    """
+    named = arm.row.ffn_inputs if is_ffn else arm.row.attention_inputs
+    names = tuple(name for name in named if _get(module, name) is not None)  # rows name all that some layers have
+    if not names:
+        raise ValueError(
+            f"{type(module).__name__} of layer {arm.index} has none of {', '.join(named)}, which the family's row "
+            "names as what reads its input."
+        )
+    return names, _in_features(_get(module, names[0]), arm.row.stacked_axis)
 
 
 def check_single(adapter_names: list[str]) -> None:

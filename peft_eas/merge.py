@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import modeling_eas
 from .config import EASConfig
 from .families import Layers
-from .layer import Adapter, EASAttention, EASFeedForward, EASLayer
+from .layer import Adapter, EASAttention, EASLayer
 
-Wrappers = dict[int, tuple[EASAttention | None, EASFeedForward | None]]
+Wrappers = dict[int | str, tuple[EASAttention | None, EASLayer | None]]
 
 
 @dataclass
@@ -23,13 +23,13 @@ class MergePlan:
 
     Attributes:
         eas: The record `config.eas` of the merged model.
-        layers: The decoder layers.
-        adapters: For each module before which an adapter stays, by its name in the list of layers, that adapter.
+        containers: Name in the model of each list of layers, in the order of `eas["attentions"]`.
+        adapters: For each of these, by name in the list, each module before which an adapter stays, with that adapter.
     """
 
     eas: dict
-    layers: Layers
-    adapters: dict[str, modeling_eas.InputShift | modeling_eas.RoutedAdapter] = field(default_factory=dict)
+    containers: list[str]
+    adapters: list[dict[str, modeling_eas.InputShift | modeling_eas.RoutedAdapter]]
 
 
 def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, config: EASConfig, name: str) -> MergePlan:
@@ -37,66 +37,77 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
 
     Args:
         model: The base model with adapters in it.
-        layers: Its decoder layers.
-        wrappers: The wrapped attention and FFN of each layer, `None` for what has no adapter.
+        layers: Its attentions.
+        wrappers: Each wrapped attention and its PIA, `None` for what has no adapter.
         config: Configuration of the adapter to be merged.
         name: Its name.
     """
-    if config.skip_layers is None and not any(a is not None and a.gates.get(name) for a, _ in wrappers.values()):
+    skipped = [key for key, (attention, _) in wrappers.items() if attention is not None and attention.gates.get(name)]
+    if config.skip_layers is None and not skipped:
         warnings.warn(
             "No attention is skipped, since no set has been chosen: train with an `EASCallback`, or name one with "
             "`EASConfig(skip_layers=...)` or `model.set_skip_layers(...)`.",
             stacklevel=2,
         )
-    family = layers.family
-    skip: list[int] = []
-    biased: list[str] = []
-    plan = MergePlan(eas={}, layers=layers)
-    for index in layers.names:
-        attention, ffn = wrappers[index]
-        is_skipped = attention is not None and attention.gates.get(name, False)
-        wrapper, where = (ffn, family.ffn) if is_skipped else (attention, family.attention)
-        if is_skipped:
-            skip.append(index)
-        if wrapper is None or not wrapper.has_adapter(name):
+    forms, containers, adapters = [], [], []
+    for row in layers.family.attentions:
+        if row.layers not in layers.containers:
             continue
-        if config.router == "prompt":
-            plan.adapters[f"{index}.{where}"] = _routed_adapter(wrapper, name)
-        elif wrapper.is_shifted(name):
-            plan.adapters[f"{index}.{where}"] = wrapper.input_shift(name)
-        elif config.use_bias:
-            biased += [f"{index}.{where}.{linear}".rstrip(".") for linear in wrapper.without_bias()]
-    plan.eas = {
+        container = layers.containers[row.layers]
+        form = row.form() | {
+            "total": len(model.get_submodule(container)),
+            "norms": [*row.attention_norms, *row.output_norms],
+            "skip": [],
+            "biased": [],
+        }
+        kept = {}
+        for key, arm in layers.items():
+            if arm.row != row:
+                continue
+            attention, pia = wrappers[key]
+            wrapper, where = attention, ".".join(filter(None, (str(arm.index), row.attention, row.core)))
+            if key in skipped:
+                form["skip"].append(arm.index)
+                wrapper, where = pia, f"{arm.index}.{row.ffn}"
+            if wrapper is None or not wrapper.has_adapter(name):
+                continue
+            if config.router == "prompt":
+                kept[where] = _routed_adapter(wrapper, name)
+            elif wrapper.folder.is_shifted(name):
+                kept[where] = wrapper.folder.input_shifts(name)[wrapper]
+            elif config.use_bias:
+                inside = f"{arm.index}.{row.ffn}" if key in skipped else f"{arm.index}.{row.attention}"
+                form["biased"] += [f"{inside}.{linear}".rstrip(".") for linear in wrapper.folder.without_bias()]
+        form["adapters"] = {where: adapter.record for where, adapter in kept.items()}
+        forms.append(form)
+        containers.append(container)
+        adapters.append(kept)
+    eas = {
         "format": modeling_eas.FORMAT,
         "model_type": model.config.model_type,
         "decoder": layers.decoder or None,
-        "layers": family.layers,
-        "attention": family.attention,
-        "ffn": family.ffn,
-        "adds_residual": family.adds_residual,
-        "norms": [*family.attention_norms, *family.output_norms],
-        "skip": skip,
-        "biased": biased,
-        "adapters": {where: adapter.record for where, adapter in plan.adapters.items()},
+        "attentions": forms,
+        "by_name": layers.by_name,
         "config": config.record(),
     }
-    return plan
+    return MergePlan(eas, containers, adapters)
 
 
 def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
     """Strip the skipped attentions from `model`, whose adapters are folded in, and let it say what it is."""
-    eas = plan.eas
-    if not (eas["skip"] or eas["biased"] or eas["adapters"]):
+    forms = plan.eas["attentions"]
+    if not any(form["skip"] or form["biased"] or form["adapters"] for form in forms):
         return model
-    container = model.get_submodule(plan.layers.container)
-    modeling_eas.strip_attentions(container, eas)
-    for where, adapter in plan.adapters.items():
-        modeling_eas.keep_adapter(container, where, adapter, is_ffn=not where.endswith(f".{eas['attention']}"))
-    _change_config(model, eas)
+    for form, container, adapters in zip(forms, plan.containers, plan.adapters, strict=True):
+        layers = model.get_submodule(container)
+        modeling_eas.strip_attentions(layers, form)
+        for where, adapter in adapters.items():
+            modeling_eas.keep_adapter(layers, form, where, adapter)
+    _change_config(model, plan.eas)
     config_class = type(model.config)
     modeling_eas.register_models(config_class)
     model.__class__ = modeling_eas.eas_class(type(model))
-    if modeling_eas.depends_on_prompt(eas):
+    if modeling_eas.depends_on_prompt(plan.eas):
         modeling_eas.watch_prompt(model, modeling_eas.always)
     return model
 
@@ -107,9 +118,10 @@ def _change_config(model: PreTrainedModel, eas: dict) -> None:
     new = copy.deepcopy(old)
     new.__class__ = modeling_eas.eas_class(type(old))
     new.eas = eas
-    if eas["skip"]:
+    skip = modeling_eas.skipped(eas)
+    if skip and not eas["by_name"] and eas["attentions"][0]["pools"] == "prompt":
         text = new.get_text_config(decoder=True)
-        text.per_layer_config = {index: {"skip": ["attention"]} for index in eas["skip"]}
+        text.per_layer_config = {index: {"skip": ["attention"]} for index in skip}
     renewed = {id(old): new}
     for name, value in vars(old).items():
         if isinstance(value, PreTrainedConfig):

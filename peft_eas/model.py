@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import EASConfig
-from .families import find_layers
+from .families import Arm, find_layers
 from .freeze import FrozenContext, freeze
 from .gates import SkipGates
-from .layer import EASAttention, EASFeedForward, EASLayer, check_single
+from .layer import EASAttention, EASFeedForward, EASLayer, check_single, inputs_of
 from .merge import finish_merge, plan_merge
 from .modeling_eas import generation, unwatch_prompt, watch_prompt
 from .quantized import Dequantiser, Requantiser, dequantise, is_quantised, unquantised_dtype
@@ -42,12 +42,14 @@ class EASModel(BaseTuner):
         return peft_config  # the defaults need the model, see `_prepare_model`
 
     def _prepare_model(self, peft_config: EASConfig, model: nn.Module) -> None:
-        layers = find_layers(model)
+        self._layers = layers = find_layers(model)
         if peft_config.target_modules is None:
-            peft_config.target_modules = {layers.family.attention, layers.family.ffn}
-        self._layers = layers
-        self._places = {layers.attention(i): (EASAttention, i) for i in layers.names}
-        self._places |= {layers.ffn(i): (EASFeedForward, i) for i in layers.names}
+            rows = layers.family.attentions
+            peft_config.target_modules = {name for row in rows for name in (row.attention, row.ffn)}
+        self._places: dict[str, list[Arm]] = {arm.attention: [arm] for arm in layers.values()}
+        for arm in layers.values():
+            if arm.is_skippable:
+                self._places.setdefault(arm.ffn, []).append(arm)
         targeted = {name for name in self._places if self._check_target_module_exists(peft_config, name)}
         if not targeted and isinstance(peft_config.target_modules, set):
             raise ValueError(
@@ -55,34 +57,52 @@ class EASModel(BaseTuner):
                 f"`exclude_modules` and `layers_to_transform` leaves none of them, such as "
                 f"{next(iter(self._places))!r}. Leave it out to adapt all."
             )
-        width = model.config.get_text_config(decoder=True).hidden_size
-        if width % peft_config.groups:
-            raise ValueError(f"`groups`={peft_config.groups} does not divide the model's hidden size {width}.")
-        skippable = [i for i in layers.names if {layers.attention(i), layers.ffn(i)} <= targeted]
-        self._check_skip_layers(peft_config.skip_layers or [], skippable)
+        for name in targeted:
+            is_ffn = name != self._places[name][0].attention
+            module = model.get_submodule(name)
+            width = (
+                module.hidden_size
+                if isinstance(module, EASLayer)
+                else inputs_of(module, *self._places[name][:1], is_ffn)[1]
+            )
+            if width % peft_config.groups:
+                raise ValueError(f"`groups`={peft_config.groups} does not divide the model's hidden size {width}.")
+        skippable = [key for key, arm in layers.items() if arm.is_skippable and {arm.attention, arm.ffn} <= targeted]
+        if peft_config.skip_layers is not None:
+            peft_config.skip_layers = self._checked(peft_config.skip_layers, skippable)
+        if peft_config.router == "prompt" and any(arm.row.pools != "prompt" for arm in layers.values()):
+            raise ValueError(
+                f"`router='prompt'` is for decoders that read a prompt, but {type(model).__name__} has other "
+                "attentions, too: use `router='static'`."
+            )
         count = peft_config.count_to_skip(len(skippable))
         if count > len(skippable):
             raise ValueError(f"`num_skip`={count} is more than the {len(skippable)} attentions that can be skipped.")
         self._check_some_left(count)
 
-    def _check_skip_layers(self, skip_layers: list[int], skippable: list[int]) -> None:
-        wrong = sorted(set(skip_layers) - set(skippable))
+    def _checked(self, skip_layers: Iterable[int | str], skippable: list[int | str]) -> list[int | str]:
+        """The attentions that are meant by indices or names, in the model's order."""
+        keys = self._layers.resolve(skip_layers)
+        wrong = [key for key in keys if key not in skippable]
         if wrong:
             raise ValueError(
-                f"`skip_layers` names {wrong}, but the layers whose attention and FFN have adapters are {skippable}."
+                f"`skip_layers` names {wrong}, but the attentions that can be skipped (that have adapters, with their "
+                f"FFN, and that no other layer needs) are {skippable}."
             )
-        self._check_some_left(len(set(skip_layers)))
+        self._check_some_left(len(keys))
+        return keys
 
     def _check_some_left(self, num_skip: int) -> None:
         # without any attention, tokens know nothing of each other, and a KV cache can't tell how long it is
-        if num_skip == len(self._layers.names):
+        if num_skip == len(self._layers):
             raise ValueError(f"All {num_skip} attentions of the model would be skipped: keep at least one.")
 
     def _check_target_module_exists(self, peft_config: EASConfig, key: str) -> Any:
         if key not in self._places:
             return False
         layers = peft_config.layers_to_transform
-        if layers not in (None, []) and self._places[key][1] not in ([layers] if isinstance(layers, int) else layers):
+        index = self._places[key][0].index
+        if layers not in (None, []) and index not in ([layers] if isinstance(layers, int) else layers):
             return False
         # PEFT reads the index off the name, and finds none in those of a bare decoder, such as "layers.0.mlp".
         config = copy.copy(peft_config)
@@ -99,19 +119,32 @@ class EASModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        wrapper, index = self._places[current_key]
+        arms = self._places[current_key]
+        is_attention = current_key == arms[0].attention
         if not isinstance(target, EASLayer):
-            target = wrapper(target, self._layers.family, index)
-            self._replace_module(parent, target_name, target, target.base_layer)
-        target.eas_config[adapter_name] = peft_config
-        is_skipped = None if peft_config.skip_layers is None else index in peft_config.skip_layers
-        if wrapper is EASAttention:
-            target.set_gate(adapter_name, bool(is_skipped))
-        # Until the set is chosen, both the attention's adapter and the PIA are needed.
-        if is_skipped is None or is_skipped == (wrapper is EASFeedForward):
-            target.create_adapter(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            target.set_requires_grad(adapter_name, requires_grad=False)
+            if is_attention:
+                wrapper = EASAttention(target, arms[0])
+            else:
+                wrapper = EASFeedForward(target, arms, [self._pooled_size(arm) for arm in arms])
+            self._replace_module(parent, target_name, wrapper, target)
+            target = wrapper
+        skipped = peft_config.skip_layers
+        for part in [target] if is_attention else target.pias:
+            part.eas_config[adapter_name] = peft_config
+            is_skipped = None if skipped is None else self._layers.key_of(part.arm) in skipped
+            if is_attention:
+                part.set_gate(adapter_name, bool(is_skipped))
+            # Until the set is chosen, both the attention's adapter and the PIA are needed.
+            if is_skipped is None or is_skipped != is_attention:
+                part.create_adapter(adapter_name, peft_config)
+            if adapter_name not in self.active_adapters:
+                part.set_requires_grad(adapter_name, requires_grad=False)
+
+    def _pooled_size(self, arm: Arm) -> int | None:
+        """Size of the tokens that a cross-attention looks at; `None` where these are those of the residual stream."""
+        if not arm.row.context:
+            return None
+        return self.model.get_submodule(f"{arm.attention}.{arm.row.context_inputs[0]}").in_features
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -119,8 +152,8 @@ class EASModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attentions = []
-        for index in self._layers.names:
-            attention, ffn = self._wrappers(index, model)
+        for key in self._layers:
+            attention, ffn = self._wrappers(key, model)
             if attention is not None:
                 attentions.append(attention)
                 if ffn is not None:
@@ -129,44 +162,43 @@ class EASModel(BaseTuner):
         if model.can_generate():
             model.generate = functools.partial(_generate, model)
 
-    def _wrappers(
-        self, index: int, model: nn.Module | None = None
-    ) -> tuple[EASAttention | None, EASFeedForward | None]:
-        """The wrapped attention and FFN of layer `index`; `None` for what has no adapter."""
+    def _wrappers(self, key: int | str, model: nn.Module | None = None) -> tuple[EASAttention | None, EASLayer | None]:
+        """A wrapped attention and its PIA; `None` for what has no adapter."""
         model = self.model if model is None else model
-        modules = (model.get_submodule(self._layers.attention(index)), model.get_submodule(self._layers.ffn(index)))
-        attention, ffn = (module if isinstance(module, EASLayer) else None for module in modules)
-        return attention, ffn
+        arm = self._layers[key]
+        attention, ffn = model.get_submodule(arm.attention), model.get_submodule(arm.ffn)
+        pia = ffn.pia_of(arm) if isinstance(ffn, EASFeedForward) and arm.is_skippable else None
+        return attention if isinstance(attention, EASAttention) else None, pia
 
     # The skip set -----------------------------------------------------------------------------------------------------
 
     @property
-    def skip_layers(self) -> list[int]:
-        """Indices of the layers whose attention the active adapter skips."""
+    def skip_layers(self) -> list[int | str]:
+        """The attentions that the active adapter skips: indices of layers, or names where indices are not enough."""
         return [i for name in self.active_adapters for i in self._skipped_by(name)]
 
-    def _skipped_by(self, adapter_name: str) -> list[int]:
-        attentions = {i: self._wrappers(i)[0] for i in self._layers.names}
+    def _skipped_by(self, adapter_name: str) -> list[int | str]:
+        attentions = {i: self._wrappers(i)[0] for i in self._layers}
         return [i for i, attention in attentions.items() if attention is not None and attention.gates.get(adapter_name)]
 
-    def set_skip_layers(self, skip_layers: list[int], adapter_name: str | None = None) -> None:
-        """Skip the attentions of just these layers.
+    def set_skip_layers(self, skip_layers: list[int | str], adapter_name: str | None = None) -> None:
+        """Skip just these attentions.
 
         An adapter or PIA that is needed for the first time is created, as an identity; one that is no longer needed is
         kept, frozen, for the case that the set changes back.
 
         Args:
-            skip_layers: Layer indices.
+            skip_layers: Indices of layers or names of attentions, as in `EASConfig`.
             adapter_name: Adapter; the active one by default.
 
         Raises:
-            ValueError: for an index that the adapter has no such layer for, or while merged.
+            ValueError: for an attention that is not there, or that the adapter can't skip, or while merged.
         """
         if adapter_name is None:
             (adapter_name,) = self.active_adapters
         config = self.peft_config[adapter_name]
         targeted = self._targeted(adapter_name)
-        self._check_skip_layers(skip_layers, list(targeted))
+        skip_layers = self._checked(skip_layers, list(targeted))
         if any(adapter_name in w.merged_adapters for pair in targeted.values() for w in pair):
             raise ValueError(
                 f"Adapter {adapter_name!r} is merged: call `unmerge_adapter()` before changing its skip set."
@@ -190,9 +222,9 @@ class EASModel(BaseTuner):
             (adapter_name,) = self.active_adapters
         return SkipGates(self._targeted(adapter_name), adapter_name)
 
-    def _targeted(self, adapter_name: str) -> dict[int, tuple[EASAttention, EASFeedForward]]:
-        """The layers whose attention the adapter can skip."""
-        wrappers = {i: self._wrappers(i) for i in self._layers.names}
+    def _targeted(self, adapter_name: str) -> dict[int | str, tuple[EASAttention, EASLayer]]:
+        """The attentions that the adapter can skip, with their PIAs."""
+        wrappers = {i: self._wrappers(i) for i in self._layers}
         return {
             i: pair for i, pair in wrappers.items() if all(w is not None and adapter_name in w.eas_config for w in pair)
         }
@@ -205,10 +237,11 @@ class EASModel(BaseTuner):
         prefix = "base_model.model."
         tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
         if tuner is not None:
-            keys = {i: f"{prefix}{tuner._layers.attention(i)}.eas_skip" for i in tuner._layers.names}
+            keys = {i: f"{prefix}{arm.attention}.eas_skip" for i, arm in tuner._layers.items()}
             saved = [i for i, key in keys.items() if key in state_dict and bool(state_dict[key])]
             if saved != tuner._skipped_by(adapter_name):
-                places = [place(i) for i in saved for place in (tuner._layers.attention, tuner._layers.ffn)]
+                arms = [tuner._layers[i] for i in saved]
+                places = [place for arm in arms for place in (arm.attention, arm.ffn)]
                 has_both = all(any(key.startswith(f"{prefix}{p}.eas_B") for key in state_dict) for p in places)
                 if tuner.peft_config[adapter_name].skip_layers is None and has_both:
                     tuner.skip_gates(adapter_name).set(saved)  # the search that saved it may go on
@@ -240,7 +273,12 @@ class EASModel(BaseTuner):
             raise ValueError(f"Adapter {adapter_name!r} does not depend on the prompt: there is nothing to freeze.")
         if config.skip_layers is None:
             raise ValueError("No set of attentions to skip has been chosen yet: freeze the context after the search.")
-        wrappers = {i: self._wrappers(i) for i in self._layers.names}
+        if any(arm.row.pools != "prompt" for arm in self._layers.values()):
+            raise ValueError(
+                f"Contexts can be frozen in models that are a decoder alone, but {type(self.model).__name__} has other "
+                "attentions, too: train with `propagation='none'` for plain weights."
+            )
+        wrappers = {i: self._wrappers(i) for i in self._layers}
         if any(w is not None and adapter_name in w.merged_adapters for pair in wrappers.values() for w in pair):
             raise ValueError(f"Adapter {adapter_name!r} is merged: call `unmerge_adapter()` first.")
         if [adapter_name] != self.active_adapters:
@@ -322,7 +360,7 @@ class EASModel(BaseTuner):
             all_wrappers = self._prepare_merge(names, safe_merge)
             if requantize:
                 requantiser = Requantiser(self.model)
-            wrappers = {i: self._wrappers(i) for i in self._layers.names}
+            wrappers = {i: self._wrappers(i) for i in self._layers}
             plan = plan_merge(self.model, self._layers, wrappers, self.peft_config[names[0]], names[0])
             for wrapper in all_wrappers:
                 if wrapper.merged:  # to be folded from the weights as they were

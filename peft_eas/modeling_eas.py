@@ -8,7 +8,7 @@ names `EAS<class>` (`EASLlamaForCausalLM`, `EASLlamaConfig`, ...) are made on de
 What is skipped and folded is recorded in `config.eas`; see `restructure`. Where the layers depend on the prompt
 (`propagation="prompt"`, `router="prompt"`), the outermost model finds out which tokens are the prompt
 (`PromptBoundary`) and hands a mask down to the layers; what a layer makes of it is kept in that layer's entry of the
-KV cache (`PromptSlot`).
+KV cache (`PromptSlot`). Encoders and cross-attentions know their tokens by themselves (`AttendedContext`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -35,7 +36,7 @@ from transformers.models.auto import modeling_auto
 PROMPT_MASK = "eas_prompt_mask"
 """Keyword by which the mask `(B, T)` of the prompt's tokens travels from the outermost model to the layers."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of `config.eas`; a file of another version is refused."""
 
 
@@ -43,7 +44,11 @@ class _Local(threading.local):
     """What belongs to this thread's current forward or `generate`."""
 
     mask: torch.Tensor | None = None  # of the forward under way, for layers that get no further keywords
-    context: PromptContext | None = None  # the layer under way, from its attention to its FFN
+    contexts: dict[str, PromptContext]  # of the skipped attentions of the layer under way, for its FFN, by their names
+
+    def __init__(self) -> None:
+        self.contexts = {}
+
     explicit: torch.Tensor | None = None  # see `prompt_mask`
     generations: tuple[_Generation, ...] = ()  # the calls of `generate` under way, outermost first
 
@@ -290,11 +295,16 @@ def _checked(mask: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def prompt_mean(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean, in float32 or wider, of `z (B, T, d)` over the tokens where `mask (B, T)` is true: `(B, 1, d)`."""
+def prompt_mean(z: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean, in float32 or wider, of `z (B, T, d)` over the tokens where `mask (B, T)` is true, or all: `(B, 1, d)`.
+
+    Zero for a row without such tokens, as a text without an image is to a cross-attention.
+    """
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    if mask is None:
+        return wide.mean(dim=1, keepdim=True).to(z.dtype)
     weights = mask.to(device=z.device, dtype=wide.dtype).unsqueeze(1)
-    return ((weights @ wide) / weights.sum(-1, keepdim=True)).to(z.dtype)
+    return ((weights @ wide) / weights.sum(-1, keepdim=True).clamp(min=1)).to(z.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,6 +341,7 @@ class PromptSlot(getattr(cache_utils, "DummyLayer", object)):
         return -1
 
     def reset(self) -> None:
+        self.keys = None
         self.prompt_state.clear()
 
     def crop(self, tokens_to_remove: int) -> None: ...
@@ -402,16 +413,73 @@ class PromptContext:
         known = self.mask if self.mask is not None else next(iter(self.state.values()), None)
         return 1 if known is None else len(known)
 
-    def once(self, name: str, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The value `name (B, 1, n)`, computed from the mask in a prefill and remembered from then on."""
+    def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The value `name (B, 1, n)`, computed in a prefill and remembered from then on."""
         if name not in self.state:
-            if self.mask is None:
-                raise ValueError(
-                    f"{_SUBJECT} has not been read by this KV cache. Pass the cache of the prefill, or call the "
-                    "outermost model rather than a part of it."
-                )
-            self.state[name] = compute(self.mask)
+            self.state[name] = compute()
         return self.state[name]
+
+    def mean(self, z: torch.Tensor) -> torch.Tensor:
+        """Mean `(B, 1, d)` over the prompt's tokens of `z (B, T, d)`, the input of an attention or a FFN."""
+        if self.mask is None:
+            raise ValueError(
+                f"{_SUBJECT} has not been read by this KV cache. Pass the cache of the prefill, or call the outermost "
+                "model rather than a part of it."
+            )
+        return prompt_mean(z, self.mask)
+
+
+class AttendedContext(PromptContext):
+    """What a layer knows of the tokens that its attention would look at, where all of them are there from the start.
+
+    Args:
+        hidden_states: `(B, T, d)`, the attention's input.
+        attention_mask: The attention's mask, in whatever form it was given.
+        state: What an earlier forward left, if there is a cache to keep it.
+        is_cross: Whether it is a cross-attention.
+        others: `(B, S, d')`, the other modality's tokens or the encoder's, for a cross-attention.
+    """
+
+    def __init__(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        state: dict[str, torch.Tensor],
+        is_cross: bool = False,
+        others: torch.Tensor | None = None,
+    ) -> None:
+        self.batch = len(hidden_states)
+        self.mask = attention_mask
+        self.state = state
+        self.is_cross = is_cross
+        self.others = others
+
+    @property
+    def rows(self) -> int:
+        return self.batch
+
+    def mean(self, z: torch.Tensor) -> torch.Tensor:
+        tokens = self.others if self.is_cross else z
+        if tokens is None:
+            raise ValueError("A skipped cross-attention was given nothing to look at, and its KV cache knows nothing.")
+        tokens = tokens.reshape(self.batch, -1, tokens.shape[-1])  # Mllama's come tile by tile
+        return prompt_mean(tokens, _attended(self.mask, self.batch, tokens.shape[1]))
+
+
+def _attended(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """Tokens that some query may look at, `(B, S)`; `None` if all."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(
+            f"Which tokens are padding can't be read off a {type(attention_mask).__name__}: load the model with "
+            "`attn_implementation='sdpa'` or `'eager'`."
+        )
+    mask = attention_mask[..., -length:]
+    if mask.dim() > 2:
+        mask = mask if mask.dtype == torch.bool else mask >= 0
+        mask = mask.flatten(1, -2).any(dim=1)
+    return mask.bool().expand(batch, length)
 
 
 def by_row(adapter: Callable, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
@@ -422,20 +490,97 @@ def by_row(adapter: Callable, z: torch.Tensor, context: PromptContext) -> torch.
 
 
 def change_input(args: tuple, kwargs: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple, dict]:
-    """The arguments of a module with its `hidden_states`, given by position or by name, changed."""
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+    """The arguments of a module with its `hidden_states`, given by position or by name, changed; wherever it is given
+    (some attentions take their queries and keys as two arguments)."""
+    given = args[0] if args else kwargs["hidden_states"]
+    changed = change(given)
+    args = tuple(changed if value is given else value for value in args)
+    return args, {name: changed if value is given else value for name, value in kwargs.items()}
 
 
-def enter_layer(context: PromptContext | None) -> None:
-    """Make `context` the one that the current layer's FFN finds with `current_context`."""
-    _local.context = context
+class Bypass:
+    """What happens where an attention is skipped: its layer's FFN is told of the tokens that it would have looked at,
+    and the residual stream passes.
+
+    Args:
+        form: How such attentions are built and called, see `restructure`.
+        index: Index of the layer.
+        attention: The attention, for the names of its arguments.
+    """
+
+    def __init__(self, form: dict, index: int, attention: nn.Module) -> None:
+        parameters = inspect.signature(type(attention).forward).parameters.values()
+        self.names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
+        self.form = form
+        self.index = index
+
+    def argument(self, name: str, args: tuple, kwargs: dict) -> Any:
+        """An argument of the attention, given by position or by name; `None` if it is not given."""
+        if name in kwargs:
+            return kwargs[name]
+        where = self.names.index(name) if name in self.names else len(args)
+        return args[where] if where < len(args) else None
+
+    def context(self, args: tuple, kwargs: dict, state: Callable[[object, int], dict]) -> PromptContext:
+        """What the layer knows of the prompt, or of the tokens that this attention would look at.
+
+        Args:
+            args: Those of the attention.
+            kwargs: Likewise; the prompt's mask is taken out.
+            state: Where a layer keeps what it made of these, by cache and index of the layer.
+        """
+        mask = mask_of(kwargs)
+        cache = cache_of(kwargs)
+        is_cross = bool(self.form["context"])
+        if isinstance(cache, cache_utils.EncoderDecoderCache):
+            cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+        kept = {} if cache is None else state(cache, self.index)
+        if self.form["pools"] == "prompt":
+            return PromptContext(mask, kept)
+        attention_mask = self.argument(self.form["mask"], args, kwargs)
+        others = self.argument(self.form["context"], args, kwargs) if is_cross else None
+        slot = None if cache is None else cache.layers[self.index]
+        if others is not None and isinstance(slot, PromptSlot):
+            slot.keys = others.new_zeros(1)  # by which Mllama knows that there have been images
+        return AttendedContext(_first(args, kwargs), attention_mask, kept, is_cross, others)
+
+    def output(self, args: tuple, kwargs: dict, attention: nn.Module, nothing: torch.Tensor) -> tuple:
+        """What the attention returns when it adds `nothing` to the residual stream."""
+        if self.form["adds_residual"]:
+            nothing = args[1]
+        elif self.form["residual_norm"]:
+            nothing = attention.get_submodule(self.form["residual_norm"])(_first(args, kwargs))
+        return nothing, *(self.argument(name, args, kwargs) if name else None for name in self.form["returns"])
 
 
-def current_context() -> PromptContext | None:
-    """The context that the current layer's attention has entered."""
-    return _local.context
+def _first(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def slot_state(cache: cache_utils.Cache, layer_idx: int) -> dict[str, torch.Tensor]:
+    """Where a skipped attention keeps what it made of the prompt: in place of keys and values."""
+    return prompt_slot(cache, layer_idx).prompt_state
+
+
+def cache_state(cache: cache_utils.Cache, layer_idx: int) -> dict[str, torch.Tensor]:
+    """Where a retained attention keeps what it made of the prompt: beside its keys and values."""
+    layer = _entry(cache, layer_idx)
+    if not hasattr(layer, "prompt_state"):
+        layer.prompt_state = {}
+    return layer.prompt_state
+
+
+def enter_layer(attention: str, context: PromptContext | None) -> None:
+    """Make `context` the one that the current layer's FFN finds for that attention; `None`: it is not skipped."""
+    if context is None:
+        _local.contexts.pop(attention, None)
+    else:
+        _local.contexts[attention] = context
+
+
+def take_context(attention: str) -> PromptContext | None:
+    """The context that a skipped attention of the current layer has entered; it is let go of."""
+    return _local.contexts.pop(attention, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -447,20 +592,26 @@ class SkippedAttention(nn.Module):
     """Stands where an attention was: adds nothing, caches nothing.
 
     Args:
+        form: How such attentions are built and called, see `restructure`.
         layer_idx: Index of the layer.
-        adds_residual: Whether attentions of this family add the residual stream, their second argument, themselves.
+        attention: The attention; what it is called with is looked at, and its norm of the residual stream is kept.
     """
 
-    def __init__(self, layer_idx: int, adds_residual: bool = False) -> None:
+    def __init__(self, form: dict, layer_idx: int, attention: nn.Module) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.adds_residual = adds_residual
+        self.bypass = Bypass(form, layer_idx, attention)
+        *parents, leaf = form["residual_norm"].split(".")
+        if leaf:
+            module = self
+            for name in parents:
+                module.add_module(name, nn.Module())
+                module = module.get_submodule(name)
+            module.add_module(leaf, attention.get_submodule(form["residual_norm"]))
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
-        cache = cache_of(kwargs)
-        slot = None if cache is None else prompt_slot(cache, self.layer_idx)
-        enter_layer(PromptContext(mask_of(kwargs), {} if slot is None else slot.prompt_state))
-        return args[0] if self.adds_residual else hidden_states.new_zeros(1, 1, 1), None
+    def forward(self, *args, **kwargs) -> tuple:
+        enter_layer(self.bypass.form["attention"], self.bypass.context(args, kwargs, slot_state))
+        return self.bypass.output(args, kwargs, self, _first(args, kwargs).new_zeros(1, 1, 1))
 
     def extra_repr(self) -> str:
         return f"layer_idx={self.layer_idx}"
@@ -481,34 +632,32 @@ class Projection(nn.Module):
 class InputShift(nn.Module):
     """What folded weights can't hold of an adapter: a vector added to the input of an attention or a FFN.
 
-    Equation (10) of docs/method.md: `z + up(down(mean over the prompt's tokens of z)) + bias`. With
-    `propagation="prompt"` the vector is computed in the prefill, `(B, 1, d)`, and from then on a constant; without
-    (`rank=0`) it is the bias alone, where linears can't have one.
+    Equation (10) of docs/method.md: `z + up(down(mean over the prompt's tokens of z)) + bias`; of a cross-attention,
+    the mean over the other modality's tokens. With `propagation="prompt"` the vector is computed once, `(B, 1, d)`, and
+    from then on a constant; without (`rank=0`) it is the bias alone, where linears can't have one.
 
     Args:
         width: `d`.
         rank: `r`, 0 if nothing depends on the prompt.
         bias: Whether there is a constant part, the adapter's own biases.
+        pooled: Size of the tokens whose mean it is.
     """
 
-    def __init__(self, width: int, rank: int, bias: bool, **factory) -> None:
+    def __init__(self, width: int, rank: int, bias: bool, pooled: int, **factory) -> None:
         super().__init__()
-        self.record = {"kind": "input_shift", "width": width, "rank": rank, "bias": bias}
-        self.down = Projection(width, rank, False, **factory) if rank else None
+        self.record = {"kind": "input_shift", "width": width, "rank": rank, "bias": bias, "pooled": pooled}
+        self.down = Projection(pooled, rank, False, **factory) if rank else None
         self.up = Projection(rank, width, False, **factory) if rank else None
         self.bias = nn.Parameter(torch.zeros(width, **factory)) if bias else None
 
     def forward(self, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
         if self.down is None:
-            return z + self.bias
-        return z + context.once("shift", self._shift_of(z))
+            return z if self.bias is None else z + self.bias
+        return z + context.once("shift", lambda: self._shift(context.mean(z)))
 
-    def _shift_of(self, z: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        def shift(mask: torch.Tensor) -> torch.Tensor:
-            by_prompt = self.up(self.down(prompt_mean(z, mask)))
-            return by_prompt if self.bias is None else by_prompt + self.bias
-
-        return shift
+    def _shift(self, mean: torch.Tensor) -> torch.Tensor:
+        by_prompt = self.up(self.down(mean))
+        return by_prompt if self.bias is None else by_prompt + self.bias
 
 
 class RoutedAdapter(nn.Module):
@@ -532,10 +681,10 @@ class RoutedAdapter(nn.Module):
         self.prompt_down = Projection(width, rank, bias, **factory) if propagates else None
 
     def forward(self, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
-        alpha = context.once("alpha", lambda mask: torch.softmax(self.router(prompt_mean(z, mask)), dim=-1))
+        alpha = context.once("alpha", lambda: torch.softmax(self.router(context.mean(z)), dim=-1))
         hidden = self.down(z)
         if self.prompt_down is not None:
-            hidden = hidden + context.once("p", lambda mask: self.prompt_down(prompt_mean(z, mask)))
+            hidden = hidden + context.once("p", lambda: self.prompt_down(context.mean(z)))
         first, second = self.up(hidden).chunk(2, dim=-1)
         return z + alpha[..., :1] * first + alpha[..., 1:] * second
 
@@ -544,31 +693,39 @@ KEPT_ADAPTERS = {"input_shift": InputShift, "routed": RoutedAdapter}
 """What stays of adapters in a merged model, by the `kind` of its record."""
 
 
+def skipped(eas: dict) -> list[int | str]:
+    """The attentions that a model with the record `config.eas` skips: indices of layers, or names (`by_name`)."""
+    found = [(form, index) for form in eas["attentions"] for index in form["skip"]]
+    if not eas["by_name"]:
+        return sorted(index for _, index in found)
+    return [f"{form['stack']}.{index}.{'cross' if form['context'] else 'self'}" for form, index in found]
+
+
 def depends_on_prompt(eas: dict) -> bool:
-    """Whether a model with the record `config.eas` has layers that depend on the prompt."""
-    return any(record["kind"] == "routed" or record["rank"] > 0 for record in eas["adapters"].values())
+    """Whether a model with the record `config.eas` has layers that depend on the prompt of a decoder."""
+    return any(
+        record["kind"] == "routed" or record["rank"] > 0
+        for form in eas["attentions"]
+        for record in form["adapters"].values()
+        if form["pools"] == "prompt"
+    )
 
 
-def cache_state(cache: cache_utils.Cache | None, layer_idx: int) -> dict[str, torch.Tensor]:
-    """Where a retained attention keeps what it made of the prompt: beside its keys and values."""
-    if cache is None:
-        return {}
-    layer = _entry(cache, layer_idx)
-    if not hasattr(layer, "prompt_state"):
-        layer.prompt_state = {}
-    return layer.prompt_state
-
-
-def _adapt_attention_input(index: int, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of the retained attention of layer `index` with a kept adapter."""
-    context = PromptContext(mask_of(kwargs), cache_state(cache_of(kwargs), index))
+def _adapt_attention_input(bypass: Bypass, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of a retained attention with a kept adapter."""
+    context = bypass.context(args, kwargs, cache_state)
     return change_input(args, kwargs, lambda z: by_row(attention.eas_adapter, z, context))
 
 
-def _adapt_ffn_input(ffn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _adapt_ffn_input(form: dict, ffn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the FFN of a skipped attention with a kept adapter."""
-    context = _local.context or PromptContext(None, {})
-    return change_input(args, kwargs, lambda z: by_row(ffn.eas_adapter, z, context))
+    context = take_context(form["attention"]) or PromptContext(None, {})
+    return change_input(args, kwargs, lambda z: by_row(getattr(ffn, _adapter_name(form)), z, context))
+
+
+def _adapter_name(form: dict) -> str:
+    """What the kept adapter of such an attention is called, in the module that it stands before."""
+    return "eas_cross_adapter" if form["context"] else "eas_adapter"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -579,10 +736,13 @@ def _adapt_ffn_input(ffn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
 def restructure(model: PreTrainedModel, eas: dict) -> None:
     """Give `model`, built as its base class builds it, the structure that `eas` (`config.eas`) records. Idempotent.
 
-    `eas` holds: `decoder`, `layers`, `attention`, `ffn` (names), `adds_residual` (see `SkippedAttention`), `norms`
-    (those of a layer that go with its attention), `skip` (indices of layers without attention), `biased` (linears that
-    a fold has given a bias), `adapters` (records of what stays of adapters, by the attention or FFN that they stand
-    before) and, for people, `config` (what the adapter was configured with).
+    `eas` holds `decoder` (name of a vision-language model's language model) and `attentions`: for each kind of
+    attention in each list of layers, how such attentions are built (the fields of `families.Attentions`: `stack`,
+    `layers`, `attention`, `core`, `ffn`, `residual_norm`, `adds_residual`, `returns`, `pools`, `context`, `mask`) and
+    what became of them: `total` (number of layers), `norms` (those of a layer that go with its attention), `skip`
+    (indices of layers without attention), `biased` (linears that a fold has given a bias), `adapters` (records of what
+    stays of adapters, by the attention or FFN that they stand before). For people, `by_name` (see `skipped`) and
+    `config` (what the adapter was configured with).
 
     Raises:
         ValueError: if `eas` was written by another version, or names layers that are not there.
@@ -593,21 +753,24 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
             f"{FORMAT}: use the modelling file that came with the checkpoint, or a matching version of peft_eas."
         )
     decoder = model if eas["decoder"] is None else outermost(model, eas["decoder"])[1]
-    _, layers = outermost(decoder, eas["layers"])
-    if not set(eas["skip"]) <= set(range(len(layers))):
-        raise ValueError(f"config.json skips the attentions of layers {eas['skip']}, but has {len(layers)} layers.")
-    for name in eas["biased"]:
-        linear = layers.get_submodule(name)
-        if linear.bias is None:
-            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-    for name, record in eas["adapters"].items():
-        module = layers.get_submodule(name)
-        if not hasattr(module, "eas_adapter"):
-            like = next(module.parameters())
-            settings = {key: value for key, value in record.items() if key != "kind"}
-            adapter = KEPT_ADAPTERS[record["kind"]](**settings, device=like.device, dtype=like.dtype)
-            keep_adapter(layers, name, adapter, is_ffn=not name.endswith(f".{eas['attention']}"))
-    strip_attentions(layers, eas)
+    for form in eas["attentions"]:
+        _, layers = outermost(decoder, form["layers"])
+        if not set(form["skip"]) <= set(range(len(layers))):
+            raise ValueError(
+                f"config.json skips the attentions of layers {form['skip']}, but has {len(layers)} layers."
+            )
+        for name in form["biased"]:
+            linear = layers.get_submodule(name)
+            if linear.bias is None:
+                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+        for name, record in form["adapters"].items():
+            module = layers.get_submodule(name)
+            if not hasattr(module, _adapter_name(form)):
+                like = next(module.parameters())
+                settings = {key: value for key, value in record.items() if key != "kind"}
+                adapter = KEPT_ADAPTERS[record["kind"]](**settings, device=like.device, dtype=like.dtype)
+                keep_adapter(layers, form, name, adapter)
+        strip_attentions(layers, form)
 
 
 def outermost(model: nn.Module, suffix: str) -> tuple[str, nn.Module]:
@@ -616,30 +779,38 @@ def outermost(model: nn.Module, suffix: str) -> tuple[str, nn.Module]:
     Raises:
         ValueError: if there is none.
     """
-    found = [(name, m) for name, m in model.named_modules() if name == suffix or name.endswith(f".{suffix}")]
+    found = [(name, m) for name, m in model.named_modules() if f".{name}".endswith(f".{suffix}")]
     if not found:
         raise ValueError(f"{type(model).__name__} has no module {suffix!r}.")
     return min(found, key=lambda item: item[0].count("."))
 
 
-def strip_attentions(layers: nn.ModuleList, eas: dict) -> None:
+def has_module(model: nn.Module, suffix: str) -> bool:
+    """Whether `model` has a module whose name ends with `suffix`."""
+    return any(f".{name}".endswith(f".{suffix}") for name, _ in model.named_modules())
+
+
+def strip_attentions(layers: nn.ModuleList, form: dict) -> None:
     """Put a `SkippedAttention` where each skipped attention was, and drop the norms that only the attention needed."""
-    for index in eas["skip"]:
+    for index in form["skip"]:
         layer = layers[index]
-        if not isinstance(layer.get_submodule(eas["attention"]), SkippedAttention):
-            stand_in = SkippedAttention(index, eas["adds_residual"])
-            layer.set_submodule(eas["attention"], stand_in.train(layer.training))
-        for name in eas["norms"]:
-            if hasattr(layer, name):
-                setattr(layer, name, nn.Identity())
+        attention = layer.get_submodule(form["attention"])
+        if not isinstance(attention, SkippedAttention):
+            layer.set_submodule(form["attention"], SkippedAttention(form, index, attention).train(layer.training))
+        for name in form["norms"]:
+            if name in dict(layer.named_modules()):
+                layer.set_submodule(name, nn.Identity())
 
 
-def keep_adapter(layers: nn.ModuleList, name: str, adapter: InputShift | RoutedAdapter, is_ffn: bool) -> None:
+def keep_adapter(layers: nn.ModuleList, form: dict, name: str, adapter: InputShift | RoutedAdapter) -> None:
     """Let `adapter` see the input of the attention or FFN `name` (`"3.mlp"`) first."""
     module = layers.get_submodule(name)
-    module.eas_adapter = adapter.train(module.training)
+    setattr(module, _adapter_name(form), adapter.train(module.training))
     index = int(name.split(".")[0])
-    hook = _adapt_ffn_input if is_ffn else functools.partial(_adapt_attention_input, index)
+    if name == f"{index}.{form['ffn']}":
+        hook = functools.partial(_adapt_ffn_input, form)
+    else:
+        hook = functools.partial(_adapt_attention_input, Bypass(form, index, module))
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
@@ -681,7 +852,8 @@ class EASMixin:
                 "merge again."
             ) from error
         # a head for another task is new, or left out, by right; a layer never is
-        of_layer = re.compile(rf"(^|\.){re.escape(model.config.eas['layers'])}\.\d+\.")
+        lists = "|".join(re.escape(form["layers"]) for form in model.config.eas["attentions"])
+        of_layer = re.compile(rf"(^|\.)({lists})\.\d+\.")
         wrong = {kind: sorted(filter(of_layer.search, info[f"{kind}_keys"])) for kind in ("missing", "unexpected")}
         if any(wrong.values()):
             listed = "; ".join(
@@ -689,7 +861,7 @@ class EASMixin:
             )
             raise ValueError(
                 f"The weights in {name} are not those of its config.json, which skips the attentions of layers "
-                f"{model.config.eas['skip']} ({listed}). Use the config.json that was saved with the weights."
+                f"{skipped(model.config.eas)} ({listed}). Use the config.json that was saved with the weights."
             )
         return (model, info) if output_loading_info else model
 

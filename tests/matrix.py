@@ -193,7 +193,7 @@ def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
 
 def skipped(model: PreTrainedModel) -> list[int]:
     """Every second attention, the first among them."""
-    return list(find_layers(model).names)[::2]
+    return [key for key, arm in find_layers(model).items() if arm.is_skippable][::2]
 
 
 def adapted(model_type: str, **settings) -> PeftModel:
@@ -242,7 +242,7 @@ def skipping(model_type: str) -> None:
     dropped = skipped(base)
     whole = logits(base, model_type)
     for index in dropped:
-        attention = base.get_submodule(layers.attention(index))
+        attention = base.get_submodule(layers[index].attention)
         attention.register_forward_hook(lambda m, args, output: _dropped(layers.family.adds_residual, args, output))
     expected = logits(base, model_type)
     model = get_peft_model(tiny_model(model_type), EASConfig(skip_layers=dropped)).eval()
@@ -318,9 +318,9 @@ def sizes(model_type: str) -> None:
     layers, dropped = find_layers(base), skipped(base)
     gone = sum(p.numel() for i in dropped for p in base.get_submodule(layers.attention(i)).parameters())
     for index in dropped:
-        named = layers.family.attention_norms + layers.family.output_norms
-        norms = [n for n in named if hasattr(base.get_submodule(layers.names[index]), n)]
-        gone += sum(p.numel() for n in norms for p in base.get_submodule(f"{layers.names[index]}.{n}").parameters())
+        layer = base.get_submodule(layers[index].layer)
+        norms = {*layers[index].row.attention_norms, *layers[index].row.output_norms}
+        gone += sum(p.numel() for n, m in layer.named_modules() if n in norms for p in m.parameters())
     assert gone > 0
     merged = get_peft_model(base, EASConfig(skip_layers=dropped, propagation="none", use_bias=False)).merge_and_unload()
     assert tiny_model(model_type).num_parameters() - merged.num_parameters() == gone

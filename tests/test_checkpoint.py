@@ -46,7 +46,8 @@ def files(folder):
 def edit_config(folder, **eas):
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["eas"] |= eas
+    config["eas"] |= {name: value for name, value in eas.items() if name in config["eas"]}
+    config["eas"]["attentions"][0] |= {name: value for name, value in eas.items() if name not in config["eas"]}
     path.write_text(json.dumps(config))
 
 
@@ -58,7 +59,7 @@ def edit_config(folder, **eas):
         (dict(skip=[0, 3, 4]), r"unexpected: .*layers\.4\.self_attn"),
         (dict(adapters={}), r"unexpected: .*eas_adapter"),
         (dict(skip=[0, 3, 9]), r"\[0, 3, 9\], but has 6 layers"),
-        (dict(format=1), r"format 1 .* reads format 2"),
+        (dict(format=1), r"format 1 .* reads format 3"),
     ],
     ids=str,
 )

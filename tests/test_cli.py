@@ -134,7 +134,7 @@ def test_merge_without_the_prompt(base, adapter, data, tmp_path, capsys):
     assert cli.main(["merge", str(adapter), str(out), "--freeze-context", str(data)]) == 0
     assert "context frozen to the mean of 24 prompts: loss" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(out)
-    assert merged.config.eas["adapters"] == {}
+    assert merged.config.eas["attentions"][0]["adapters"] == {}
     assert "no layer depends on it" in _said(capsys, "inspect", out)
     assert "There is no file" in fails(capsys, "merge", adapter, tmp_path / "x", "--freeze-context", "none.jsonl")
     assert not (tmp_path / "x").exists()

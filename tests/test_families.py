@@ -34,7 +34,7 @@ def test_the_page_is_that_of_the_table():
 def layer_names(model, row):
     from peft_eas.families import find_layers
 
-    layers = [model.get_submodule(name) for name in find_layers(model).names.values()]
+    layers = [model.get_submodule(arm.layer) for arm in find_layers(model).values()]
     return {n for layer in layers for n in (*dict(layer.named_modules()), *dict(layer.named_parameters()))}
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from peft_eas import EASConfig
+from peft_eas.modeling_eas import skipped
 
 SETTINGS = [
     dict(),
@@ -206,7 +207,7 @@ def test_merge_of_a_named_adapter():
     model.set_adapter("default")
     merged = model.merge_and_unload(adapter_names=["other"])
     close(merged(**inputs).logits, expected)
-    assert merged.config.eas["skip"] == [1, 2]
+    assert skipped(merged.config.eas) == [1, 2]
 
 
 def test_merge_of_a_named_adapter_while_another_is_merged_in_place():

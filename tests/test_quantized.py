@@ -505,5 +505,5 @@ def test_frozen_context(load):
     inputs = tiny.inputs("llama")
     expected = model(**inputs).logits
     merged = model.merge_and_unload()
-    assert merged.config.eas["adapters"] == {}
+    assert merged.config.eas["attentions"][0]["adapters"] == {}
     close(merged(**inputs).logits, expected)

@@ -71,7 +71,7 @@ def test_other_families(family):
     kept = inputs["attention_mask"].bool()
     inputs["labels"] = inputs["input_ids"].masked_fill(~kept, -100)
     model, seen = matrix.tiny_model(family), {}
-    for i, name in find_layers(model).names.items():
+    for i, name in ((i, arm.layer) for i, arm in find_layers(model).items()):
         for which in (BEFORE, AFTER):
             norm = model.get_submodule(f"{name}.{which[family]}")
             norm.register_forward_pre_hook(lambda m, args, key=(i, which is AFTER): seen.update({key: args[0]}))
@@ -123,7 +123,7 @@ def test_what_can_not_be_scored_is_said():
 def test_what_is_timed_is_the_model_without_these_attentions(family):
     inputs = matrix.tiny_inputs(family)
     model = get_peft_model(matrix.tiny_model(family), EASConfig(skip_layers=[], propagation="none")).eval()
-    names = [find_layers(matrix.tiny_model(family)).attention(i) for i in (0, 2)]
+    names = [find_layers(matrix.tiny_model(family))[i].attention for i in (0, 2)]
     whole = model(**inputs).logits
     with model.disable_adapter(), budget.without(model.base_model.model, names):
         actual = model(**inputs).logits

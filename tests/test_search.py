@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, default_data_co
 
 from peft_eas import EASCallback, EASConfig, plot_search, score_attentions
 from peft_eas.layer import EASAttention, EASLayer
+from peft_eas.modeling_eas import skipped
 from peft_eas.search import bandit, callback
 from peft_eas.search.held_out import HeldOut, fingerprints
 
@@ -416,7 +417,7 @@ def test_a_checkpoint_of_any_phase_loads_with_the_best_set_so_far(tmp_path):
         assert loaded.skip_layers == expected
         logits = loaded(**inputs).logits
         merged = loaded.merge_and_unload()
-        assert sorted(merged.config.eas["skip"]) == expected
+        assert skipped(merged.config.eas) == expected
         torch.testing.assert_close(merged(**inputs).logits, logits, rtol=1e-4, atol=1e-5)
 
 
@@ -709,7 +710,7 @@ def test_trl_s_sft_trainer(tmp_path):
     assert watch.steps[-1] == model.skip_layers == search.report["skip_layers"]
     assert any("eas/skipped" in logs for logs in made.state.log_history)
     merged = model.merge_and_unload()
-    assert sorted(merged.config.eas["skip"]) == search.report["skip_layers"]
+    assert skipped(merged.config.eas) == search.report["skip_layers"]
     # a dataset that is not prepared is refused
     refused = trl.SFTTrainer(
         fresh(), args=arguments, processing_class=tokenizer, train_dataset=Dataset.from_list(rows[:16]),

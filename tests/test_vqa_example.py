@@ -107,7 +107,7 @@ def test_the_whole_example(tiny_world, monkeypatch, tmp_path, capsys):
     before = AutoModelForImageTextToText.from_pretrained(start)
     merged = AutoModelForImageTextToText.from_pretrained(out)
     assert type(merged).__name__ == "EASLlavaForConditionalGeneration"
-    assert len(merged.config.eas["skip"]) == 2
+    assert len(merged.config.eas["attentions"][0]["skip"]) == 2
     for name, value in before.model.vision_tower.state_dict().items():
         assert torch.equal(merged.model.vision_tower.state_dict()[name], value)
     for name, value in before.model.multi_modal_projector.state_dict().items():

@@ -87,7 +87,7 @@ def without(model: nn.Module, attentions: Sequence[str]) -> Iterator[None]:
     modules = [model.get_submodule(name) for name in attentions]
     try:
         for module in modules:
-            module.forward = SkippedAttention(0, module.adds_residual).forward
+            module.forward = SkippedAttention(module.bypass.form, module.arm.index, module.base_layer).forward
         yield
     finally:
         for module in modules:

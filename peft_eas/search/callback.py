@@ -503,7 +503,8 @@ class _Search:
         if isinstance(given, Mapping):
             scores = [float(given[i]) for i in layers]
         elif given == "depth":
-            scores = [float(-i) for i in layers]
+            found = find_layers(self.model)
+            scores = [-found[key].depth for key in layers]
         elif given == "loss":
             whole, *single = self._losses([[], *([i] for i in layers)], self._sample())
             scores = [loss - whole if math.isfinite(loss) else math.inf for loss in single]
@@ -533,7 +534,7 @@ class _Search:
 
     def _attentions(self, skip_layers: Sequence[int]) -> list[str]:
         layers = find_layers(self.model)
-        return [layers.attention(i) for i in skip_layers]
+        return [layers[key].attention for key in skip_layers]
 
     def _settle(self, step: int) -> None:
         state = self.state

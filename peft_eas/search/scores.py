@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from ..batches import evaluating, hooks, inputs_of, kept_tokens, label_count
 from ..families import Layers, find_layers
+from ..modeling_eas import Bypass
 
 
 @torch.no_grad()
 def score_attentions(
     model: PreTrainedModel, dataloader: Iterable[dict[str, torch.Tensor]], method: str = "similarity"
-) -> dict[int, float]:
+) -> dict[int | str, float]:
     """Score the attentions of a transformers model that has no adapters: the lower, the more redundant.
 
     `sorted(scores, key=scores.get)[:8]` are the eight layers to begin with.
@@ -31,7 +32,7 @@ def score_attentions(
             the loss grows with that attention's output set to zero; one forward a batch and attention.
 
     Returns:
-        `{layer index: score}` of every layer with an attention.
+        `{attention: score}` of every attention, by index of its layer, or by name where that is not enough.
 
     Raises:
         ValueError: for an unknown family or method, no batch at all, batches without labels, or a loss or similarity
@@ -48,38 +49,46 @@ def score_attentions(
     return scores
 
 
-def _by_similarity(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict]) -> dict[int, float]:
-    family = layers.family
-    totals, count = dict.fromkeys(layers.names, 0.0), 0
+def _by_similarity(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict]) -> dict[int | str, float]:
+    totals, counts = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0)
     for batch in dataloader:
-        kept = kept_tokens(batch, model.device)
-        streams: dict[int, torch.Tensor] = {}
+        kept = kept_tokens(batch, model.device) if {"input_ids", "inputs_embeds"} & batch.keys() else None
+        streams: dict[int | str, torch.Tensor] = {}
 
-        def remember(module, args, kwargs, index, streams=streams):
-            streams[index] = args[0] if args else kwargs["hidden_states"]
+        def remember(module, args, kwargs, key, streams=streams):
+            streams[key] = args[0] if args else kwargs["hidden_states"]
 
-        def compare(module, args, output, index, streams=streams, kept=kept):
-            before = streams.pop(index).float()
-            update = (output[0] if isinstance(output, tuple) else output).float()
-            after = update if family.adds_residual else before + update
-            totals[index] += (1 - F.cosine_similarity(before, after, dim=-1))[kept].sum().item()
+        def compare(module, args, output, key, streams=streams, kept=kept):
+            row, before = layers[key].row, streams.pop(key)
+            update = output[0] if isinstance(output, tuple) else output
+            if row.residual_norm:
+                before, after = module.get_submodule(row.residual_norm)(before), update
+            else:
+                after = update if row.adds_residual else before + update
+            change = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
+            if row.pools != "nothing" and not row.context and kept is not None and kept.shape == change.shape:
+                change = change[kept]
+            totals[key] += change.sum().item()
+            counts[key] += change.numel()
 
         with hooks() as handles:
-            for index, name in layers.names.items():
-                layer = model.get_submodule(name)
-                # a norm after the attention is part of what it adds to the residual stream
-                last = layer.get_submodule((family.attention, *family.output_norms)[-1])
-                before = functools.partial(remember, index=index)
-                handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(last.register_forward_hook(functools.partial(compare, index=index)))
+            for key, arm in layers.items():
+                layer, row = model.get_submodule(arm.layer), arm.row
+                attention = layer.get_submodule(row.attention)
+                # where the residual stream is read: by the attention's own norm, by the layer, or by the attention
+                norms = [name for name in row.attention_norms if name in dict(layer.named_modules())]
+                reader = layer.get_submodule(norms[0]) if norms else attention if row.context else layer
+                # a norm after the attention is part of what it adds
+                last = layer.get_submodule(row.output_norms[-1]) if row.output_norms else attention
+                handles.append(reader.register_forward_pre_hook(functools.partial(remember, key=key), with_kwargs=True))
+                handles.append(last.register_forward_hook(functools.partial(compare, key=key)))
             model(**inputs_of({k: v for k, v in batch.items() if k != "labels"}, model.device))
-        count += int(kept.sum())
-    if not count:
+    if not any(counts.values()):
         raise ValueError("The dataloader gave no tokens to score the attentions with.")
-    return {index: total / count for index, total in totals.items()}
+    return {key: total / max(1, counts[key]) for key, total in totals.items()}
 
 
-def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict]) -> dict[int, float]:
+def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict]) -> dict[int | str, float]:
     batches = [inputs_of(batch, model.device) for batch in dataloader]
     if not batches:
         raise ValueError("The dataloader gave no batches to score the attentions with.")
@@ -92,18 +101,17 @@ def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict])
         return total / sum(weights)
 
     whole, scores = loss(), {}
-    nothing = functools.partial(_nothing, layers.family.adds_residual)
-    for index in layers.names:
+    for key, arm in layers.items():
+        attention = model.get_submodule(arm.attention)
+        bypass = Bypass(arm.row.form(), arm.index, getattr(attention, "base_layer", attention))
         with hooks() as handles:
-            handles.append(model.get_submodule(layers.attention(index)).register_forward_hook(nothing))
-            scores[index] = loss() - whole
+            handles.append(attention.register_forward_hook(functools.partial(_nothing, bypass), with_kwargs=True))
+            scores[key] = loss() - whole
     return scores
 
 
-METHODS: dict[str, Callable[..., dict[int, float]]] = {"similarity": _by_similarity, "loss": _by_loss}
+METHODS: dict[str, Callable[..., dict[int | str, float]]] = {"similarity": _by_similarity, "loss": _by_loss}
 
 
-def _nothing(adds_residual: bool, module: nn.Module, args: tuple, output: tuple | torch.Tensor) -> tuple | torch.Tensor:
-    whole = output if isinstance(output, tuple) else (output,)
-    first = args[1] if adds_residual else torch.zeros_like(whole[0])
-    return (first, *whole[1:]) if isinstance(output, tuple) else first
+def _nothing(bypass: Bypass, attention: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
+    return bypass.output(args, kwargs, attention, torch.zeros_like(output[0]))
