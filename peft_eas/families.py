@@ -82,7 +82,7 @@ class Attentions:
 
 _FORM = (
     "stack", "layers", "attention", "core", "ffn", "residual_norm", "adds_residual", "returns", "pools", "context",
-    "mask",
+    "needed", "mask",
 )  # fmt: skip
 
 
@@ -406,15 +406,15 @@ def find_layers(model: nn.Module) -> Layers:
     if row.decoder is not None:
         name, decoder = outermost(model, row.decoder)
         family = _row(decoder)
+    if any(row.pools != "prompt" for row in family.attentions) and getattr(decoder.config, "is_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} has `is_decoder=True`, but EAS knows models of type {family.model_type!r} only as "
+            "encoders or with one."
+        )
     containers, arms = {}, []
     for attentions in family.attentions:
         if family.also and not has_module(decoder, attentions.layers):
             continue  # a tower alone
-        if attentions.pools == "attended" and not attentions.context and getattr(decoder.config, "is_decoder", False):
-            raise ValueError(
-                f"{type(model).__name__} has `is_decoder=True`, but EAS knows {family.model_type!r} only as an "
-                "encoder, whose tokens all see each other."
-            )
         inner, layers = outermost(decoder, attentions.layers)
         container = containers[attentions.layers] = f"{name}.{inner}".strip(".")
         for index, layer in enumerate(layers):

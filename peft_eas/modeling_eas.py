@@ -534,6 +534,8 @@ class Bypass:
         is_cross = bool(self.form["context"])
         if isinstance(cache, cache_utils.EncoderDecoderCache):
             cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+        if self.form["needed"] and self.form["pools"] == "nothing":
+            cache = None  # T5 asks each entry for its length; as the first is never skipped, none has to be passed over
         kept = {} if cache is None else state(cache, self.index)
         if self.form["pools"] == "prompt":
             return PromptContext(mask, kept)
@@ -738,11 +740,11 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
 
     `eas` holds `decoder` (name of a vision-language model's language model) and `attentions`: for each kind of
     attention in each list of layers, how such attentions are built (the fields of `families.Attentions`: `stack`,
-    `layers`, `attention`, `core`, `ffn`, `residual_norm`, `adds_residual`, `returns`, `pools`, `context`, `mask`) and
-    what became of them: `total` (number of layers), `norms` (those of a layer that go with its attention), `skip`
-    (indices of layers without attention), `biased` (linears that a fold has given a bias), `adapters` (records of what
-    stays of adapters, by the attention or FFN that they stand before). For people, `by_name` (see `skipped`) and
-    `config` (what the adapter was configured with).
+    `layers`, `attention`, `core`, `ffn`, `residual_norm`, `adds_residual`, `returns`, `needed`, `pools`, `context`,
+    `mask`) and what became of them: `total` (number of layers), `norms` (those of a layer that go with its attention),
+    `skip` (indices of layers without attention), `biased` (linears that a fold has given a bias), `adapters` (records
+    of what stays of adapters, by the attention or FFN that they stand before). For people, `by_name` (see `skipped`)
+    and `config` (what the adapter was configured with).
 
     Raises:
         ValueError: if `eas` was written by another version, or names layers that are not there.

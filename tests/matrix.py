@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +23,17 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForVisualQuestionAnswering,
     Cache,
+    EncoderDecoderCache,
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
@@ -71,6 +81,16 @@ PARTICULAR: dict[str, dict] = {
     "jamba": dict(attn_layer_period=2, attn_layer_offset=0),
     "lfm2": dict(full_attn_idxs=[0, 2]),
     "minicpm3": MLA,
+    "mllama_text_model": dict(cross_attention_layers=[1, 2]),
+    "mllama_vision_model": dict(
+        hidden_size=16,
+        vision_output_dim=32,
+        num_global_layers=1,
+        attention_heads=2,
+        max_num_tiles=2,
+        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+        intermediate_layers_indices=[1],
+    ),
     "olmo_hybrid": HYBRID,
     "paligemma": dict(projection_dim=32),
     "qwen2_5_vl_text": MROPE,
@@ -118,6 +138,8 @@ def _sized(cls: type[PreTrainedConfig], sizes: dict) -> dict:
 
 def auto_class(model_type: str) -> type:
     """A vision-language model is also known by its language model alone."""
+    if model_type in EXAMPLES:
+        return EXAMPLES[model_type].model
     is_vision_language = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return AutoModelForImageTextToText if is_vision_language else AutoModelForCausalLM
 
@@ -125,26 +147,42 @@ def auto_class(model_type: str) -> type:
 def tiny_model(model_type: str) -> PreTrainedModel:
     """A random model whose layers matter: weights and biases large enough, norms that are not 1."""
     torch.manual_seed(0)
-    model = auto_class(model_type).from_config(tiny_config(model_type))
+    model = build(
+        auto_class(model_type), EXAMPLES[model_type].config() if model_type in EXAMPLES else tiny_config(model_type)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or "ln_" in name:
+            if "norm" in name.lower() or "ln_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             elif parameter.dim() > 1 and "A_log" not in name:
                 parameter.normal_(std=0.15)
-            elif name.endswith("bias") and "dt" not in name:
+            elif (name.endswith("bias") and "dt" not in name) or name.endswith("_gate"):
                 parameter.normal_(std=0.1)
     return model.eval()
 
 
-def pixels() -> dict:
-    return {"pixel_values": torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3))}
+def build(cls: type, config: PreTrainedConfig) -> PreTrainedModel:
+    return cls.from_config(config) if hasattr(cls, "_model_mapping") else cls(config)
+
+
+def pixels(size: int = 8) -> dict:
+    return {"pixel_values": torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(3))}
 
 
 def patches(temporal: int = 2) -> dict:
     """Images as Qwen-VL's processors give them: 2x2 patches each, one row a patch."""
     values = torch.randn(12, 3 * temporal * 4 * 4, generator=torch.Generator().manual_seed(3))
     return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, 2, 2]] * 3)}
+
+
+def tiles() -> dict:
+    """Images of two tiles as Mllama's processor gives them, which all tokens may look at."""
+    return {
+        "pixel_values": torch.randn(3, 1, 2, 3, 8, 8, generator=torch.Generator().manual_seed(3)),
+        "aspect_ratio_ids": torch.full((3, 1), 2),
+        "aspect_ratio_mask": torch.ones(3, 1, 2, dtype=torch.long),
+        "cross_attention_mask": torch.ones(3, 11, 1, 2, dtype=torch.long),
+    }
 
 
 def single_tile() -> dict:
@@ -164,6 +202,7 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
     "instructblip": (4, lambda: pixels() | {"qformer_input_ids": torch.ones(3, 4, dtype=torch.long)}),
     "internvl": (1, pixels),
     "llava": (4, pixels),
+    "mllama": (1, tiles),
     "mistral3": (1, lambda: pixels() | {"image_sizes": torch.tensor([[8, 8]] * 3)}),
     "paligemma": (4, pixels),
     "qwen2_5_vl": (1, patches),
@@ -179,6 +218,8 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
 
 def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
     """Prompts of three lengths, padded on the left, with an image in each if the family's images are known here."""
+    if model_type in EXAMPLES:
+        return EXAMPLES[model_type].inputs()
     ids = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     for row in range(3):
@@ -191,14 +232,168 @@ def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def skipped(model: PreTrainedModel) -> list[int]:
-    """Every second attention, the first among them."""
-    return [key for key, arm in find_layers(model).items() if arm.is_skippable][::2]
+# ----------------------------------------------------------------------------------------------------------------------
+# Models that are no decoders: each with a task of its own
+# ----------------------------------------------------------------------------------------------------------------------
+
+TEXT = dict(
+    vocab_size=99, hidden_size=32, num_hidden_layers=NUM_LAYERS, num_attention_heads=4, intermediate_size=48,
+    max_position_embeddings=40, pad_token_id=0,
+)  # fmt: skip
+VISION = dict(
+    hidden_size=32,
+    num_hidden_layers=NUM_LAYERS,
+    num_attention_heads=4,
+    intermediate_size=48,
+    image_size=16,
+    patch_size=8,
+)
+SEQ2SEQ = dict(
+    vocab_size=99, d_model=32, encoder_layers=NUM_LAYERS, decoder_layers=NUM_LAYERS, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=40, pad_token_id=0,
+    bos_token_id=1, eos_token_id=None, decoder_start_token_id=2, forced_eos_token_id=None,
+)  # fmt: skip
+T5 = dict(
+    vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=NUM_LAYERS, num_heads=4, decoder_start_token_id=0,
+    eos_token_id=None,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """How a family that is no decoder is tried.
+
+    Attributes:
+        section: Of the page.
+        model: The class of a model with a task, or the auto class.
+        config: Makes its configuration.
+        inputs: Makes inputs.
+        labels: What else a training step takes.
+        output: What of the model's output is compared.
+        task: PEFT's type of the task.
+        unused: Parameters that this task has no use for, and no gradients (a regular expression).
+    """
+
+    section: str
+    model: type
+    config: Callable[[], PreTrainedConfig]
+    inputs: Callable[[], dict]
+    labels: dict
+    output: str = "logits"
+    task: str | None = None
+    unused: str = ""
+
+
+def words() -> dict:
+    """Texts of three lengths, padded on the right."""
+    ids = torch.randint(5, 90, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = mask[2, 3:] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def answers() -> torch.Tensor:
+    return torch.randint(5, 90, (3, 4), generator=torch.Generator().manual_seed(4))
+
+
+def sources() -> dict:
+    return words() | {"decoder_input_ids": answers()}
+
+
+def sounds() -> dict:
+    sound = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(3))
+    return {"input_features": sound, "decoder_input_ids": answers()}
+
+
+def regions() -> dict:
+    generator = torch.Generator().manual_seed(3)
+    feats, boxes = torch.randn(3, 5, 12, generator=generator), torch.rand(3, 5, 4, generator=generator)
+    seen = torch.tensor([[1] * 5, [1] * 5, [1, 1, 1, 0, 0]])
+    return words() | {"visual_feats": feats, "visual_pos": boxes, "visual_attention_mask": seen}
+
+
+def _classifies(config: type) -> Example:
+    make = partial(config, **TEXT, num_labels=3)
+    return Example("Encoders", AutoModelForSequenceClassification, make, words, {"labels": torch.tensor([0, 1, 2])})
+
+
+def _translates(config: type, **sizes) -> Example:
+    make = partial(config, **sizes or SEQ2SEQ)
+    return Example("Encoder-decoders", AutoModelForSeq2SeqLM, make, sources, {"labels": answers()}, task="SEQ_2_SEQ_LM")
+
+
+EXAMPLES: dict[str, Example] = {
+    "bert": _classifies(transformers.BertConfig),
+    "camembert": _classifies(transformers.CamembertConfig),
+    "electra": _classifies(transformers.ElectraConfig),
+    "ernie": _classifies(transformers.ErnieConfig),
+    "roberta": _classifies(transformers.RobertaConfig),
+    "xlm-roberta": _classifies(transformers.XLMRobertaConfig),
+    "vit": Example(
+        "Encoders", AutoModelForImageClassification, partial(transformers.ViTConfig, **VISION, num_labels=3),
+        partial(pixels, 16), {"labels": torch.tensor([0, 1, 2])},
+    ),
+    "clip": Example(
+        "Fusion of texts and images", AutoModel,
+        lambda: transformers.CLIPConfig(
+            text_config=TEXT | {"eos_token_id": 98, "bos_token_id": 1}, vision_config=VISION, projection_dim=16
+        ),
+        lambda: words() | pixels(16), {"return_loss": True}, "logits_per_image",
+    ),
+    "vilt": Example(
+        "Fusion of texts and images", AutoModelForVisualQuestionAnswering,
+        partial(transformers.ViltConfig, **TEXT, image_size=16, patch_size=8, max_image_length=-1, num_labels=3),
+        lambda: words() | pixels(16), {"labels": torch.eye(3)},
+    ),
+    "lxmert": Example(
+        "Fusion of texts and images", AutoModelForQuestionAnswering,
+        lambda: transformers.LxmertConfig(
+            vocab_size=99, hidden_size=32, num_attention_heads=4, intermediate_size=48, l_layers=2, x_layers=3,
+            r_layers=2, visual_feat_dim=12, visual_pos_dim=4, num_qa_labels=3, max_position_embeddings=40,
+        ),
+        regions, {"labels": torch.tensor([0, 1, 2])}, "question_answering_score", unused=r"x_layers\.2\.visn",
+    ),
+    "bridgetower": Example(
+        "Fusion of texts and images", transformers.BridgeTowerForImageAndTextRetrieval,
+        lambda: transformers.BridgeTowerConfig(
+            hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+            text_config=TEXT | {"hidden_size": 64},
+            vision_config=dict(hidden_size=64, num_hidden_layers=NUM_LAYERS, patch_size=8, image_size=16),
+        ),
+        lambda: words() | pixels(16), {"labels": torch.tensor([0, 1, 0])},
+    ),
+    "t5": _translates(transformers.T5Config, **T5, feed_forward_proj="relu"),
+    "mt5": _translates(transformers.MT5Config, **T5),
+    "bart": _translates(transformers.BartConfig),
+    "marian": _translates(transformers.MarianConfig),
+    "mbart": _translates(transformers.MBartConfig),
+    "pegasus": _translates(transformers.PegasusConfig),
+    "m2m_100": _translates(transformers.M2M100Config),
+    "whisper": Example(
+        "Encoder-decoders", AutoModelForSpeechSeq2Seq,
+        lambda: transformers.WhisperConfig(
+            **{k: v for k, v in SEQ2SEQ.items() if k != "max_position_embeddings"}, num_mel_bins=8,
+            max_source_positions=10, max_target_positions=20, suppress_tokens=None, begin_suppress_tokens=None,
+        ),
+        sounds, {"labels": answers()},
+    ),
+}  # fmt: skip
+
+
+def skipped(model: PreTrainedModel) -> list[int | str]:
+    """Every second attention, the first among them; where layers have two, there are layers without the one, without
+    the other, and without both."""
+    layers = find_layers(model)
+    arms = {key: arm for key, arm in layers.items() if arm.is_skippable}
+    if not layers.by_name:
+        return list(arms)[::2]
+    return [key for key, arm in arms.items() if arm.index in ((0, 2, 3) if arm.row.context else (0, 1, 3))]
 
 
 def adapted(model_type: str, **settings) -> PeftModel:
     base = tiny_model(model_type)
-    config = EASConfig(**dict(skip_layers=skipped(base), task_type="CAUSAL_LM") | settings)
+    task = EXAMPLES[model_type].task if model_type in EXAMPLES else "CAUSAL_LM"
+    config = EASConfig(**dict(skip_layers=skipped(base), task_type=task) | settings)
     model = get_peft_model(base, config).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -208,10 +403,13 @@ def adapted(model_type: str, **settings) -> PeftModel:
     return model
 
 
-def logits(model: nn.Module, model_type: str) -> torch.Tensor:
-    inputs = tiny_inputs(model_type)
+def logits(model: nn.Module, model_type: str, inputs: dict | None = None) -> torch.Tensor:
+    inputs = inputs or tiny_inputs(model_type)
     with torch.no_grad():
-        return model(**inputs).logits[inputs["attention_mask"].bool()]
+        outputs = model(**inputs)
+    if model_type in EXAMPLES:
+        return outputs[EXAMPLES[model_type].output]
+    return outputs.logits[inputs["attention_mask"].bool()]
 
 
 def cache_of(outputs) -> Cache:
@@ -243,7 +441,11 @@ def skipping(model_type: str) -> None:
     whole = logits(base, model_type)
     for index in dropped:
         attention = base.get_submodule(layers[index].attention)
-        attention.register_forward_hook(lambda m, args, output: _dropped(layers.family.adds_residual, args, output))
+        if model_type in EXAMPLES:  # whose attentions may do more than add to the residual stream
+            *_, projection = (m for m in attention.modules() if isinstance(m, nn.Linear))
+            projection.register_forward_hook(lambda m, args, output: torch.zeros_like(output))
+        else:
+            attention.register_forward_hook(lambda m, args, output: _dropped(layers.family.adds_residual, args, output))
     expected = logits(base, model_type)
     model = get_peft_model(tiny_model(model_type), EASConfig(skip_layers=dropped)).eval()
     assert_close(logits(model, model_type), expected, 1e-6)
@@ -258,6 +460,10 @@ def _dropped(adds_residual: bool, args: tuple, output):
 def merging(model_type: str) -> None:
     """Merged equals unmerged, with and without propagation and biases."""
     for settings in (dict(), dict(propagation="none"), dict(router="prompt")):
+        if "router" in settings and any(
+            arm.row.pools != "prompt" for arm in find_layers(tiny_model(model_type)).values()
+        ):
+            continue  # refused, see test_encoders.py
         model = adapted(model_type, **settings)
         expected = logits(model, model_type)
         fresh = get_peft_model(tiny_model(model_type), EASConfig(skip_layers=skipped(tiny_model(model_type)))).eval()
@@ -268,10 +474,13 @@ def merging(model_type: str) -> None:
 def generation(model_type: str) -> None:
     """With a KV cache as without, before and after merging."""
     model = adapted(model_type)
+    if not generates(model_type):
+        return
+    inputs = {name: value for name, value in tiny_inputs(model_type).items() if not name.startswith("decoder_")}
     for _ in range(2):
         settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[IMAGE_TOKEN])
-        expected = model.generate(**tiny_inputs(model_type), use_cache=False, **settings)
-        assert torch.equal(model.generate(**tiny_inputs(model_type), **settings), expected)
+        expected = model.generate(**inputs, use_cache=False, **settings)
+        assert torch.equal(model.generate(**inputs, **settings), expected)
         if isinstance(model, PeftModel):
             model = model.merge_and_unload()
 
@@ -279,18 +488,24 @@ def generation(model_type: str) -> None:
 def training(model_type: str) -> None:
     """A step of the Trainer changes every adapter, and nothing else."""
     model = adapted(model_type)
-    labels = tiny_inputs(model_type)["input_ids"].clone()
-    labels[:, :8] = -100
-    batch = tiny_inputs(model_type) | {"labels": labels}
+    if model_type in EXAMPLES:
+        batch = tiny_inputs(model_type) | EXAMPLES[model_type].labels
+    else:
+        labels = tiny_inputs(model_type)["input_ids"].clone()
+        labels[:, :8] = -100
+        batch = tiny_inputs(model_type) | {"labels": labels}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, max_steps=1, per_device_train_batch_size=3, learning_rate=1e-2, report_to=[], save_strategy="no",
-            use_cpu=True, disable_tqdm=True, gradient_checkpointing=True,
+            use_cpu=True, disable_tqdm=True,
+            gradient_checkpointing=model.base_model.model.supports_gradient_checkpointing,
         )  # fmt: skip
         Trainer(model, args, train_dataset=[0, 1, 2], data_collator=lambda rows: batch).train()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if model_type in EXAMPLES and EXAMPLES[model_type].unused:
+        trainable = {name for name in trainable if not re.search(EXAMPLES[model_type].unused, name)}
     assert changed == trainable, f"not trained: {sorted(trainable - changed)[:5]}"
 
 
@@ -307,7 +522,8 @@ def reloading(model_type: str) -> None:
     expected = logits(merged, model_type)
     with tempfile.TemporaryDirectory() as folder:
         merged.save_pretrained(folder)
-        loaded = auto_class(model_type).from_pretrained(folder).eval()
+        cls = auto_class(model_type)
+        loaded = (cls if hasattr(cls, "_model_mapping") else type(merged)).from_pretrained(folder).eval()
     assert type(loaded) is type(merged)
     assert_close(logits(loaded, model_type), expected, 1e-6)
 
@@ -316,7 +532,11 @@ def sizes(model_type: str) -> None:
     """The parameters of the skipped attentions are gone, and so are their keys and values."""
     base = tiny_model(model_type)
     layers, dropped = find_layers(base), skipped(base)
-    gone = sum(p.numel() for i in dropped for p in base.get_submodule(layers.attention(i)).parameters())
+    gone = 0
+    for key in dropped:
+        kept = layers[key].row.residual_norm
+        attention = base.get_submodule(layers[key].attention).named_parameters()
+        gone += sum(p.numel() for name, p in attention if not (kept and name.startswith(kept)))
     for index in dropped:
         layer = base.get_submodule(layers[index].layer)
         norms = {*layers[index].row.attention_norms, *layers[index].row.output_norms}
@@ -324,10 +544,16 @@ def sizes(model_type: str) -> None:
     assert gone > 0
     merged = get_peft_model(base, EASConfig(skip_layers=dropped, propagation="none", use_bias=False)).merge_and_unload()
     assert tiny_model(model_type).num_parameters() - merged.num_parameters() == gone
-    cache = cache_of(merged(**tiny_inputs(model_type), use_cache=True))
-    filled = [i for i, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
-    assert filled
-    assert not set(filled) & set(dropped)
+    if generates(model_type):
+        cache = cache_of(merged(**tiny_inputs(model_type), use_cache=True))
+        for row in layers.family.attentions:
+            own = cache
+            if isinstance(cache, EncoderDecoderCache):
+                own = cache.cross_attention_cache if row.context else cache.self_attention_cache
+            elements = [0 if getattr(layer, "keys", None) is None else layer.keys.numel() for layer in own.layers]
+            arms = {arm.index: key in dropped for key, arm in layers.items() if arm.row == row}
+            if row.stack == "decoder":
+                assert all((elements[index] <= 1) == is_dropped for index, is_dropped in arms.items())
 
 
 def images(model_type: str) -> None:
@@ -344,16 +570,48 @@ def images(model_type: str) -> None:
     assert (told[0] - told[1]).abs().max() > 1e-3
 
 
+def padding(model_type: str) -> None:
+    """A row of a padded batch gives what it gives alone."""
+    inputs = tiny_inputs(model_type)
+    if (
+        model_type not in EXAMPLES
+        or "attention_mask" not in inputs
+        or EXAMPLES[model_type].output == "logits_per_image"
+    ):
+        return
+    mask = inputs["attention_mask"]
+    row = int(mask.sum(dim=1).argmin())
+    alone = {name: value[row : row + 1] for name, value in inputs.items()}
+    length = int(mask[row].sum())
+    assert length < mask.shape[1]
+    alone |= {name: alone[name][:, :length] for name in ("input_ids", "attention_mask")}
+    model = adapted(model_type)
+    whole, single = logits(model, model_type), logits(model, model_type, alone)
+    assert_close(single, whole[row : row + 1][:, : single.shape[1]])
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     check.__name__: check
-    for check in (identity, skipping, merging, generation, training, reloading, sizes, images)
+    for check in (identity, skipping, merging, generation, training, reloading, sizes, images, padding)
 }  # fmt: skip
 
 
 def whole_models() -> list[str]:
     """Families that are models of their own; the others are decoders of these."""
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
-    return [model_type for model_type in FAMILIES if model_type in known]
+    return [model_type for model_type in FAMILIES if model_type in known or model_type in EXAMPLES]
+
+
+def generates(model_type: str) -> bool:
+    """Whether the model of a family that is tried here generates text."""
+    return model_type not in EXAMPLES or EXAMPLES[model_type].section == "Encoder-decoders"
+
+
+def applies(name: str, model_type: str) -> bool:
+    """Whether there is something to check."""
+    if name == "padding":
+        return model_type in EXAMPLES and "attention_mask" in tiny_inputs(model_type)
+    return (name != "images" or model_type in IMAGES) and (name != "generation" or generates(model_type))
 
 
 def run(model_type: str, checks: dict[str, Callable[[str], None]] = CHECKS) -> dict[str, str]:
@@ -373,6 +631,8 @@ def run(model_type: str, checks: dict[str, Callable[[str], None]] = CHECKS) -> d
 
 def kind(model_type: str) -> str:
     """The section of the page that a family belongs to."""
+    if model_type in EXAMPLES:
+        return EXAMPLES[model_type].section
     if FAMILIES[model_type].decoder is not None:
         return "Vision-language models"
     if any("experts" in name for name in FAMILIES[model_type].ffn_inputs):
@@ -392,11 +652,15 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "",
         "A family that is not here: see [Families](usage.md#families).",
         "",
-        "Cross-attentions, encoders and encoder-decoders are not supported yet. Of models that have layers without",
-        "attention, the attentions of the others are skipped; of vision-language models, those of the language model.",
+        "Of models that have layers without attention, the attentions of the others are skipped; of vision-language",
+        "models, those of the language model. Left alone are LXMERT's cross-attentions, each of which serves both",
+        "directions; T5's first attention of each list, which has the relative positions of all; BridgeTower's vision",
+        "tower.",
     ]
     failures = []
-    for section in ("Decoders", "Mixtures of experts", "Vision-language models"):
+    sections = ["Decoders", "Mixtures of experts", "Vision-language models"]
+    sections += dict.fromkeys(example.section for example in EXAMPLES.values())
+    for section in sections:
         rows = {model_type: result for model_type, result in results.items() if kind(model_type) == section}
         lines += ["", f"## {section} ({len(rows)})", "", f"| model type | {' | '.join(CHECKS)} |"]
         lines += [f"|{'---|' * (len(CHECKS) + 1)}"]
@@ -405,7 +669,7 @@ def page(results: dict[str, dict[str, str]]) -> str:
             for name, error in result.items():
                 if error:
                     failures.append(f"- `{model_type}`, {name}: {error}")
-                shown = " " if name == "images" and model_type not in IMAGES else "✗" if error else "✓"
+                shown = "✗" if error else "✓" if applies(name, model_type) else " "
                 marks.append(shown)
             lines.append(f"| `{model_type}` | {' | '.join(marks)} |")
     if failures:
