@@ -38,12 +38,14 @@ class Attentions:
         residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT).
         adds_residual: Whether the attention adds the residual stream, its second argument, itself (BLOOM).
         returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`.
-        needed: A module in an attention that the others need, too (T5's relative positions): one that has it stays.
+        keeps_first: Whether the first attention of the list is never skipped, as the others need it: T5's has the
+            relative positions of all; Mllama's says how long the KV cache is, which a cross-attention's does not.
         pools: What the mean of equation (3) goes over: `"prompt"`, the prompt of a decoder; `"attended"`, all tokens
             that the attention may look at; `"nothing"`, where all tokens are answers (decoders that have an encoder).
         context: Of a cross-attention, the argument with the tokens that keys and values come from.
         context_inputs: The linears that read these.
         mask: The argument with the attention's mask.
+        shows_keys: Whether the model looks into the cache for keys (Mllama, to know whether there have been images).
         ffn: The FFN, in a layer.
         ffn_inputs: The linears of the FFN that read its input (`""`: the FFN is that linear), routers and the stacked
             weights of experts included; those that a layer has of them.
@@ -61,11 +63,12 @@ class Attentions:
     residual_norm: str = ""
     adds_residual: bool = False
     returns: tuple[str, ...] = ("",)
-    needed: str = ""
+    keeps_first: bool = False
     pools: str = "prompt"
     context: str = ""
     context_inputs: tuple[str, ...] = ()
     mask: str = "attention_mask"
+    shows_keys: bool = False
     ffn: str = "mlp"
     ffn_inputs: tuple[str, ...] = GATED
     stacked_axis: int = -1
@@ -81,8 +84,8 @@ class Attentions:
 
 
 _FORM = (
-    "stack", "layers", "attention", "core", "ffn", "residual_norm", "adds_residual", "returns", "pools", "context",
-    "needed", "mask",
+    "stack", "layers", "attention", "core", "ffn", "residual_norm", "adds_residual", "returns", "keeps_first", "pools",
+    "context", "mask", "shows_keys",
 )  # fmt: skip
 
 
@@ -126,14 +129,14 @@ def _clip(stack: str, layers: str) -> dict:
 def _t5(stack: str, ffn: str) -> dict:
     return dict(
         stack=stack, layers=f"{stack}.block", attention="layer.0.SelfAttention", attention_inputs=("q", "k", "v"),
-        attention_norms=("layer.0.layer_norm",), returns=("position_bias", ""), needed="relative_attention_bias",
+        attention_norms=("layer.0.layer_norm",), returns=("position_bias", ""), keeps_first=True,
         pools="attended" if stack == "encoder" else "nothing", mask="mask", ffn=ffn, ffn_inputs=("wi", "wi_0", "wi_1"),
     )  # fmt: skip
 
 
 _T5_CROSS = dict(
-    attention="layer.1.EncDecAttention", attention_inputs=("q",), attention_norms=("layer.1.layer_norm",), needed="",
-    context="key_value_states", context_inputs=("k", "v"), pools="attended",
+    attention="layer.1.EncDecAttention", attention_inputs=("q",), attention_norms=("layer.1.layer_norm",),
+    keeps_first=False, context="key_value_states", context_inputs=("k", "v"), pools="attended",
 )  # fmt: skip
 
 
@@ -288,9 +291,9 @@ _ROWS = (
         for model_type in ("mbart", "pegasus", "m2m_100", "whisper")
     ),
     # vision-language models
-    Family("mllama_text_model",
+    Family("mllama_text_model", keeps_first=True, shows_keys=True,
            also=(Attentions(attention="cross_attn", attention_inputs=("q_proj",), context="cross_attention_states",
-                            context_inputs=("k_proj", "v_proj"), pools="attended"),)),
+                            context_inputs=("k_proj", "v_proj"), pools="attended", shows_keys=True),)),
     *(
         Family(model_type, decoder="language_model")
         for model_type in (
@@ -420,7 +423,7 @@ def find_layers(model: nn.Module) -> Layers:
         for index, layer in enumerate(layers):
             attention = _get(layer, attentions.attention)
             if attention is not None:
-                is_skippable = not attentions.needed or _get(attention, attentions.needed) is None
+                is_skippable = bool(index) or not attentions.keeps_first
                 arms.append(Arm(attentions, index, f"{container}.{index}", index / len(layers), is_skippable))
     if not arms:
         raise ValueError(f"{type(model).__name__} has none of the layers that the row of {family.model_type!r} names.")

@@ -118,9 +118,9 @@ def _change_config(model: PreTrainedModel, eas: dict) -> None:
     new = copy.deepcopy(old)
     new.__class__ = modeling_eas.eas_class(type(old))
     new.eas = eas
-    skip = modeling_eas.skipped(eas)
-    if skip and not eas["by_name"] and eas["attentions"][0]["pools"] == "prompt":
-        text = new.get_text_config(decoder=True)
+    text, skip = new.get_text_config(decoder=True), modeling_eas.skipped(eas)
+    is_decoder = not eas["by_name"] and eas["attentions"][0]["pools"] == "prompt"
+    if skip and is_decoder and not getattr(text, "is_heterogeneous", False):  # some families have their own
         text.per_layer_config = {index: {"skip": ["attention"]} for index in skip}
     renewed = {id(old): new}
     for name, value in vars(old).items():

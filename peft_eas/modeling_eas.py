@@ -534,16 +534,16 @@ class Bypass:
         is_cross = bool(self.form["context"])
         if isinstance(cache, cache_utils.EncoderDecoderCache):
             cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
-        if self.form["needed"] and self.form["pools"] == "nothing":
+        if self.form["keeps_first"] and self.form["pools"] == "nothing":
             cache = None  # T5 asks each entry for its length; as the first is never skipped, none has to be passed over
         kept = {} if cache is None else state(cache, self.index)
+        others = self.argument(self.form["context"], args, kwargs) if is_cross else None
+        slot = None if cache is None else cache.layers[self.index]
+        if self.form["shows_keys"] and isinstance(slot, PromptSlot) and (slot.keys is None or others is not None):
+            slot.keys = _first(args, kwargs).new_zeros(0 if others is None else 1)
         if self.form["pools"] == "prompt":
             return PromptContext(mask, kept)
         attention_mask = self.argument(self.form["mask"], args, kwargs)
-        others = self.argument(self.form["context"], args, kwargs) if is_cross else None
-        slot = None if cache is None else cache.layers[self.index]
-        if others is not None and isinstance(slot, PromptSlot):
-            slot.keys = others.new_zeros(1)  # by which Mllama knows that there have been images
         return AttendedContext(_first(args, kwargs), attention_mask, kept, is_cross, others)
 
     def output(self, args: tuple, kwargs: dict, attention: nn.Module, nothing: torch.Tensor) -> tuple:
@@ -739,12 +739,11 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
     """Give `model`, built as its base class builds it, the structure that `eas` (`config.eas`) records. Idempotent.
 
     `eas` holds `decoder` (name of a vision-language model's language model) and `attentions`: for each kind of
-    attention in each list of layers, how such attentions are built (the fields of `families.Attentions`: `stack`,
-    `layers`, `attention`, `core`, `ffn`, `residual_norm`, `adds_residual`, `returns`, `needed`, `pools`, `context`,
-    `mask`) and what became of them: `total` (number of layers), `norms` (those of a layer that go with its attention),
-    `skip` (indices of layers without attention), `biased` (linears that a fold has given a bias), `adapters` (records
-    of what stays of adapters, by the attention or FFN that they stand before). For people, `by_name` (see `skipped`)
-    and `config` (what the adapter was configured with).
+    attention in each list of layers, how such attentions are built and called (`Attentions.form` of the module
+    `families`) and what became of them: `total` (number of layers), `norms` (those of a layer that go with its
+    attention), `skip` (indices of layers without attention), `biased` (linears that a fold has given a bias),
+    `adapters` (records of what stays of adapters, by the attention or FFN that they stand before). For people,
+    `by_name` (see `skipped`) and `config` (what the adapter was configured with).
 
     Raises:
         ValueError: if `eas` was written by another version, or names layers that are not there.
@@ -832,6 +831,12 @@ class EASMixin:
         restructure(self, config.eas)
         if depends_on_prompt(config.eas):
             watch_prompt(self, always)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As the base class: of other classes, transformers leaves buffers that no checkpoint holds without values."""
+        base = next(c for c in cls.__mro__ if c.__module__ != __name__)
+        return not base.__module__.startswith("transformers.")
 
     def generate(self, *args, **kwargs):
         with generation(args, kwargs):

@@ -67,7 +67,9 @@ def base_of(merged: PreTrainedModel) -> PreTrainedModel:
     base_class = type(merged).__bases__[1]
     config = copy.deepcopy(merged.config)
     config.__class__ = base_class.config_class
-    config.get_text_config(decoder=True).per_layer_config = None
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "per_layer_attributes", None) == {"skip"}:  # not the family's own
+        text.per_layer_config = None
     return _built(base_class, config, merged)
 
 

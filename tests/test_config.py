@@ -14,7 +14,7 @@ WRONG = {
     "r": [0, -8, 3, 2.0, True, "8", None],
     "r_pia": [0, 7, 1.5, None],
     "num_skip": [-1, 0.0, 1.0, -0.5, float("nan"), True, "4"],
-    "skip_layers": [[-1], [1, 1], [1.0], ["a"], "12", 3, [True]],
+    "skip_layers": [[-1], [1, 1], [1.0], ["a", "a"], "12", 3, [True]],
     "groups": [0, -1, 1.5, True, 5],
     "router": ["dynamic", None, 1],
     "propagation": ["all", None, True],
