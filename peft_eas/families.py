@@ -38,8 +38,8 @@ class Attentions:
         residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT).
         adds_residual: Whether the attention adds the residual stream, its second argument, itself (BLOOM).
         returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`.
-        keeps_first: Whether the first attention of the list is never skipped, as the others need it: T5's has the
-            relative positions of all; Mllama's says how long the KV cache is, which a cross-attention's does not.
+        keeps_first: Whether the first attention of the list is never skipped, as others need it: T5's has the relative
+            positions of all; that of a decoder with cross-attentions says how long the KV cache is.
         pools: What the mean of equation (3) goes over: `"prompt"`, the prompt of a decoder; `"attended"`, all tokens
             that the attention may look at; `"nothing"`, where all tokens are answers (decoders that have an encoder).
         context: Of a cross-attention, the argument with the tokens that keys and values come from.
@@ -84,7 +84,7 @@ class Attentions:
 
 
 _FORM = (
-    "stack", "layers", "attention", "core", "ffn", "residual_norm", "adds_residual", "returns", "keeps_first", "pools",
+    "stack", "layers", "attention", "core", "ffn", "residual_norm", "adds_residual", "returns", "pools",
     "context", "mask", "shows_keys",
 )  # fmt: skip
 
@@ -143,13 +143,13 @@ _T5_CROSS = dict(
 def _bart(stack: str, norms: tuple[str, ...] = ()) -> dict:
     return dict(
         stack=stack, layers=f"{stack}.layers", attention_norms=norms, ffn="fc1", ffn_inputs=("",),
-        pools="attended" if stack == "encoder" else "nothing",
+        keeps_first=stack == "decoder", pools="attended" if stack == "encoder" else "nothing",
     )  # fmt: skip
 
 
 def _bart_cross(norms: tuple[str, ...] = ()) -> dict:
     return _bart("decoder", norms) | dict(
-        attention="encoder_attn", attention_inputs=("q_proj",), context="key_value_states",
+        attention="encoder_attn", attention_inputs=("q_proj",), keeps_first=False, context="key_value_states",
         context_inputs=("k_proj", "v_proj"), pools="attended",
     )  # fmt: skip
 
@@ -423,7 +423,7 @@ def find_layers(model: nn.Module) -> Layers:
         for index, layer in enumerate(layers):
             attention = _get(layer, attentions.attention)
             if attention is not None:
-                is_skippable = bool(index) or not attentions.keeps_first
+                is_skippable = index > 0 or not attentions.keeps_first
                 arms.append(Arm(attentions, index, f"{container}.{index}", index / len(layers), is_skippable))
     if not arms:
         raise ValueError(f"{type(model).__name__} has none of the layers that the row of {family.model_type!r} names.")

@@ -43,6 +43,11 @@ class EASModel(BaseTuner):
 
     def _prepare_model(self, peft_config: EASConfig, model: nn.Module) -> None:
         self._layers = layers = find_layers(model)
+        if getattr(model.config, "chunk_size_feed_forward", 0):  # a PIA would see the first chunk only
+            raise ValueError(
+                f"`config.chunk_size_feed_forward`={model.config.chunk_size_feed_forward} lets FFNs read sequences in "
+                "parts, which EAS can't follow: set it to 0."
+            )
         if peft_config.target_modules is None:
             rows = layers.family.attentions
             peft_config.target_modules = {name for row in rows for name in (row.attention, row.ffn)}

@@ -534,8 +534,8 @@ class Bypass:
         is_cross = bool(self.form["context"])
         if isinstance(cache, cache_utils.EncoderDecoderCache):
             cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
-        if self.form["keeps_first"] and self.form["pools"] == "nothing":
-            cache = None  # T5 asks each entry for its length; as the first is never skipped, none has to be passed over
+        if self.form["pools"] == "nothing":
+            cache = None  # nothing is kept; as the first entry is never skipped, no other has to be passed over, either
         kept = {} if cache is None else state(cache, self.index)
         others = self.argument(self.form["context"], args, kwargs) if is_cross else None
         slot = None if cache is None else cache.layers[self.index]

@@ -654,7 +654,8 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "",
         "Of models that have layers without attention, the attentions of the others are skipped; of vision-language",
         "models, those of the language model. Left alone are LXMERT's cross-attentions, each of which serves both",
-        "directions; T5's first attention of each list, which has the relative positions of all; BridgeTower's vision",
+        "directions; T5's first attention of each list, which has the relative positions of all; the first",
+        "self-attention of decoders with cross-attentions, which says how long the KV cache is; BridgeTower's vision",
         "tower.",
     ]
     failures = []

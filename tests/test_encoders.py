@@ -1,0 +1,385 @@
+"""Encoders, cross-attentions and encoder-decoders: formulas, names, pooling, search. Each family: see matrix.py."""
+
+import json
+import subprocess
+import sys
+
+import matrix
+import pytest
+import reference
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BartForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
+
+from peft_eas import EASCallback, EASConfig, cli, model_card, plot_search, score_attentions
+from peft_eas.families import find_layers
+from peft_eas.modeling_eas import prompt_mean, skipped
+
+# Formulas -------------------------------------------------------------------------------------------------------------
+
+
+def stock(model_type):
+    return matrix.tiny_model(model_type).double()
+
+
+def zero(module):
+    module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+
+
+def before(linear, function):
+    linear.register_forward_pre_hook(lambda module, args: (function(args[0]),))
+
+
+def run(model, model_type):
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in matrix.tiny_inputs(model_type).items()}
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(propagation="none"), dict(use_bias=False, scaling=0.5)], ids=str)
+def test_an_encoder_computes_the_formulas(settings):
+    """All tokens that are not padding are pooled; the residual stream is not adapted."""
+    adapted = matrix.adapted("bert", **settings)
+    config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
+    mask = matrix.tiny_inputs("bert")["attention_mask"].bool()
+    model = stock("bert")
+    for index, layer in enumerate(model.bert.encoder.layer):
+        name = f"bert.encoder.layer.{index}"
+        if index in config.skip_layers:
+            zero(layer.attention.output.dense)
+            before(
+                layer.intermediate.dense,
+                lambda z, p=parameters[f"{name}.intermediate"]: reference.pia(z, p, mask, config),
+            )
+        else:
+            for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
+                before(linear, lambda z, p=parameters[f"{name}.attention"]: reference.adapt(z, p, mask, config))
+    expected = run(model, "bert").float()
+    torch.testing.assert_close(matrix.logits(adapted, "bert"), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(propagation="none"), dict(use_bias=False, scaling=0.5)], ids=str)
+def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
+    """A cross-attention's PIA pools the encoder's tokens, a decoder's own nothing; before one FFN they add up."""
+    adapted = matrix.adapted("bart", **settings)
+    config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
+    inputs = matrix.tiny_inputs("bart")
+    source = inputs["attention_mask"].bool()
+    model = stock("bart")
+    with torch.no_grad():
+        everything = torch.ones_like(inputs["decoder_input_ids"], dtype=torch.bool)
+    read = {}
+
+    def remember(module, args, output):
+        read["encoder"] = output.last_hidden_state
+
+    model.model.encoder.register_forward_hook(remember)
+
+    def delta(z, p, others=None):
+        """Equation (2) without its first term."""
+        h = reference.down(z, p, "C")
+        if others is not None and config.propagation == "prompt":
+            h = h + reference.prompt_average(reference.down(others, p, "A"), source)
+        alpha = reference.weights_of_branches(z, p, None, config.temperature)
+        return reference.branches(h / 2, p, alpha, config.scaling)
+
+    both = 0
+    for index, layer in enumerate(model.model.encoder.layers):
+        name = f"model.encoder.layers.{index}"
+        if f"encoder.{index}.self" in config.skip_layers:
+            zero(layer.self_attn.out_proj)
+            before(layer.fc1, lambda z, p=parameters[f"{name}.fc1"]: z + delta(z, p, z))
+        else:
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                before(linear, lambda z, p=parameters[f"{name}.self_attn"]: reference.adapt(z, p, source, config))
+    for index, layer in enumerate(model.model.decoder.layers):
+        name, pias = f"model.decoder.layers.{index}", []
+        if f"decoder.{index}.self" in config.skip_layers:
+            zero(layer.self_attn.out_proj)
+            pias.append(lambda z, p=parameters[f"{name}.fc1"]: delta(z, p))
+        else:
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                before(linear, lambda z, p=parameters[f"{name}.self_attn"]: reference.adapt(z, p, everything, config))
+        if f"decoder.{index}.cross" in config.skip_layers:
+            zero(layer.encoder_attn.out_proj)
+            further = parameters[f"{name}.fc1.eas_further.cross" if index else f"{name}.fc1"]
+            pias.append(lambda z, p=further: delta(z, p, read["encoder"]))
+        else:
+            before(
+                layer.encoder_attn.q_proj,
+                lambda z, p=parameters[f"{name}.encoder_attn"]: reference.adapt(z, p, everything, config),
+            )
+        both += len(pias) == 2
+        before(layer.fc1, lambda z, pias=pias: z + sum(pia(z) for pia in pias))
+    assert both
+    expected = run(model, "bart").float()
+    torch.testing.assert_close(matrix.logits(adapted, "bart"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_with_nothing_to_look_at_pools_zero():
+    """As a text without an image is to a cross-attention."""
+    z, mask = torch.randn(2, 3, 4), torch.tensor([[1, 0, 1], [0, 0, 0]])
+    expected = torch.stack([(z[0, 0] + z[0, 2]) / 2, torch.zeros(4)])[:, None]
+    torch.testing.assert_close(prompt_mean(z, mask), expected)
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def test_indices_and_names_mean_the_same():
+    by_index = get_peft_model(matrix.tiny_model("bert"), EASConfig(skip_layers=[1, 2]))
+    by_name = get_peft_model(matrix.tiny_model("bert"), EASConfig(skip_layers=["encoder.2.self", 1]))
+    assert by_index.skip_layers == by_name.skip_layers == by_name.peft_config["default"].skip_layers == [1, 2]
+    by_name.set_skip_layers(["encoder.0.self"])
+    assert by_name.skip_layers == [0]
+    decoder = get_peft_model(matrix.tiny_model("llama"), EASConfig(skip_layers=["decoder.3.self"]))
+    assert decoder.skip_layers == [3]
+
+
+def test_names_where_indices_are_not_enough():
+    names = ["encoder.0.self", "decoder.2.self", "decoder.2.cross", "decoder.3.cross"]
+    model = get_peft_model(matrix.tiny_model("bart"), EASConfig(skip_layers=names[::-1]))
+    assert model.skip_layers == names
+    assert model.model.model.decoder.layers[2].encoder_attn.gates == {"default": True}
+    assert model.model.model.decoder.layers[3].self_attn.gates == {"default": False}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "skip_layers", "message"),
+    [
+        ("bart", [1], r"names \[1\], but the attentions of this model are \['encoder\.0\.self', "),
+        ("bert", [1, "encoder.9.self"], r"\['encoder\.9\.self'\].*\[0, 1, 2, 3\], also called 'encoder\.0\.self' to"),
+        ("t5", ["encoder.0.self"], r"'encoder\.0\.self'.*can be skipped .*'encoder\.1\.self'"),
+        ("bart", ["decoder.0.self"], r"names \['decoder\.0\.self'\]"),
+        ("llama", ["decoder.1.cross"], r"decoder\.1\.cross"),
+    ],
+)
+def test_attentions_that_are_not_there_are_refused(model_type, skip_layers, message):
+    model = matrix.tiny_model(model_type)
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, EASConfig(skip_layers=skip_layers))
+    assert [name for name, _ in model.named_modules()] == before
+
+
+@pytest.mark.parametrize("model_type", ["bert", "bart", "clip"])
+def test_a_router_that_reads_the_prompt_is_for_decoders(model_type):
+    with pytest.raises(ValueError, match=r"router='prompt'.*use `router='static'`"):
+        get_peft_model(matrix.tiny_model(model_type), EASConfig(router="prompt"))
+
+
+def test_encoders_as_decoders_are_refused():
+    config = BertConfig(**matrix.TEXT, is_decoder=True)
+    bart = matrix.EXAMPLES["bart"].config()
+    for model in (BertLMHeadModel(config), BartForCausalLM(bart)):
+        with pytest.raises(ValueError, match="`is_decoder=True`"):
+            get_peft_model(model, EASConfig())
+
+
+def test_ffns_that_read_in_parts_are_refused():
+    model = matrix.tiny_model("bert")
+    model.config.chunk_size_feed_forward = 2
+    with pytest.raises(ValueError, match="chunk_size_feed_forward"):
+        get_peft_model(model, EASConfig())
+
+
+def test_contexts_of_encoders_are_not_frozen():
+    with pytest.raises(ValueError, match="propagation='none'"):
+        matrix.adapted("bart").freeze_context([])
+
+
+def test_unload_leaves_the_base_model():
+    """The hook in front of the core of BERT's attention goes, too."""
+    for model_type in ("bert", "bart"):
+        model = matrix.adapted(model_type)
+        expected = matrix.logits(matrix.tiny_model(model_type), model_type)
+        with model.disable_adapter():
+            torch.testing.assert_close(matrix.logits(model, model_type), expected, rtol=0, atol=0)
+        torch.testing.assert_close(matrix.logits(model.unload(), model_type), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "bart", "bridgetower", "t5"])
+def test_merge_adapter_and_back(model_type):
+    model = matrix.adapted(model_type)
+    expected = matrix.logits(model, model_type)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.merge_adapter()
+    matrix.assert_close(matrix.logits(model, model_type), expected)
+    model.unmerge_adapter()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(matrix.logits(model, model_type), expected, rtol=0, atol=0)
+    model.merge_adapter()
+    matrix.assert_close(matrix.logits(model.merge_and_unload(), model_type), expected)
+
+
+# Generation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", [[1], [1, 2], [1, 2, 3]], ids=str)
+@pytest.mark.parametrize("model_type", ["bart", "whisper"])
+def test_cached_is_uncached_whatever_of_the_decoder_is_skipped(model_type, skip):
+    """The length of the KV cache is that of the first layer, whose self-attention always stays."""
+    names = [f"decoder.{i}.self" for i in skip] + [f"decoder.{i}.cross" for i in (0, *skip[1:])]
+    model = get_peft_model(matrix.tiny_model(model_type), EASConfig(skip_layers=names)).eval()
+    inputs = {k: v for k, v in matrix.tiny_inputs(model_type).items() if not k.startswith("decoder_")}
+    for beams in (1, 3):
+        settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=beams)
+        expected = model.generate(**inputs, use_cache=False, **settings)
+        assert torch.equal(model.generate(**inputs, **settings), expected)
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.generate(**inputs, **settings), expected)
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+WITHOUT_PACKAGE = """
+import sys, torch
+sys.modules["peft_eas"] = None
+from transformers import AutoModelForSeq2SeqLM
+model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+inputs = torch.load(sys.argv[2])
+torch.save(model(**inputs).logits, sys.argv[3])
+"""
+
+
+def test_a_merged_model_loads_without_the_package(tmp_path):
+    merged = matrix.adapted("bart").merge_and_unload()
+    expected = matrix.logits(merged, "bart")
+    merged.save_pretrained(tmp_path / "merged")
+    torch.save(matrix.tiny_inputs("bart"), tmp_path / "inputs")
+    files = [str(tmp_path / name) for name in ("merged", "inputs", "logits")]
+    subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *files], check=True, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+
+
+def test_what_is_said_of_a_merged_model(tmp_path, capsys):
+    adapted = matrix.adapted("bart")
+    names = adapted.skip_layers
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    assert skipped(merged.config.eas) == names
+    merged.save_pretrained(tmp_path / "merged")
+    card = str(model_card(merged))
+    assert f"{len(names)} of its 12 attentions" in card
+    assert "decoder, cross\n  0 .#.. 3" in card
+    for folder in ("adapter", "merged"):
+        assert cli.main(["inspect", str(tmp_path / folder), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["skip_layers"] == names
+
+
+# Search ---------------------------------------------------------------------------------------------------------------
+
+
+def batches(count):
+    rows = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(5, 90, (7,), generator=generator)
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.flip(0)[:4]})
+    return rows
+
+
+def test_a_search_over_names(tmp_path):
+    """Among self- and cross-attentions of both lists, by a stock Trainer; what is saved resumes and is loaded."""
+
+    def trainer(**settings):
+        model = get_peft_model(matrix.tiny_model("t5"), EASConfig(num_skip=4, task_type="SEQ_2_SEQ_LM"))
+        args = Seq2SeqTrainingArguments(
+            tmp_path, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True,
+            save_steps=4, **settings,
+        )  # fmt: skip
+        search = EASCallback(batches(6), warmup_steps=1, search_steps=6, interval=2, num_candidates=2)
+        return Seq2SeqTrainer(model, args, train_dataset=batches(20), callbacks=[search]), search
+
+    whole, search = trainer(max_steps=9)
+    whole.train()
+    arms = [key for key, arm in find_layers(matrix.tiny_model("t5")).items() if arm.is_skippable]
+    report = search.report
+    assert report["layers"] == arms
+    assert report["skip_layers"] == whole.model.skip_layers == whole.model.peft_config["default"].skip_layers
+    assert len(report["skip_layers"]) == 4
+    plot_search(report)
+    resumed, again = trainer(max_steps=9)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.report["preferences"] == report["preferences"]
+    assert again.report["skip_layers"] == report["skip_layers"]
+    whole.model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(matrix.tiny_model("t5"), tmp_path / "adapter").eval()
+    assert loaded.skip_layers == report["skip_layers"]
+    expected = matrix.logits(whole.model.eval(), "t5")
+    torch.testing.assert_close(matrix.logits(loaded, "t5"), expected, rtol=0, atol=0)
+    matrix.assert_close(matrix.logits(loaded.merge_and_unload(), "t5"), expected)
+
+
+def test_the_deepest_of_each_list_come_first():
+    model = get_peft_model(matrix.tiny_model("lxmert"), EASConfig(num_skip=2))
+    layers = find_layers(matrix.tiny_model("lxmert"))
+    assert [layers[key].depth for key in ("text.1.self", "cross_text.2.self")] == [1 / 2, 2 / 3]
+    assert model.skip_layers == []
+
+
+@pytest.mark.parametrize("model_type", ["bert", "bart"])
+def test_scores_by_loss_are_those_of_dropping_by_hand(model_type):
+    example = matrix.EXAMPLES[model_type]
+    batch = matrix.tiny_inputs(model_type) | example.labels
+    batch.pop("decoder_input_ids", None)
+    scores = score_attentions(matrix.tiny_model(model_type), [batch], method="loss")
+    layers = find_layers(matrix.tiny_model(model_type))
+    assert scores.keys() == layers.keys()
+    with torch.no_grad():
+        whole = matrix.tiny_model(model_type)(**batch).loss
+        for key, arm in layers.items():
+            model = matrix.tiny_model(model_type)
+            *_, projection = (m for m in model.get_submodule(arm.attention).modules() if isinstance(m, nn.Linear))
+            zero(projection)
+            assert scores[key] == pytest.approx(float(model(**batch).loss - whole), abs=1e-5)
+
+
+def test_scores_by_similarity():
+    """Of BERT, between what its norm makes of the stream with and without the attention; of a cross-attention, of the
+    stream that it adds to."""
+    streams = {}
+    model = matrix.tiny_model("bert")
+    for index, layer in enumerate(model.bert.encoder.layer):
+        attention = layer.attention.output
+
+        def remember(module, args, output, index=index):
+            streams[index] = module.LayerNorm(args[1]), output
+
+        attention.register_forward_hook(remember)
+    inputs = matrix.tiny_inputs("bert")
+    scores = score_attentions(model, [inputs])
+    for index, (without, output) in streams.items():
+        change = 1 - nn.functional.cosine_similarity(without, output, dim=-1)
+        assert scores[index] == pytest.approx(float(change[inputs["attention_mask"].bool()].mean()), abs=1e-6)
+    streams.clear()
+    model = matrix.tiny_model("bart")
+    for index, layer in enumerate(model.model.decoder.layers):
+
+        def keep(module, args, output, index=index):
+            streams[index] = args[0], output[0]
+
+        layer.encoder_attn.register_forward_hook(keep)
+    scores = score_attentions(model, [matrix.tiny_inputs("bart")])
+    for index, (stream, update) in streams.items():
+        change = 1 - nn.functional.cosine_similarity(stream, stream + update, dim=-1)
+        assert scores[f"decoder.{index}.cross"] == pytest.approx(float(change.mean()), abs=1e-6)
+
+
+def test_auto_classes_load_merged_encoders(tmp_path):
+    matrix.adapted("bert").merge_and_unload().save_pretrained(tmp_path)
+    assert (
+        type(AutoModelForSequenceClassification.from_pretrained(tmp_path)).__name__
+        == "EASBertForSequenceClassification"
+    )
+    matrix.adapted("mt5").merge_and_unload().save_pretrained(tmp_path)
+    assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path)).__name__ == "EASMT5ForConditionalGeneration"
