@@ -10,7 +10,7 @@ from . import modeling_eas
 from .card import model_card, write_card
 from .config import EASConfig, EASType
 from .export import export
-from .families import FAMILIES, Family, register_family
+from .families import FAMILIES, Attentions, Family, register_family
 from .model import EASModel
 from .modeling_eas import prompt_mask
 from .search import EASCallback, plot_search, score_attentions
@@ -18,6 +18,7 @@ from .search import EASCallback, plot_search, score_attentions
 __version__ = "0.1.0"
 __all__ = [
     "FAMILIES",
+    "Attentions",
     "EASCallback",
     "EASConfig",
     "EASModel",

@@ -62,14 +62,12 @@ class EASModel(BaseTuner):
                 f"`exclude_modules` and `layers_to_transform` leaves none of them, such as "
                 f"{next(iter(self._places))!r}. Leave it out to adapt all."
             )
-        for name in targeted:
-            is_ffn = name != self._places[name][0].attention
+        for name, arms in self._places.items():
+            if name not in targeted:
+                continue
             module = model.get_submodule(name)
-            width = (
-                module.hidden_size
-                if isinstance(module, EASLayer)
-                else inputs_of(module, *self._places[name][:1], is_ffn)[1]
-            )
+            base_layer = module.base_layer if isinstance(module, EASLayer) else module
+            _, width = inputs_of(base_layer, arms[0], is_ffn=name != arms[0].attention)
             if width % peft_config.groups:
                 raise ValueError(f"`groups`={peft_config.groups} does not divide the model's hidden size {width}.")
         skippable = [key for key, arm in layers.items() if arm.is_skippable and {arm.attention, arm.ffn} <= targeted]

@@ -101,7 +101,7 @@ def as_source(family: Family) -> str:
     """The row as it is written in Python, without what is a default."""
     default = Family(family.model_type)
     said = [repr(family.model_type)]
-    for field in dataclasses.fields(Family)[1:]:
+    for field in dataclasses.fields(Family):
         value = getattr(family, field.name)
         if value != getattr(default, field.name):
             said.append(f"{field.name}={value!r}")

@@ -11,16 +11,30 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BartForCausalLM,
+    BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
 
-from peft_eas import EASCallback, EASConfig, cli, model_card, plot_search, score_attentions
+from peft_eas import (
+    FAMILIES,
+    Attentions,
+    EASCallback,
+    EASConfig,
+    Family,
+    cli,
+    model_card,
+    plot_search,
+    register_family,
+    score_attentions,
+)
 from peft_eas.families import find_layers
 from peft_eas.modeling_eas import prompt_mean, skipped
 
@@ -219,6 +233,43 @@ def test_merge_adapter_and_back(model_type):
     torch.testing.assert_close(matrix.logits(model, model_type), expected, rtol=0, atol=0)
     model.merge_adapter()
     matrix.assert_close(matrix.logits(model.merge_and_unload(), model_type), expected)
+
+
+def test_a_row_with_cross_attentions_from_outside(tmp_path):
+    """As in docs/usage.md."""
+
+    class Config(BartConfig):
+        model_type = "own_seq2seq"
+
+    class Model(BartForConditionalGeneration):
+        config_class = Config
+
+    AutoConfig.register("own_seq2seq", Config)
+    AutoModelForSeq2SeqLM.register(Config, Model)
+    common = dict(attention_norms=(), ffn="fc1", ffn_inputs=("",))
+    decoder = dict(stack="decoder", layers="decoder.layers", **common)
+    cross = Attentions(
+        **decoder, attention="encoder_attn", attention_inputs=("q_proj",), context="key_value_states",
+        context_inputs=("k_proj", "v_proj"), pools="attended",
+    )  # fmt: skip
+    own = Attentions(**decoder, pools="nothing", keeps_first=True)
+    row = Family(
+        "own_seq2seq", stack="encoder", layers="encoder.layers", pools="attended", **common, also=(own, cross)
+    )  # fmt: skip
+    register_family(row)
+    try:
+        torch.manual_seed(0)
+        base = Model(Config(**matrix.SEQ2SEQ)).eval()
+        model = get_peft_model(base, EASConfig(skip_layers=["encoder.1.self", "decoder.2.cross"], init_weights=False))
+        expected = matrix.logits(model.eval(), "bart")
+        merged = model.merge_and_unload()
+        matrix.assert_close(matrix.logits(merged, "bart"), expected)
+        merged.save_pretrained(tmp_path)
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+        assert isinstance(loaded, Model)
+        matrix.assert_close(matrix.logits(loaded.eval(), "bart"), expected)
+    finally:
+        FAMILIES.pop("own_seq2seq")
 
 
 # Generation -----------------------------------------------------------------------------------------------------------
