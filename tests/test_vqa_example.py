@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -48,7 +49,7 @@ def questions(split):
 
 
 def tokenizer():
-    text = " ".join((*TEXTS, *vqa.VISUAL_ANSWERS, "Answer: This is a", *(f"w{i}" for i in range(VOCABULARY))))
+    text = " ".join((*TEXTS, *vqa.VISUAL_ANSWERS, "Answer:", *(f"w{i}" for i in range(VOCABULARY))))
     words = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(text.split())][:VOCABULARY]
     words = {word: i for i, word in enumerate(words)}
     raw = Tokenizer(WordLevel(words, unk_token="<unk>"))
@@ -91,7 +92,7 @@ def tiny_world(monkeypatch, tmp_path):
 
 def test_the_whole_example(tiny_world, monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
-    options = "--num-skip 2 --tower-epochs 2 --captions 8 --train-examples 20 --search-examples 4 --batch-size 4"
+    options = "--num-skip 2 --image-epochs 2 --train-examples 20 --search-examples 4 --batch-size 4"
     monkeypatch.setattr("sys.argv", ["vqa.py", *options.split(), "--held-out-examples", "16", "--output", str(out)])
     vqa.main()
     printed = capsys.readouterr().out
@@ -101,6 +102,15 @@ def test_the_whole_example(tiny_world, monkeypatch, tmp_path, capsys):
     kv = {name: int(row[4].replace(",", "")) for name, row in rows.items()}
     assert kv["base"] == kv["LoRA, merged"] == 6 * 2 * 2 * 8 * 4
     assert kv["EAS, merged"] == 4 * 2 * 2 * 8 * 4
+    # ... what can be had without images, and how the answers of EAS and LoRA differ
+    train, held_out = (vqa.affirmative(questions(split)) for split in ("train", "test"))
+    held_out = vqa.random.Random(0).sample(held_out, 16)
+    assert f"\nno image {vqa.blind_accuracy(train, held_out):19.3f}\n" in printed
+    alone = [
+        int(n) for n in re.search(r"EAS alone is right on (\d+) questions,\nLoRA alone on (\d+)\.", printed).groups()
+    ]
+    difference = float(rows["EAS, merged"][0]) - float(rows["LoRA, merged"][0])
+    assert alone[0] - alone[1] == pytest.approx(16 * difference, abs=0.02)
 
     # what was saved is what was fine-tuned from the saved start: the tower as it was, the projector trained further
     (start,) = (tmp_path / "cache").iterdir()
@@ -120,7 +130,6 @@ def test_the_whole_example(tiny_world, monkeypatch, tmp_path, capsys):
     processor = AutoProcessor.from_pretrained(out)
     asked = [line for line in printed.splitlines() if line.startswith(TEXTS)]
     assert len(asked) == 12
-    held_out = vqa.random.Random(0).sample(questions("test"), 16)
     for line, question in zip(asked, held_out, strict=False):
         inputs = processor(images=question.image, text=question.prompt, return_tensors="pt")
         output = merged.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False)
@@ -137,7 +146,7 @@ def test_the_whole_example(tiny_world, monkeypatch, tmp_path, capsys):
 
 def test_batches_have_an_image_in_each_prompt_and_labels_for_the_answer_alone(llava):
     model, processor = llava
-    some = [questions("train")[0], vqa.Caption(drawing("teal", "circle"), "a teal circle"), questions("train")[3]]
+    some = questions("train")[1:4]
     batch = vqa.collate(some, processor)
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert ((batch["input_ids"] == image_token).sum(-1) == TOKENS).all()
@@ -179,16 +188,55 @@ def test_what_questions_and_answers_say_of_an_image():
     assert all(image is other for (image, _), (other, _) in zip(found, expected, strict=True))
 
 
-def test_the_tower_learns_to_tell_images_apart(tmp_path):
-    described = [(drawing(*words), words) for words in vqa.CLASSES] * 4
-    args = argparse.Namespace(output=tmp_path, seed=0, tower_epochs=16)
-    tower = vqa.make_tower(described, args)
-    pixels = vqa.image_processor()([image for image, _ in described[:24]], return_tensors="pt")["pixel_values"]
+def test_tower_and_projector_learn_to_turn_images_into_words(tmp_path):
+    vision = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16
+    )
+    torch.manual_seed(1)
+    base = language_model()
+    base.get_input_embeddings().weight.data *= 3
+    model, processor = vqa.put_together(CLIPVisionModel(vision), base, tokenizer())
+    before = {name: value.clone() for name, value in model.model.language_model.state_dict().items()}
+    described = [(drawing(*words), words) for words in itertools.product(COLORS[1:5], SHAPES)]
+    args = argparse.Namespace(output=tmp_path, seed=0, image_epochs=400)
+    vqa.learn_to_see(model, processor, described, args)
+    for name, value in model.model.language_model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+    # what the language model is given for an image, by the colours and shapes whose embeddings are nearest
+    words = vqa.first_tokens(COLORS + SHAPES, processor.tokenizer)
+    embeddings = model.get_input_embeddings().weight[words]
+    given = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad(), hook:
+        for image, named in described:
+            batch = processor(images=image, text="<image>\nwhat", return_tensors="pt")
+            model(**batch)
+            tokens = given.pop()[batch["input_ids"] == model.config.image_token_id]
+            nearest = words[torch.cdist(tokens, embeddings).argmin(-1)]
+            assert processor.tokenizer.convert_ids_to_tokens(nearest) == list(named) * (TOKENS // 2)
+
+
+def test_images_to_words_loss(llava):
+    model, processor = llava
+    words = vqa.first_tokens(COLORS + SHAPES, processor.tokenizer)
+    pixels = processor.image_processor([drawing("red", "circle"), drawing("teal", "triangle")], return_tensors="pt")
+    pixels = pixels["pixel_values"]
+    labels = torch.tensor([[COLORS.index("red"), 8], [COLORS.index("teal"), 10]])
     with torch.no_grad():
-        features = tower(pixels).last_hidden_state[:, 1:].mean(1)
-        mirrored = tower(pixels.flip(-1)).last_hidden_state[:, 1:].mean(1)
-    assert features.shape == (24, 128)
-    assert torch.equal(torch.cdist(mirrored, features).argmin(-1), torch.arange(24))
+        loss = vqa.ImagesToWords(model, words)(pixels, labels)["loss"].item()
+        tokens = model.model.multi_modal_projector(model.model.vision_tower(pixels).last_hidden_state[:, 1:])
+        embeddings = model.get_input_embeddings().weight[words]
+    expected = 0.0
+    for image in range(2):
+        for position in range(TOKENS):
+            distances = torch.stack([((tokens[image, position] - word) ** 2).sum() for word in embeddings])
+            own = labels[image, position % 2]
+            norm = (embeddings**2).sum() / len(embeddings)
+            expected += (distances[own] / norm - torch.log_softmax(-distances, dim=0)[own]).item()
+    assert loss == pytest.approx(expected / (2 * TOKENS), rel=1e-5)
 
 
 def test_accuracy_and_loss(llava):
@@ -205,6 +253,12 @@ def test_accuracy_and_loss(llava):
     assert accuracy == pytest.approx(2 / 3)
     expected = sum(row.logsumexp(-1) - row[i] for row, i in zip(logits, ids, strict=True)) / 3
     assert loss == pytest.approx(expected.item())
+
+
+def test_affirmative_questions():
+    texts = ("is there a circle?", "is there not a circle?", "is no circle present?", "what is the note?")
+    asked = [SimpleNamespace(text=text) for text in texts]
+    assert vqa.affirmative(asked) == [asked[0], asked[3]]
 
 
 def test_accuracy_without_images():
