@@ -60,7 +60,7 @@ def _check(model: PreTrainedModel) -> None:
         raise ValueError(
             f"A {type(model).__name__} reads more than text, which can't be exported. transformers runs it as it is."
         )
-    if getattr(model.config, "eas", {"adapters": {}})["adapters"]:
+    if any(form["adapters"] for form in getattr(model.config, "eas", {"attentions": []})["attentions"]):
         raise ValueError(
             "Something stays of this model's adapters beside its weights (layers depend on the prompt, or experts have "
             "no biases), which other engines know nothing of. Ways out: "
