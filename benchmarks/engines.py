@@ -3,12 +3,13 @@
     python benchmarks/engines.py                    every engine, on the CPU
     python benchmarks/engines.py --only llama       engines whose name contains this
     python benchmarks/engines.py --profile          also where the time goes, in the base model and the merged one
-    python benchmarks/engines.py --device cuda      transformers on a GPU: bfloat16, 1 and 32 prompts of up to 8192 tokens
+    python benchmarks/engines.py --device cuda      on a GPU: bfloat16, 1 and 32 prompts of 512 to 8192 tokens
 
 SmolLM2-135M without 8 of its 30 attentions against itself with all of them. Every ratio is the median of paired ratios,
 one a round: in a round, everything that is compared runs once, in turn. The `control` is a second copy of the base
 model: how far it is from 1 says what a ratio can resolve. Compiling, loading and converting are not counted. The
-results go to `benchmarks/results/engines.*` (JSON, tables, a picture); with `--quick`, nowhere.
+results go to `benchmarks/results/engines.*` (JSON, tables, a picture) as soon as an engine is done, and replace what
+was there of this engine; those of a GPU to `engines-cuda.*`; with `--quick`, nowhere.
 """
 
 from __future__ import annotations
@@ -83,8 +84,7 @@ class InTransformers:
     Attributes:
         attention: `attn_implementation`.
         static: Whether the KV cache is a static one, as with `cache_implementation="static"`.
-        compiled: Whether the model is compiled, as `generate` does it with a static cache on a GPU; here the prefill is,
-            too.
+        compiled: Whether the model is compiled, as `generate` does it on a GPU with a static cache; its prefill, too.
     """
 
     attention: str = "sdpa"
@@ -93,6 +93,7 @@ class InTransformers:
 
     devices = None  # all
     merged = ("none", "prompt")
+    packages = ()
 
     def start(self, model: PreTrainedModel, ids: torch.Tensor, steps: int, folder: Path) -> Running:
         model.set_attn_implementation(self.attention)
@@ -122,6 +123,7 @@ class InLlamaCpp:
 
     devices = ("cpu",)  # what the wheel is built for
     merged = ("none",)  # nothing else fits in the file
+    packages = ("xllamacpp", "gguf")
 
     def start(self, model: PreTrainedModel, ids: torch.Tensor, steps: int, folder: Path) -> Running:
         import gguf
@@ -313,34 +315,41 @@ def _runs_module_by_module(engine: InTransformers | InLlamaCpp) -> bool:
     return isinstance(engine, InTransformers) and not engine.compiled
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Every engine with every size."""
-    chosen = [
-        name
-        for name, engine in ENGINES.items()
-        if args.only in name and (engine.devices is None or args.device.type in engine.devices)
-    ]
-    base = load_base(args.random_weights)
-    models = {
-        name: model.to(device=args.device, dtype=args.dtype) for name, model in make_models(base, args.profile).items()
-    }
+def measure_engine(name: str, models: dict, args: argparse.Namespace) -> dict:
+    """All sizes in one engine, and how they were measured."""
     rows, profile, left_out = [], [], []
     for tokens in args.tokens:
         for batch in args.batch:
-            ids = torch.randint(base.config.vocab_size, (batch, tokens), device=args.device)
-            for name in chosen:
-                if batch > 1 and isinstance(ENGINES[name], InLlamaCpp):
-                    left_out.append(f"{name}, {batch} x {tokens}: one prompt at a time")
-                    continue
-                try:
-                    found = compare(name, models, ids, args)
-                except torch.OutOfMemoryError:
-                    left_out.append(f"{name}, {batch} x {tokens}: does not fit into the memory")
-                    continue
-                rows += found[0]
-                profile += found[1]
-                print(table(COLUMNS, found[0]), table(PROFILE_COLUMNS, found[1]), sep="\n\n", flush=True)
-    return {"rows": rows, "profile": profile, "left out": left_out}
+            size = f"{batch} x {tokens}"
+            if batch > 1 and isinstance(ENGINES[name], InLlamaCpp):
+                left_out.append(f"{size}: one prompt at a time")
+                continue
+            torch.manual_seed(0)
+            ids = torch.randint(models["base"].config.vocab_size, (batch, tokens)).to(args.device)
+            try:
+                found = compare(name, models, ids, args)
+            except torch.OutOfMemoryError:
+                left_out.append(f"{size}: does not fit into the memory")
+                continue
+            rows += found[0]
+            profile += found[1]
+    return {
+        "rows": rows,
+        "profile": profile,
+        "left out": left_out,
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/engines.py", *sys.argv[1:]]),
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "clock": args.clock,
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "weights": "random" if args.random_weights else "pretrained",
+        "machine": {
+            "device": getattr(torch.get_device_module(args.device), "get_device_name", str)(args.device),
+            **machine(),
+            **{package: importlib.metadata.version(package) for package in ENGINES[name].packages},
+        },
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -355,8 +364,8 @@ PROFILE_COLUMNS = ["engine", "case", "model", *PARTS, "sum", "found by"]
 NOTE = f"""\
 Time of a merged model as a ratio to its base model's. `propagation="none"` is merged without biases, `"prompt"` with
 the default settings. The bound is the ratio of the operations of the matrix products (prefill), or of the bytes of the
-weights, keys and values that are read for a token (decode); 'within': no further from it than {100 * TOLERANCE:.0f} points.
-'By time' is what to expect if the skipped attentions' share of the base model's time vanished, and nothing else changed."""
+weights, keys and values that are read for a token (decode); 'within': at most {100 * TOLERANCE:.0f} points from it. 'By
+time' is what to expect if the skipped attentions' share of the base model's time vanished, and nothing else changed."""
 PROFILE_NOTE = """\
 Shares of the base model's time. 'Modules': each module was timed (attentions and FFNs with their norms; the rest is
 residual additions, embeddings, positions, masks and Python), and the merged model's (`propagation="none"`) stand below,
@@ -364,20 +373,32 @@ so that a row's sum is the ratio in these rounds. 'Removal', where modules can't
 model without attentions and of one without layers, but for the first; the head is in the rest."""
 
 
-def markdown(result: dict) -> str:
-    title = f"# Engines: merged against base ({SKIPPED} of 30 attentions skipped)"
-    lines = [title, table(COLUMNS, result["rows"]), NOTE]
-    if result["profile"]:
-        lines += ["## Where the time goes", table(PROFILE_COLUMNS, result["profile"]), PROFILE_NOTE]
-    if result["left out"]:
-        lines.append(f"Left out: {'; '.join(result['left out'])}.")
-    about = "; ".join(f"{key}: {value}" for key, value in result["machine"].items())
-    lines += [
-        f"Median and quartiles (q1, q3) of {result['rounds']} paired ratios, {result['clock']} clock, "
-        f"{result['weights']} weights, {result['dtype']} in transformers, {result['steps']} tokens decoded at a time.",
-        f"- {result['date']}, `{result['command']}`\n- {about}",
-    ]
+def markdown(results: dict[str, dict]) -> str:
+    """The tables of all engines, and how each was measured."""
+    rows, profile = ([row for result in results.values() for row in result[key]] for key in ("rows", "profile"))
+    lines = [f"# Engines: merged against base ({SKIPPED} of 30 attentions skipped)", table(COLUMNS, rows), NOTE]
+    if profile:
+        lines += ["## Where the time goes", table(PROFILE_COLUMNS, profile), PROFILE_NOTE]
+    lines += ["## How it was measured", "Medians and quartiles (q1, q3) are those of paired ratios."]
+    for name, result in results.items():
+        about = "; ".join(f"{key}: {value}" for key, value in result["machine"].items())
+        left_out = "".join(f"; left out: {what}" for what in result["left out"])
+        lines.append(
+            f"- {name}: {result['date']}, `{result['command']}`; {result['rounds']} rounds, {result['clock']} clock, "
+            f"{result['weights']} weights, {result['steps']} tokens decoded at a time, {result['dtype']} in "
+            f"transformers{left_out}; {about}"
+        )
     return "\n\n".join(lines) + "\n"
+
+
+def write(results: dict[str, dict], folder: Path, stem: str) -> None:
+    """JSON, tables and the picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / f"{stem}.md").write_text(markdown(results))
+    rows = [row for result in results.values() for row in result["rows"]]
+    labels = [f"{row['engine']}: {row['case']}, {row['propagation']}" for row in rows]
+    draw(rows, labels, folder / f"{stem}.png")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -415,34 +436,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def about_machine(device: torch.device) -> dict:
-    """What the numbers were measured on."""
-    named = getattr(torch.get_device_module(device), "get_device_name", str)(device)
-    return {"device": named, **machine(), "xllamacpp": importlib.metadata.version("xllamacpp")}
-
-
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    result = run(args) | {
-        "machine": about_machine(args.device),
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/engines.py", *sys.argv[1:]]),
-        "clock": args.clock,
-        "rounds": args.rounds,
-        "steps": args.steps,
-        "dtype": str(args.dtype).removeprefix("torch."),
-        "weights": "random" if args.random_weights else "pretrained",
+    stem = "engines" if args.device.type == "cpu" else f"engines-{args.device.type}"
+    file = args.out and args.out / f"{stem}.json"
+    results = json.loads(file.read_text()) if file and file.exists() else {}
+    models = {
+        name: model.to(device=args.device, dtype=args.dtype)
+        for name, model in make_models(load_base(args.random_weights), args.profile).items()
     }
-    text = markdown(result)
-    print(text)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "engines.md").write_text(text)
-        (args.out / "engines.json").write_text(json.dumps(result, indent=1) + "\n")
-        labels = [f"{row['engine']}: {row['case']}, {row['propagation']}" for row in result["rows"]]
-        draw(result["rows"], labels, args.out / "engines.png")
+    for name in ENGINES:
+        if args.only not in name or (ENGINES[name].devices and args.device.type not in ENGINES[name].devices):
+            continue
+        result = measure_engine(name, models, args)
+        print(markdown({name: result}), flush=True)
+        results[name] = result
+        if args.out:  # at once: what was measured stays, whatever becomes of the rest
+            write({key: results[key] for key in ENGINES if key in results}, args.out, stem)
 
 
 if __name__ == "__main__":

@@ -262,7 +262,8 @@ def markdown(result: dict) -> str:
     about = "; ".join(f"{key}: {value}" for key, value in result["machine"].items())
     return (
         f"# {result['title']}\n\n{table(result['columns'], result['rows'])}\n\n{result['note']}\n\n"
-        f"Median and quartiles (q1, q3) of {result['rows'][0]['rounds']} paired ratios, {result['clock']} clock, {result['weights']} weights.\n\n"
+        f"Median and quartiles (q1, q3) of {result['rows'][0]['rounds']} paired ratios, {result['clock']} clock, "
+        f"{result['weights']} weights.\n\n"
         f"- {result['date']}, `{result['command']}`\n- {about}\n"
     )
 
