@@ -337,23 +337,26 @@ def table(columns: list[str], rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], labels: list[str], file: Path) -> None:
-    """Measured ratios to the base model (`median`, `q1`, `q3`) next to `bound` and, where it is known, `by time`."""
+    """Measured ratios to the base model (`median`, `q1`, `q3`, `control`) next to `bound` and, if known, `by time`."""
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7.5, 0.45 * len(rows) + 1.8), layout="constrained")
+    fig, ax = plt.subplots(figsize=(9, 0.36 * len(rows) + 2), layout="constrained")
     places = range(len(rows))[::-1]
     for y, row in zip(places, rows, strict=True):
         ax.fill_betweenx([y - 0.3, y + 0.3], row["bound"] - TOLERANCE, row["bound"] + TOLERANCE, color="0.88", lw=0)
         ax.plot([row["bound"]] * 2, [y - 0.3, y + 0.3], "k-", lw=2)
         if row["by time"] is not None:
             ax.plot([row["by time"]] * 2, [y - 0.3, y + 0.3], "C0--", lw=2)
+        ax.plot(row["control"], y, "x", color="0.5", ms=6)
         ax.plot([row["q1"], row["q3"]], [y, y], "k-", lw=1)
         ax.plot(row["median"], y, "ko", mfc="white", ms=7)
     ax.plot([], [], "k-", lw=2, label="bound by saved operations (prefill) or bytes (decode)")
     ax.fill_between([], [], [], color="0.88", label="3 points around the bound")
     ax.plot([], [], "C0--", lw=2, label="by the skipped attentions' share of the base model's time")
     ax.plot([], [], "ko-", lw=1, mfc="white", ms=7, label="measured: median and quartiles")
+    ax.plot([], [], "x", color="0.5", ms=6, label="a second copy of the base model")
     ax.axvline(1, color="k", ls=":", lw=1)
+    ax.margins(y=0.02)
     ax.set_yticks(places, labels)
     ax.set_xlabel("time of the merged model / time of its base model")
     fig.legend(loc="outside upper center", ncols=1, fontsize=9, frameon=False)
