@@ -101,11 +101,13 @@ def strip_by_hand(merged: PreTrainedModel, config: LlamaConfig, skip: list[int],
     missing = hand.load_state_dict(state, strict=False, assign=True).missing_keys
     assert not missing, missing
     for i in skip:
-        mlp, prompt = hand.model.layers[i].mlp, getattr(cache.layers[i], "prompt_state", {})
-        for name in ("gate_proj", "up_proj"):
-            if name in prompt:
-                linear = getattr(mlp, name)
-                linear.bias = nn.Parameter(linear.bias.detach() + prompt[name].flatten())
+        shift = getattr(cache.layers[i], "prompt_state", {}).get("shift")
+        if shift is None:
+            continue
+        for linear in (hand.model.layers[i].mlp.gate_proj, hand.model.layers[i].mlp.up_proj):
+            with torch.no_grad():
+                added = linear.weight @ shift.flatten()
+                linear.bias = nn.Parameter(added if linear.bias is None else linear.bias + added)
     return hand
 
 
@@ -130,11 +132,11 @@ def prefill_flops(config: LlamaConfig, retained: int, tokens: int) -> int:
 def decode_bytes(model: PreTrainedModel, config: LlamaConfig, retained: int, cached: float, rows: int = 1) -> float:
     """Bytes read to decode one token of each of `rows` rows: each weight once, and keys and values of `cached` tokens.
 
-    Of the embedding one row is read; but here it is tied to the head, which is read as a whole. The projections of the
-    propagated information are read in the prefill only.
+    Of the embedding one row is read; but here it is tied to the head, which is read as a whole. What is kept of the
+    adapters is read in the prefill only.
     """
     assert config.tie_word_embeddings
-    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".prompt_" not in name)
+    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".eas_adapter." not in name)
     width = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     return weights + rows * retained * cached * width
 

@@ -50,10 +50,20 @@ def test_operations_are_those_that_torch_counts(base, ids):
 def test_bytes_are_those_of_the_weights_and_of_the_real_cache(propagation, base, ids):
     merged = measure.merge(base, [2, 5, 7], propagation)
     cache = measure.filled(merged, ids)
-    read = [name for name in merged.state_dict() if "prompt" not in name and name != "lm_head.weight"]
-    weights = sum(merged.state_dict()[name].numel() * 4 for name in read)
+    linears = [m for m in merged.model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))]
+    norms = [m for m in merged.model.modules() if type(m).__name__ == "LlamaRMSNorm"]
+    weights = sum(p.numel() * 4 for module in linears + norms for p in module.parameters())
     assert measure.decode_bytes(merged, base.config, LAYERS - 3, TOKENS, rows=2) == weights + measure.kv_bytes(cache)
     assert measure.kv_bytes(cache) * 10 == measure.kv_bytes(measure.filled(base, ids)) * 7
+
+
+@pytest.mark.parametrize("propagation", ["none", "prompt"])
+def test_a_model_stripped_by_hand_computes_what_the_merged_one_does(propagation, base, ids):
+    merged = measure.merge(base, [2, 5, 7], propagation)
+    row = ids[:1]
+    hand = measure.strip_by_hand(merged, base.config, [2, 5, 7], measure.filled(merged, row))
+    with torch.inference_mode():
+        torch.testing.assert_close(hand(row).logits, merged(row).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_ratios_do_not_see_a_machine_that_gets_slower():
