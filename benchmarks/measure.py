@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, counts of work from shapes, and timing side by side."""
+"""What the benchmarks share: models, counts of work from shapes, timing side by side, tables and pictures."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from peft import get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 
 from peft_eas import EASConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+TOLERANCE = 0.03
+"""How far a ratio to the base model may be from the bound before it needs an explanation."""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
@@ -55,9 +58,11 @@ def spread(count: int, layers: int) -> list[int]:
     return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
 
 
-def merge(base: PreTrainedModel, skip: list[int], propagation: str) -> PreTrainedModel:
+def merge(base: PreTrainedModel, skip: list[int], propagation: str, use_bias: bool = True) -> PreTrainedModel:
     """A merged copy of `base`; the adapters are drawn at random, as fresh ones would fold to nothing."""
-    config = EASConfig(skip_layers=skip, propagation=propagation, init_weights=False, task_type="CAUSAL_LM")
+    config = EASConfig(
+        skip_layers=skip, propagation=propagation, use_bias=use_bias, init_weights=False, task_type="CAUSAL_LM"
+    )
     return get_peft_model(copy.deepcopy(base), config).merge_and_unload().eval()
 
 
@@ -96,11 +101,13 @@ def strip_by_hand(merged: PreTrainedModel, config: LlamaConfig, skip: list[int],
     missing = hand.load_state_dict(state, strict=False, assign=True).missing_keys
     assert not missing, missing
     for i in skip:
-        mlp, prompt = hand.model.layers[i].mlp, getattr(cache.layers[i], "prompt_state", {})
-        for name in ("gate_proj", "up_proj"):
-            if name in prompt:
-                linear = getattr(mlp, name)
-                linear.bias = nn.Parameter(linear.bias.detach() + prompt[name].flatten())
+        shift = getattr(cache.layers[i], "prompt_state", {}).get("shift")
+        if shift is None:
+            continue
+        for linear in (hand.model.layers[i].mlp.gate_proj, hand.model.layers[i].mlp.up_proj):
+            with torch.no_grad():
+                added = linear.weight @ shift.flatten()
+                linear.bias = nn.Parameter(added if linear.bias is None else linear.bias + added)
     return hand
 
 
@@ -122,16 +129,16 @@ def prefill_flops(config: LlamaConfig, retained: int, tokens: int) -> int:
     return retained * (projections + scores_and_values) + config.num_hidden_layers * ffn + 2 * d * config.vocab_size
 
 
-def decode_bytes(model: PreTrainedModel, config: LlamaConfig, retained: int, cached: float) -> float:
-    """Bytes read to decode one token: each weight once, and keys and values of `cached` tokens.
+def decode_bytes(model: PreTrainedModel, config: LlamaConfig, retained: int, cached: float, rows: int = 1) -> float:
+    """Bytes read to decode one token of each of `rows` rows: each weight once, and keys and values of `cached` tokens.
 
-    Of the embedding one row is read; but here it is tied to the head, which is read as a whole. The projections of the
-    propagated information are read in the prefill only.
+    Of the embedding one row is read; but here it is tied to the head, which is read as a whole. What is kept of the
+    adapters is read in the prefill only.
     """
     assert config.tie_word_embeddings
-    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".prompt_" not in name)
+    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".eas_adapter." not in name)
     width = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    return weights + retained * cached * width
+    return weights + rows * retained * cached * width
 
 
 def kv_bytes(cache: Cache) -> int:
@@ -149,30 +156,52 @@ Work = Callable[[Callable[[], float]], float]
 """Does one piece of work with the clock it is given, and returns how long the part that counts took."""
 
 
-def prefill(model: PreTrainedModel, ids: torch.Tensor) -> Work:
-    """Work: read a prompt into a new KV cache."""
+def synchronised(clock: Callable[[], float], device: torch.device) -> Callable[[], float]:
+    """`clock`, read when `device` has done all that it was given to do."""
+    wait = torch.get_device_module(device).synchronize  # the CPU's does nothing
+
+    def read() -> float:
+        wait()
+        return clock()
+
+    return read
+
+
+def prefill(model: Callable, ids: torch.Tensor, cache: Cache | None = None) -> Work:
+    """Work: read the prompt `ids` into a new KV cache, or into `cache`, emptied before."""
 
     def work(clock: Callable[[], float]) -> float:
         with torch.inference_mode():
+            if cache is not None:
+                cache.reset()
             start = clock()
-            model(ids, use_cache=True, logits_to_keep=1)
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return clock() - start
 
     return work
 
 
-def decode(model: PreTrainedModel, ids: torch.Tensor, steps: int) -> Work:
-    """Work: decode `steps` tokens, one at a time, after the prompt `ids`. The prefill does not count."""
+def filled(model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None) -> Cache:
+    """The KV cache after the prefill of `ids`: `cache`, or a new one."""
     with torch.inference_mode():
-        full = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def decode(model: Callable, ids: torch.Tensor, steps: int, cache: Cache) -> Work:
+    """Work: decode `steps` tokens, one at a time, with `cache`, which has read `ids` and then forgets the `steps`."""
 
     def work(clock: Callable[[], float]) -> float:
         with torch.inference_mode():
-            cache = copy.deepcopy(full)
             start = clock()
             for step in range(steps):
                 model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
-            return clock() - start
+            seconds = clock() - start
+            for layer in cache.layers:
+                if isinstance(layer, StaticLayer):
+                    layer.cumulative_length.sub_(steps)
+                else:
+                    layer.crop(-steps)
+        return seconds
 
     return work
 
@@ -199,28 +228,45 @@ def summary(ratios: list[float]) -> dict:
     return {"median": median, "q1": low, "q3": high, "rounds": len(ratios)}
 
 
-def attention_share(model: LlamaForCausalLM, work: Work, rounds: int, clock: Callable[[], float]) -> float:
-    """The share of a work's time that goes into the attentions and the norms that only they need: a median."""
-    spent = [0.0]
-
-    def enter(*_) -> None:
-        spent[0] -= clock()
-
-    def leave(*_) -> None:
-        spent[0] += clock()
-
-    handles = []
+def seconds_by_part(model: LlamaForCausalLM, work: Work, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds that one piece of work spends in attentions and FFNs (with their norms), in the head, and in the rest."""
+    parts = {"attentions": [], "FFNs": [], "head": [model.lm_head]}
     for layer in model.model.layers:
-        for module in (layer.input_layernorm, layer.self_attn):
+        parts["attentions"] += [layer.input_layernorm, layer.self_attn]
+        parts["FFNs"] += [layer.post_attention_layernorm, layer.mlp]
+    spent = dict.fromkeys(parts, 0.0)
+    handles = []
+    for name, modules in parts.items():
+
+        def enter(*_, name=name) -> None:
+            spent[name] -= clock()
+
+        def leave(*_, name=name) -> None:
+            spent[name] += clock()
+
+        for module in modules:
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    shares = []
-    for _ in range(rounds):
-        spent[0] = 0.0
-        seconds = work(clock)
-        shares.append(spent[0] / seconds)
+    seconds = work(clock)
     for handle in handles:
         handle.remove()
-    return statistics.median(shares)
+    return spent | {"rest": seconds - sum(spent.values())}
+
+
+def shares_by_part(
+    models: dict[str, LlamaForCausalLM], works: dict[str, Work], rounds: int, clock: Callable[[], float]
+) -> dict[str, dict[str, float]]:
+    """For each model, the seconds of its parts as shares of the first model's time: medians of rounds."""
+    first, *_ = models
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    for _ in range(rounds):
+        seconds = {name: seconds_by_part(model, works[name], clock) for name, model in models.items()}
+        total = sum(seconds[first].values())
+        for name, parts in seconds.items():
+            found[name].append({part: value / total for part, value in parts.items()})
+    return {
+        name: {part: statistics.median(shares[part] for shares in runs) for part in runs[0]}
+        for name, runs in found.items()
+    }
 
 
 def profile_table(model: PreTrainedModel, work: Work) -> str:
@@ -271,6 +317,53 @@ def allocated(work: Callable[[], object]) -> tuple[int, int]:
         held += event.nbytes()
         peak = max(peak, held)
     return peak, held
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables and pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def table(columns: list[str], rows: list[dict]) -> str:
+    """A Markdown table of the `columns` of `rows`."""
+    lines = [columns, ["---"] * len(columns), *[[cell(row[c]) for c in columns] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(rows: list[dict], labels: list[str], file: Path) -> None:
+    """Measured ratios to the base model (`median`, `q1`, `q3`, `control`) next to `bound` and, if known, `by time`."""
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(9, 0.36 * len(rows) + 2), layout="constrained")
+    places = range(len(rows))[::-1]
+    for y, row in zip(places, rows, strict=True):
+        ax.fill_betweenx([y - 0.3, y + 0.3], row["bound"] - TOLERANCE, row["bound"] + TOLERANCE, color="0.88", lw=0)
+        ax.plot([row["bound"]] * 2, [y - 0.3, y + 0.3], "k-", lw=2)
+        if row["by time"] is not None:
+            ax.plot([row["by time"]] * 2, [y - 0.3, y + 0.3], "C0--", lw=2)
+        ax.plot(row["control"], y, "x", color="0.5", ms=6)
+        ax.plot([row["q1"], row["q3"]], [y, y], "k-", lw=1)
+        ax.plot(row["median"], y, "ko", mfc="white", ms=7)
+    ax.plot([], [], "k-", lw=2, label="bound by saved operations (prefill) or bytes (decode)")
+    ax.fill_between([], [], [], color="0.88", label="3 points around the bound")
+    ax.plot([], [], "C0--", lw=2, label="by the skipped attentions' share of the base model's time")
+    ax.plot([], [], "ko-", lw=1, mfc="white", ms=7, label="measured: median and quartiles")
+    ax.plot([], [], "x", color="0.5", ms=6, label="a second copy of the base model")
+    ax.axvline(1, color="k", ls=":", lw=1)
+    ax.margins(y=0.02)
+    ax.set_yticks(places, labels)
+    ax.set_xlabel("time of the merged model / time of its base model")
+    fig.legend(loc="outside upper center", ncols=1, fontsize=9, frameon=False)
+    fig.savefig(file, dpi=150)
+    plt.close(fig)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

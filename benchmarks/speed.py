@@ -25,10 +25,12 @@ from pathlib import Path
 import torch
 from measure import (
     CLOCKS,
+    TOLERANCE,
     allocated,
-    attention_share,
     decode,
     decode_bytes,
+    draw,
+    filled,
     kv_bytes,
     load_base,
     machine,
@@ -36,10 +38,12 @@ from measure import (
     prefill,
     prefill_flops,
     profile_table,
+    shares_by_part,
     side_by_side,
     spread,
     strip_by_hand,
     summary,
+    table,
 )
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -48,14 +52,6 @@ from peft_eas import EASConfig
 
 GOAL_STRIPPED = 1.02
 GOAL_TRAINING = 1.0
-TOLERANCE = 0.03
-"""How far a ratio to the base model may be from the bound before it needs an explanation."""
-
-
-def cached_prefill(model: nn.Module, ids: torch.Tensor):
-    """The KV cache after the prefill of `ids`."""
-    with torch.inference_mode():
-        return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,13 +68,13 @@ def run_stripped(args: argparse.Namespace) -> dict:
     rows = []
     for propagation in ("prompt", "none"):
         merged = merge(base, skip, propagation)
-        hand = strip_by_hand(merged, config, skip, cached_prefill(merged, ids))
-        twin = strip_by_hand(merged, config, skip, cached_prefill(merged, ids))
+        hand = strip_by_hand(merged, config, skip, filled(merged, ids))
+        twin = strip_by_hand(merged, config, skip, filled(merged, ids))
         with torch.inference_mode():
             torch.testing.assert_close(merged(ids).logits, hand(ids).logits, rtol=0, atol=0.01)
         for case, make in (
             (f"prefill of {tokens}", lambda model: prefill(model, ids)),
-            (f"decode after {tokens}", lambda model: decode(model, ids, args.steps)),
+            (f"decode after {tokens}", lambda model: decode(model, ids, args.steps, filled(model, ids))),
         ):
             works = {"hand": make(hand), "merged": make(merged), "control": make(twin)}
             ratios = side_by_side(works, args.rounds, CLOCKS[args.clock])
@@ -110,8 +106,8 @@ def run_base(args: argparse.Namespace) -> dict:
 
     def compare(case: str, ids: torch.Tensor, works: dict, amounts: dict) -> None:
         ratios = side_by_side(works, args.rounds, CLOCKS[args.clock])
-        share = attention_share(base, works["base"], min(args.rounds, 5), CLOCKS[args.clock])
-        caches = {name: kv_bytes(cached_prefill(models[name], ids)) for name in retained}
+        parts = shares_by_part({"base": base}, works, min(args.rounds, 5), CLOCKS[args.clock])["base"]
+        caches = {name: kv_bytes(filled(models[name], ids)) for name in retained}
         for k in counts:
             name = f"{k} skipped"
             measured, bound, kv = summary(ratios[name]), amounts[name] / amounts["base"], caches[name] / caches["base"]
@@ -119,7 +115,7 @@ def run_base(args: argparse.Namespace) -> dict:
             off = measured["median"] - bound
             rows.append(
                 {"case": case, "skipped": k, **measured, "bound": bound, "points off": 100 * off}
-                | {"within": abs(off) <= TOLERANCE, "by time": 1 - k / layers * share}
+                | {"within": abs(off) <= TOLERANCE, "by time": 1 - k / layers * parts["attentions"]}
                 | {"control": summary(ratios["control"])["median"], "KV": kv, "ratios": ratios}
             )
         if args.profile:
@@ -133,7 +129,7 @@ def run_base(args: argparse.Namespace) -> dict:
         compare(f"prefill of {tokens}", ids, works, amounts)
     for tokens in (16, 64) if args.quick else (64, 2048):
         ids = torch.randint(config.vocab_size, (1, tokens))
-        works = {name: decode(model, ids, args.steps) for name, model in models.items()}
+        works = {name: decode(model, ids, args.steps, filled(model, ids)) for name, model in models.items()}
         cached = tokens + (args.steps + 1) / 2  # on average; a token's own keys and values are read, too
         amounts = {name: decode_bytes(models[name], config, count, cached) for name, count in retained.items()}
         compare(f"decode after {tokens}", ids, works, amounts)
@@ -262,45 +258,14 @@ def write_profile(args: argparse.Namespace, name: str, model: nn.Module, work: C
     print(f"wrote {file}")
 
 
-def cell(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
 def markdown(result: dict) -> str:
-    columns = result["columns"]
-    lines = [columns, ["---"] * len(columns), *[[cell(row[c]) for c in columns] for row in result["rows"]]]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     about = "; ".join(f"{key}: {value}" for key, value in result["machine"].items())
     return (
-        f"# {result['title']}\n\n{table}\n\n{result['note']}\n\nMedian and quartiles (q1, q3) of "
-        f"{result['rows'][0]['rounds']} paired ratios, {result['clock']} clock, {result['weights']} weights.\n\n"
+        f"# {result['title']}\n\n{table(result['columns'], result['rows'])}\n\n{result['note']}\n\n"
+        f"Median and quartiles (q1, q3) of {result['rows'][0]['rounds']} paired ratios, {result['clock']} clock, "
+        f"{result['weights']} weights.\n\n"
         f"- {result['date']}, `{result['command']}`\n- {about}\n"
     )
-
-
-def draw(result: dict, file: Path) -> None:
-    """Measured ratios next to their bounds."""
-    import matplotlib.pyplot as plt
-
-    rows = result["rows"]
-    places = range(len(rows))[::-1]
-    fig, ax = plt.subplots(figsize=(7.5, 0.45 * len(rows) + 1.6), layout="constrained")
-    for y, row in zip(places, rows, strict=True):
-        ax.fill_betweenx([y - 0.3, y + 0.3], row["bound"] - TOLERANCE, row["bound"] + TOLERANCE, color="0.88", lw=0)
-        ax.plot([row["bound"]] * 2, [y - 0.3, y + 0.3], "k-", lw=2)
-        ax.plot([row["q1"], row["q3"]], [y, y], "k-", lw=1)
-        ax.plot(row["median"], y, "ko", mfc="white", ms=7)
-    ax.plot([], [], "k-", lw=2, label="bound by saved operations (prefill) or bytes (decode)")
-    ax.plot([], [], "ko-", lw=1, mfc="white", ms=7, label="measured: median and quartiles")
-    ax.fill_between([], [], [], color="0.88", label="3 points around the bound")
-    ax.axvline(1, color="k", ls=":", lw=1)
-    ax.set_yticks(places, [f"{row['case']}, {row['skipped']} skipped" for row in rows])
-    ax.set_xlabel("time of the merged model / time of its base model")
-    ax.set_ylabel("case (tokens)")
-    fig.legend(loc="outside upper center", ncols=1, fontsize=9, frameon=False)
-    fig.savefig(file, dpi=150)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -350,7 +315,8 @@ def main() -> None:
             (args.out / f"{name}.md").write_text(text)
             (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
             if name == "base":
-                draw(result, args.out / "base.png")
+                labels = [f"{row['case']}, {row['skipped']} skipped" for row in result["rows"]]
+                draw(result["rows"], labels, args.out / "base.png")
 
 
 if __name__ == "__main__":
