@@ -354,18 +354,31 @@ def _inspect(args: argparse.Namespace) -> None:
 def _inspect_family(args: argparse.Namespace) -> None:
     trust = {"trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(args.model, **trust)
+    by_hand = "Look at the model's code, and write the row by hand: docs/usage.md says how."
+    if config.is_encoder_decoder or not isinstance(getattr(config, "num_hidden_layers", None), int):
+        raise UsageError(f"Rows are proposed for decoders, and {args.model} is a {config.model_type!r}. {by_hand}")
     whole = config.num_hidden_layers
     config.num_hidden_layers = count = min(whole, args.layers)
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == whole:  # one entry a layer
             setattr(config, name, value[:count])
-    model = AutoModelForCausalLM.from_config(config, **trust)
+    try:
+        model = AutoModelForCausalLM.from_config(config, **trust)
+    except ValueError:
+        raise UsageError(
+            f"Rows are proposed for decoders, and transformers has none of type {config.model_type!r}. {by_hand}"
+        ) from None
     try:
         row = propose_family(model)
-        error = check_family(model, row)
     except TraceError as reason:
-        raise UsageError(f"{reason} Look at the model's code, and write the row by hand.") from None
+        raise UsageError(f"{reason} {by_hand}") from None
     print(as_source(row))
+    try:
+        error = check_family(model, row)
+    except Exception as reason:  # whatever happens in a layer that is built in another way
+        raise UsageError(
+            f"With this row the model fails ({reason}): a layer is built in another way. {by_hand}"
+        ) from None
     if row.model_type in FAMILIES:
         print(f"There is a row already: {as_source(FAMILIES[row.model_type])}")
     if error < 1e-4:

@@ -131,6 +131,22 @@ def test_inspect_family(tmp_path, capsys):
     assert "Merging with this row is exact" in said
 
 
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("bert", "With this row the model fails"),
+        ("t5", "proposed for decoders"),
+        ("vit", "transformers has none of type"),
+    ],
+)
+def test_inspecting_what_is_no_decoder_says_so(model_type, message, tmp_path, capsys):
+    matrix.EXAMPLES[model_type].config().save_pretrained(tmp_path)
+    assert cli.main(["inspect-family", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "by hand" in said
+
+
 def test_gradient_checkpointing_where_no_keywords_are_passed_on():
     """Two forwards with different prompts before a backward: what is recomputed must know its own prompt."""
 
