@@ -30,6 +30,8 @@ class Attentions:
         stack: What the list is called in the names of its attentions, `"encoder"` in `"encoder.3.self"`.
         layers: The list of layers, in the model.
         attention: The attention, in a layer; layers without one are left alone.
+        has: What an attention has, where other modules go by its name: those without are left alone, such as linear
+            attentions, or attentions that take their keys and values from an earlier layer (Gemma 4).
         core: The part of the attention whose input only its linears read, where the attention itself adds its input to
             what that part gives (BERT).
         attention_inputs: The linears of the attention that read its input; those that a layer has of them. Of a
@@ -41,6 +43,8 @@ class Attentions:
         returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`.
         keeps_first: Whether the first attention of the list is never skipped, as the others need it: T5's has the
             relative positions of all; Mllama's says how long the KV cache is, which a cross-attention's does not.
+        keeps_if: An attribute of the attentions; one where it is true is never skipped, as later layers take their keys
+            and values from it (Gemma 4).
         pools: What the mean of equation (3) goes over: `"prompt"`, the prompt of a decoder; `"attended"`, all tokens
             that the attention may look at; `"nothing"`, where all tokens are answers (decoders that have an encoder).
         context: Of a cross-attention, the argument with the tokens that keys and values come from.
@@ -57,6 +61,7 @@ class Attentions:
     stack: str = "decoder"
     layers: str = "layers"
     attention: str = "self_attn"
+    has: str = ""
     core: str = ""
     attention_inputs: tuple[str, ...] = SPLIT
     attention_norms: tuple[str, ...] = PRE
@@ -65,6 +70,7 @@ class Attentions:
     adds_residual: bool = False
     returns: tuple[str, ...] = ("",)
     keeps_first: bool = False
+    keeps_if: str = ""
     pools: str = "prompt"
     context: str = ""
     context_inputs: tuple[str, ...] = ()
@@ -180,6 +186,8 @@ _ROWS = (
     Family("opt", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
     Family("starcoder2", ffn_inputs=("c_fc",)),
     Family("xglm", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
+    Family("ctrl", layers="h", attention="multi_head_attention", attention_inputs=("Wq", "Wk", "Wv"),
+           attention_norms=("layernorm1",), ffn="ffn.0", ffn_inputs=("",)),
     # fused projections
     Family("glm", ffn_inputs=("gate_up_proj",)),
     Family("persimmon", attention_inputs=("query_key_value",), ffn_inputs=("dense_h_to_4h",)),
@@ -190,6 +198,8 @@ _ROWS = (
            ffn_inputs=("c_fc",)),
     Family("gpt_neo", layers="h", attention="attn.attention", attention_norms=("ln_1",), ffn_inputs=("c_fc",)),
     Family("gpt_neox", attention="attention", attention_inputs=("query_key_value",), ffn_inputs=("dense_h_to_4h",)),
+    Family("gpt_neox_japanese", attention="attention", attention_inputs=("query_key_value",), returns=("", ""),
+           ffn_inputs=("dense_h_to_4h",)),
     Family("bloom", layers="h", attention="self_attention", attention_inputs=("query_key_value",),
            ffn_inputs=("dense_h_to_4h",), adds_residual=True),
     Family("mpt", layers="blocks", attention="attn", attention_inputs=("Wqkv",), attention_norms=("norm_1",),
@@ -215,6 +225,13 @@ _ROWS = (
     Family("glm_ocr_text", output_norms=("post_self_attn_layernorm",), ffn_inputs=("gate_up_proj",)),
     Family("muse_glimmer_text", attention_inputs=(*SPLIT, "gate_proj"), output_norms=POST),
     Family("vaultgemma"),
+    # the last layers have queries alone, and the keys and values of earlier ones; where layers have experts, too, the
+    # PIA stands before `mlp`, which they add to
+    Family("gemma3n_text", has="k_proj", keeps_if="store_full_length_kv", attention_norms=(), output_norms=POST),
+    *(
+        Family(model_type, has="k_proj", keeps_if="store_full_length_kv", output_norms=POST)
+        for model_type in ("gemma4_text", "gemma4_unified_text")
+    ),
     # multi-head latent attention
     Family("deepseek_v2", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
     Family("deepseek_v3", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
@@ -222,6 +239,9 @@ _ROWS = (
     Family("axk1", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
     Family("axk2", attention_inputs=INDEXED, ffn_inputs=GATED + ROUTED + SHARED),
     Family("deepseek_v32", attention_inputs=INDEXED, ffn_inputs=GATED + ROUTED + SHARED),
+    # a layer may take over what the layer before looks at: after a skipped attention, that is what the one before saw
+    Family("glm_moe_dsa", attention_inputs=INDEXED, returns=("", "prev_topk_indices"), keeps_first=True,
+           ffn_inputs=GATED + ROUTED + SHARED),
     Family("minicpm3", attention_inputs=LATENT),
     Family("mistral4", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
     Family("youtu", attention_inputs=LATENT),
@@ -249,6 +269,9 @@ _ROWS = (
     Family("granitemoeshared", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("hunyuan_v1_moe",
            ffn_inputs=("gate.wg", "experts.gate_up_proj", "shared_mlp.gate_proj", "shared_mlp.up_proj")),
+    Family("jetmoe", attention="self_attention",
+           attention_inputs=("experts.router.layer", "experts.input_linear.weight", "kv_proj"), returns=("", ""),
+           ffn_inputs=("router.layer", "input_linear.weight")),
     Family("kolibri1", output_norms=("post_self_attn_layernorm",), ffn_inputs=ROUTED + SHARED),
     Family("laguna", attention_inputs=(*SPLIT, "g_proj"), ffn_inputs=GATED + ROUTED + SHARED),
     Family("llama4_text", ffn="feed_forward", ffn_inputs=(*GATED, "router", "experts.gate_up_proj", *SHARED),
@@ -259,17 +282,24 @@ _ROWS = (
     Family("qwen2_moe", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     Family("step3p5", attention_inputs=(*SPLIT, "g_proj"), ffn_inputs=GATED + ROUTED + SHARED),
     # hybrids: layers that have no attention are left alone
+    Family("bailing_hybrid", has="kv_a_proj_with_mqa", attention_inputs=(*LATENT, "g_proj"),
+           ffn_inputs=GATED + ROUTED + SHARED),
     Family("bamba", ffn="feed_forward"),
+    Family("falcon_h1", attention_norms=(), ffn="feed_forward"),
     # `shared_mlp` and, in some models, experts read one norm
     Family("granitemoehybrid", ffn="shared_mlp", ffn_inputs=("input_linear",)),
     Family("jamba", ffn="feed_forward", ffn_inputs=(*GATED, "router", "experts.gate_up_proj")),
+    Family("kimi_linear", has="kv_a_proj_with_mqa", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
     Family("lfm2", attention_norms=("operator_norm",), ffn="feed_forward", ffn_inputs=("w1", "w3")),
     Family("lfm2_moe", attention_norms=("operator_norm",), ffn="feed_forward", ffn_inputs=("w1", "w3", *ROUTED)),
     Family("lfm3", attention_inputs=(*SPLIT, "g_proj"), attention_norms=("operator_norm",),
            output_norms=("post_operator_norm",), ffn="feed_forward", ffn_inputs=("w1", "w3")),
+    Family("minimax", has="q_proj", attention_norms=(), keeps_first=True, ffn_inputs=ROUTED),
     Family("olmo_hybrid", attention_norms=(), output_norms=POST),
     Family("qwen3_5_text"),
     Family("qwen3_5_moe_text", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
+    Family("recurrent_gemma", attention="temporal_block", has="q_proj", attention_norms=("temporal_pre_norm",),
+           ffn="mlp_block"),
     Family("qwen3_next", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     # encoders; the attention of BERT adds its input itself, and norms the sum
     *(
@@ -327,13 +357,13 @@ _ROWS = (
         Family(model_type, decoder="language_model")
         for model_type in (
             "aria", "aya_vision", "blip-2", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni",
-            "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fuyu", "gemma3", "glm46v", "glm4v", "glm4v_moe",
-            "glm_ocr", "got_ocr2", "hunyuan_vl", "hyperclovax_vision_v2", "instructblip", "instructblipvideo",
-            "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next",
-            "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl",
-            "mistral3", "mllama", "molmo2", "muse_glimmer", "ovis2", "paddleocr_vl", "paligemma", "qianfan_ocr",
-            "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "step3p7", "video_llama_3",
-            "video_llava", "vipllava",
+            "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fuyu", "gemma3", "gemma4", "gemma4_unified", "glm46v",
+            "glm4v", "glm4v_moe", "glm_ocr", "got_ocr2", "hunyuan_vl", "hyperclovax_vision_v2", "instructblip",
+            "instructblipvideo", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4",
+            "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7",
+            "minimax_m3_vl", "mistral3", "mllama", "molmo2", "muse_glimmer", "ovis2", "paddleocr_vl", "paligemma",
+            "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "step3p7",
+            "video_llama_3", "video_llava", "vipllava",
         )
     ),
     *(
@@ -456,11 +486,15 @@ def find_layers(model: nn.Module) -> Layers:
             continue  # a tower alone
         inner, layers = outermost(decoder, attentions.layers)
         container = containers[attentions.layers] = f"{name}.{inner}".strip(".")
+        is_needed = attentions.keeps_first
         for index, layer in enumerate(layers):
             attention = _get(layer, attentions.attention)
-            if attention is not None:
-                is_skippable = bool(index) or not attentions.keeps_first
-                arms.append(Arm(attentions, index, f"{container}.{index}", index / len(layers), is_skippable))
+            if attention is None or (attentions.has and not hasattr(attention, attentions.has)):
+                continue
+            if attentions.keeps_if:
+                is_needed = is_needed or getattr(attention, attentions.keeps_if)
+            arms.append(Arm(attentions, index, f"{container}.{index}", index / len(layers), not is_needed))
+            is_needed = False
     if not arms:
         raise ValueError(f"{type(model).__name__} has none of the layers that the row of {family.model_type!r} names.")
     return Layers(family, row.decoder or "", containers, arms)

@@ -72,6 +72,10 @@ MLA = dict(num_key_value_heads=4)
 DSA = MLA | dict(index_topk=4, index_head_dim=16, index_n_heads=2)
 HYBRID = dict(layer_types=["full_attention", "linear_attention"] * 2)
 CONVOLUTIONS = dict(layer_types=["full_attention", "conv"] * 2)
+SHARED_KV = dict(
+    num_hidden_layers=8, num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=99,
+    layer_types=["sliding_attention", "full_attention"] * 4,
+)  # fmt: skip
 SMALL_TOWER = dict(
     model_type="clip_vision_model", hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     image_size=4, patch_size=4, projection_dim=32,
@@ -81,6 +85,7 @@ PARTICULAR: dict[str, dict] = {
     "aria": dict(projector_patch_to_query_dict={4: 4}),
     "axk1": MLA,
     "axk2": DSA,
+    "bailing_hybrid": MLA | HYBRID | dict(num_mtp_layers=0),
     "bamba": dict(attn_layer_indices=[0, 2]),
     "blip-2": dict(num_query_tokens=4),
     "cohere_compass_text": dict(
@@ -100,9 +105,13 @@ PARTICULAR: dict[str, dict] = {
     "deepseek_v32": DSA,
     "exaone4_5_vision": dict(num_key_value_heads=2),
     "gemma3": dict(mm_tokens_per_image=4),
+    "gemma3n_text": SHARED_KV | dict(laurel_rank=4, activation_sparsity_pattern=[0.0] * 8),
+    "gemma4_text": SHARED_KV | dict(global_head_dim=16),
+    "gemma4_unified_text": SHARED_KV | dict(global_head_dim=16),
     "glm4_moe_lite": MLA,
     "glm4v_moe_text": MROPE_WHOLE,
     "glm4v_text": MROPE,
+    "glm_moe_dsa": DSA | dict(indexer_types=["full", "shared"] * 2),
     "glm_ocr_text": MROPE_WHOLE,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
     "granitemoehybrid": dict(layer_types=["attention", "mamba"] * 2, shared_intermediate_size=48),
@@ -117,6 +126,8 @@ PARTICULAR: dict[str, dict] = {
     "instructblip": dict(num_query_tokens=4),
     "instructblipvideo": dict(num_query_tokens=4, video_token_index=IMAGE_TOKEN, video_token_id=IMAGE_TOKEN),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=0),
+    "jetmoe": dict(kv_channels=8),
+    "kimi_linear": MLA | HYBRID | dict(linear_head_dim=8, linear_num_heads=4),
     "lfm2": dict(full_attn_idxs=[0, 2]),
     "lfm2_moe": CONVOLUTIONS | dict(num_dense_layers=1),
     "lfm3": CONVOLUTIONS,
@@ -134,7 +145,6 @@ PARTICULAR: dict[str, dict] = {
     ),
     "minicpm3": MLA,
     "mistral4": MLA,
-    "muse_glimmer": dict(out_hidden_size=64, projector_hidden_size=32),
     "mllama_text_model": dict(cross_attention_layers=[1, 2]),
     "mllama_vision_model": dict(
         hidden_size=16,
@@ -147,6 +157,7 @@ PARTICULAR: dict[str, dict] = {
     ),
     "molmo2_adapter": dict(vision_feature_layer=[1, 0]),
     "molmo2_vision": dict(image_size=[8, 8], patch_size=4, num_hidden_layers=2),
+    "muse_glimmer": dict(out_hidden_size=64, projector_hidden_size=32),
     "olmo_hybrid": HYBRID,
     "ovis2": dict(hidden_size=32, visual_indicator_token_ids=[91, 92, 93, 94, 95]),
     "paddleocr_vl_text": MROPE,
@@ -157,6 +168,7 @@ PARTICULAR: dict[str, dict] = {
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_text": HYBRID,
     "qwen3_next": HYBRID,
+    "recurrent_gemma": dict(attention_window_size=16, lru_width=32, block_types=["attention", "recurrent"]),
     "vipllava": dict(vision_feature_layer=[-1, -2]),
     "youtu": MLA,
 }
