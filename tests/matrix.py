@@ -33,6 +33,7 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoModelForVisualQuestionAnswering,
     Cache,
+    DynamicCache,
     EncoderDecoderCache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -104,8 +105,24 @@ PARTICULAR: dict[str, dict] = {
     "deepseek_v3": MLA,
     "deepseek_v32": DSA,
     "exaone4_5_vision": dict(num_key_value_heads=2),
+    "fuyu": dict(patch_size=4),
     "gemma3": dict(mm_tokens_per_image=4),
     "gemma3n_text": SHARED_KV | dict(laurel_rank=4, activation_sparsity_pattern=[0.0] * 8),
+    "gemma4": dict(
+        vision_config=dict(
+            model_type="gemma4_vision",
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            global_head_dim=8,
+            patch_size=4,
+            position_embedding_size=16,
+            pooling_kernel_size=2,
+        )
+    ),
     "gemma4_text": SHARED_KV | dict(global_head_dim=16),
     "gemma4_unified_text": SHARED_KV | dict(global_head_dim=16),
     "glm4_moe_lite": MLA,
@@ -114,6 +131,7 @@ PARTICULAR: dict[str, dict] = {
     "glm_moe_dsa": DSA | dict(indexer_types=["full", "shared"] * 2),
     "glm_ocr_text": MROPE_WHOLE,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
+    "granite_docling_vision": dict(scale_factor=2, deepstack_visual_indexes=[0]),
     "granitemoehybrid": dict(layer_types=["attention", "mamba"] * 2, shared_intermediate_size=48),
     "hunyuan_vl_text": dict(rope_parameters=MROPE["rope_parameters"] | {"mrope_section": [1, 1, 1, 1]}),
     "idefics2_perceiver": dict(
@@ -127,6 +145,7 @@ PARTICULAR: dict[str, dict] = {
     "instructblipvideo": dict(num_query_tokens=4, video_token_index=IMAGE_TOKEN, video_token_id=IMAGE_TOKEN),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=0),
     "jetmoe": dict(kv_channels=8),
+    "kimi_k25": dict(projection_hidden_size=16),
     "kimi_linear": MLA | HYBRID | dict(linear_head_dim=8, linear_num_heads=4),
     "lfm2": dict(full_attn_idxs=[0, 2]),
     "lfm2_moe": CONVOLUTIONS | dict(num_dense_layers=1),
@@ -144,6 +163,13 @@ PARTICULAR: dict[str, dict] = {
         image_grid_pinpoints=[[4, 4]], vision_config=SMALL_TOWER | {"model_type": "siglip_vision_model"}
     ),
     "minicpm3": MLA,
+    "minimax_m3_vl_text": dict(
+        layer_types=["minimax_m3_sparse", "full_attention"] * 2,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_block_size=2,
+        index_topk_blocks=2,
+    ),
     "mistral4": MLA,
     "mllama_text_model": dict(cross_attention_layers=[1, 2]),
     "mllama_vision_model": dict(
@@ -169,6 +195,7 @@ PARTICULAR: dict[str, dict] = {
     "qwen3_5_text": HYBRID,
     "qwen3_next": HYBRID,
     "recurrent_gemma": dict(attention_window_size=16, lru_width=32, block_types=["attention", "recurrent"]),
+    "sam_vision_model": dict(global_attn_indexes=[0, 1]),
     "vipllava": dict(vision_feature_layer=[-1, -2]),
     "youtu": MLA,
 }
@@ -274,10 +301,14 @@ def flat_patches() -> dict:
     return patches(1) | {"pixel_values": values}
 
 
+def rows_of_patches() -> dict:
+    """2x2 patches for each image, one row an image."""
+    return {"pixel_values": torch.randn(3, 4, 48, generator=torch.Generator().manual_seed(3))}
+
+
 def padded_patches() -> dict:
     """2x2 patches for each image as LFM2-VL's processor gives them."""
-    return {
-        "pixel_values": torch.randn(3, 4, 48, generator=torch.Generator().manual_seed(3)),
+    return rows_of_patches() | {
         "spatial_shapes": torch.tensor([[2, 2]] * 3),
         "pixel_attention_mask": torch.ones(3, 4, dtype=torch.long),
     }
@@ -289,15 +320,28 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
     "aya_vision": (1, pixels),
     "blip-2": (4, pixels),
     "cohere2_vision": (1, pixels),
+    "cohere_compass": (1, patches),
+    "cosmos3_edge": (1, partial(patches, 1)),
     "cosmos3_omni": (1, patches),
     "deepseek_vl": (4, pixels),
+    "deepseek_vl_hybrid": (4, lambda: pixels() | {"high_res_pixel_values": pixels()["pixel_values"]}),
     "exaone4_5": (1, patches),
+    "fuyu": (4, rows_of_patches),
     "gemma3": (4, pixels),
+    "gemma4": (
+        1,
+        lambda: rows_of_patches() | {"image_position_ids": torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]] * 3)},
+    ),
     "glm46v": (1, patches),
     "glm4v": (1, patches),
     "glm4v_moe": (1, patches),
     "glm_ocr": (1, patches),
     "got_ocr2": (1, pixels),
+    "granite_docling": (
+        1,
+        lambda: single_tile() | {"pixel_attention_mask": torch.ones(3, 1, dtype=torch.bool)},
+    ),
+    "hunyuan_vl": (4, partial(patches, 1)),
     "hyperclovax_vision_v2": (1, patches),
     "idefics2": (4, single_tile),
     "idefics3": (1, single_tile),
@@ -308,15 +352,19 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
     ),
     "internvl": (1, pixels),
     "janus": (4, pixels),
+    "kimi_k25": (1, flat_patches),
     "lfm2_vl": (1, padded_patches),
+    "lfm3_vl": (1, patches),
     "lighton_ocr": (1, sized),
     "llama4": (1, pixels),
     "llava": (4, pixels),
     "llava_next": (3, base_and_tile),
     "llava_next_video": (3, base_and_tile),
     "llava_onevision": (3, base_and_tile),
+    "minimax_m3_vl": (1, patches),
     "mistral3": (1, sized),
     "mllama": (1, tiles),
+    "muse_glimmer": (1, patches),
     "ovis2": (4, pixels),
     "paddleocr_vl": (1, flat_patches),
     "paligemma": (4, pixels),
@@ -335,16 +383,6 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
 }
 
 
-# the argument that says which tokens are an image's, where it is not what `image_grid_thw` suggests
-TOKEN_KINDS = {
-    "exaone4_5": None,
-    "gemma3": "token_type_ids",
-    "hyperclovax_vision_v2": None,
-    "molmo2": "mm_token_type_ids",
-    "video_llama_3": None,
-}
-
-
 def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
     """Prompts of three lengths, padded on the left, with an image in each if the family's images are known here."""
     if model_type in EXAMPLES:
@@ -356,9 +394,9 @@ def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
     tokens, make = IMAGES.get(model_type, (0, dict))
     ids[:, 4 : 4 + tokens] = IMAGE_TOKEN
     inputs = {"input_ids": ids * mask, "attention_mask": mask, **make()}
-    kinds = TOKEN_KINDS.get(model_type, "mm_token_type_ids" if "image_grid_thw" in inputs else None)
-    if kinds is not None:
-        inputs[kinds] = (ids == IMAGE_TOKEN).long()
+    model = auto_class(model_type)._model_mapping[CONFIG_MAPPING[model_type]]
+    if model_type == "gemma3" or "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["token_type_ids" if model_type == "gemma3" else "mm_token_type_ids"] = (ids == IMAGE_TOKEN).long()
     return inputs
 
 
@@ -542,8 +580,15 @@ def logits(model: nn.Module, model_type: str, inputs: dict | None = None) -> tor
     return outputs.logits[inputs["attention_mask"].bool()]
 
 
-def cache_of(outputs) -> Cache:
-    return getattr(outputs, "language_model_outputs", outputs).past_key_values
+def cache_of(model: nn.Module, inputs: dict) -> Cache:
+    """What a forward leaves in the KV cache; in one of ours if the outputs have none (RecurrentGemma)."""
+    outputs = model(**inputs, use_cache=True)
+    outputs = getattr(outputs, "language_model_outputs", outputs)
+    if "past_key_values" in outputs:
+        return outputs.past_key_values
+    cache = DynamicCache(config=model.config)
+    model(**inputs, use_cache=True, past_key_values=cache)
+    return cache
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -675,7 +720,7 @@ def sizes(model_type: str) -> None:
     merged = get_peft_model(base, EASConfig(skip_layers=dropped, propagation="none", use_bias=False)).merge_and_unload()
     assert tiny_model(model_type).num_parameters() - merged.num_parameters() == gone
     if generates(model_type):
-        cache = cache_of(merged(**tiny_inputs(model_type), use_cache=True))
+        cache = cache_of(merged, tiny_inputs(model_type))
         for row in layers.family.attentions:
             own = cache
             if isinstance(cache, EncoderDecoderCache):
@@ -695,7 +740,7 @@ def images(model_type: str) -> None:
     other = inputs | {"pixel_values": inputs["pixel_values"].roll(len(inputs["pixel_values"]) // 3, 0)}
     told = []
     for given in (inputs, other):
-        cache = cache_of(model(**given, use_cache=True))
+        cache = cache_of(model, given)
         told.append([cache.layers[index].prompt_state["p"] for index in skipped(model.base_model.model)])
     assert max((first - second).abs().max() for first, second in zip(*told, strict=True)) > 1e-3
 
