@@ -128,7 +128,7 @@ PARTICULAR: dict[str, dict] = {
     "glm4_moe_lite": MLA,
     "glm4v_moe_text": MROPE_WHOLE,
     "glm4v_text": MROPE,
-    "glm_moe_dsa": DSA | dict(indexer_types=["full", "shared"] * 2),
+    "glm_moe_dsa": DSA | dict(indexer_types=["full", "shared", "shared", "full"]),
     "glm_ocr_text": MROPE_WHOLE,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
     "granite_docling_vision": dict(scale_factor=2, deepstack_visual_indexes=[0]),
@@ -830,7 +830,8 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "Of models that have layers without attention, the attentions of the others are skipped; of vision-language",
         "models, those of the language model. Left alone are LXMERT's cross-attentions, each of which serves both",
         "directions; T5's first attention of each list, which has the relative positions of all; BridgeTower's vision",
-        "tower.",
+        "tower; the attentions of Gemma 3n and Gemma 4 that share keys and values with others; the first attention of",
+        "GLM-MoE-DSA and MiniMax.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models"]
