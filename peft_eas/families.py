@@ -16,6 +16,7 @@ GATED = ("gate_proj", "up_proj")
 ROUTED = ("gate", "experts.gate_up_proj")  # of a mixture of experts
 SHARED = tuple(f"{name}.{linear}" for name in ("shared_expert", "shared_experts") for linear in GATED)
 LATENT = ("q_proj", "q_a_proj", "kv_a_proj_with_mqa")  # multi-head latent attention
+INDEXED = (*LATENT, "indexer.wk", "indexer.weights_proj")  # with an indexer, which says what to look at
 PRE = ("input_layernorm",)
 SELF_NORM = ("self_attn_layer_norm",)
 POST = ("post_attention_layernorm",)
@@ -29,6 +30,8 @@ class Attentions:
         stack: What the list is called in the names of its attentions, `"encoder"` in `"encoder.3.self"`.
         layers: The list of layers, in the model.
         attention: The attention, in a layer; layers without one are left alone.
+        has: What an attention has, where other modules go by its name: those without are left alone, such as linear
+            attentions, or attentions that take their keys and values from an earlier layer (Gemma 4).
         core: The part of the attention whose input only its linears read, where the attention itself adds its input to
             what that part gives (BERT).
         attention_inputs: The linears of the attention that read its input; those that a layer has of them. Of a
@@ -40,6 +43,8 @@ class Attentions:
         returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`.
         keeps_first: Whether the first attention of the list is never skipped, as others need it: T5's has the relative
             positions of all; that of a decoder with cross-attentions says how long the KV cache is.
+        keeps_if: An attribute of the attentions; one where it is true is never skipped, as later layers take their keys
+            and values from it (Gemma 4).
         pools: What the mean of equation (3) goes over: `"prompt"`, the prompt of a decoder; `"attended"`, all tokens
             that the attention may look at; `"nothing"`, where all tokens are answers (decoders that have an encoder).
         context: Of a cross-attention, the argument with the tokens that keys and values come from.
@@ -56,6 +61,7 @@ class Attentions:
     stack: str = "decoder"
     layers: str = "layers"
     attention: str = "self_attn"
+    has: str = ""
     core: str = ""
     attention_inputs: tuple[str, ...] = SPLIT
     attention_norms: tuple[str, ...] = PRE
@@ -64,6 +70,7 @@ class Attentions:
     adds_residual: bool = False
     returns: tuple[str, ...] = ("",)
     keeps_first: bool = False
+    keeps_if: str = ""
     pools: str = "prompt"
     context: str = ""
     context_inputs: tuple[str, ...] = ()
@@ -159,9 +166,10 @@ _ROWS = (
     *(
         Family(model_type)
         for model_type in (
-            "cwm", "diffllama", "emu3_text_model", "ernie4_5", "gemma", "granite", "granite_swa", "helium",
-            "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "qwen2",
-            "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
+            "cwm", "diffllama", "doge", "emu3_text_model", "ernie4_5", "gemma", "granite", "granite_docling_text",
+            "granite_swa", "helium", "hunyuan_v1_dense", "hunyuan_vl_text", "llama", "ministral", "ministral3",
+            "mistral", "molmo2_text", "olmo", "paddleocr_vl_text", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3",
+            "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
         )
     ),
     # other FFNs, other names
@@ -169,6 +177,7 @@ _ROWS = (
     Family("arcee", ffn_inputs=("up_proj",)),
     Family("biogpt", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
     Family("bitnet"),
+    Family("cosmos3_edge_text", ffn_inputs=("fc1",)),
     Family("hyperclovax"),
     Family("jais2", ffn_inputs=("up_proj",)),
     Family("modernbert-decoder", attention="attn", attention_norms=("attn_norm",), ffn_inputs=("Wi",)),
@@ -177,6 +186,8 @@ _ROWS = (
     Family("opt", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
     Family("starcoder2", ffn_inputs=("c_fc",)),
     Family("xglm", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
+    Family("ctrl", layers="h", attention="multi_head_attention", attention_inputs=("Wq", "Wk", "Wv"),
+           attention_norms=("layernorm1",), ffn="ffn.0", ffn_inputs=("",)),
     # fused projections
     Family("glm", ffn_inputs=("gate_up_proj",)),
     Family("persimmon", attention_inputs=("query_key_value",), ffn_inputs=("dense_h_to_4h",)),
@@ -187,6 +198,8 @@ _ROWS = (
            ffn_inputs=("c_fc",)),
     Family("gpt_neo", layers="h", attention="attn.attention", attention_norms=("ln_1",), ffn_inputs=("c_fc",)),
     Family("gpt_neox", attention="attention", attention_inputs=("query_key_value",), ffn_inputs=("dense_h_to_4h",)),
+    Family("gpt_neox_japanese", attention="attention", attention_inputs=("query_key_value",), returns=("", ""),
+           ffn_inputs=("dense_h_to_4h",)),
     Family("bloom", layers="h", attention="self_attention", attention_inputs=("query_key_value",),
            ffn_inputs=("dense_h_to_4h",), adds_residual=True),
     Family("mpt", layers="blocks", attention="attn", attention_inputs=("Wqkv",), attention_norms=("norm_1",),
@@ -196,6 +209,7 @@ _ROWS = (
            ffn_inputs=("fc_in",)),
     Family("cohere", attention_norms=()),
     Family("cohere2", attention_norms=()),
+    Family("cohere_compass_text", attention_norms=()),
     Family("falcon", layers="h", attention="self_attention", attention_inputs=("query_key_value",), attention_norms=(),
            ffn_inputs=("dense_h_to_4h",)),
     Family("gptj", layers="h", attention="attn", attention_norms=(), ffn_inputs=("fc_in",)),
@@ -208,39 +222,84 @@ _ROWS = (
     Family("gemma3_text", output_norms=POST),
     Family("glm4", output_norms=("post_self_attn_layernorm",), ffn_inputs=("gate_up_proj",)),
     Family("glm4v_text", output_norms=("post_self_attn_layernorm",), ffn_inputs=("gate_up_proj",)),
+    Family("glm_ocr_text", output_norms=("post_self_attn_layernorm",), ffn_inputs=("gate_up_proj",)),
+    Family("muse_glimmer_text", attention_inputs=(*SPLIT, "gate_proj"), output_norms=POST),
     Family("vaultgemma"),
+    # the last layers have queries alone, and the keys and values of earlier ones; where layers have experts, too, the
+    # PIA stands before `mlp`, which they add to
+    Family("gemma3n_text", has="k_proj", keeps_if="store_full_length_kv", attention_norms=(), output_norms=POST),
+    *(
+        Family(model_type, has="k_proj", keeps_if="store_full_length_kv", output_norms=POST)
+        for model_type in ("gemma4_text", "gemma4_unified_text")
+    ),
     # multi-head latent attention
     Family("deepseek_v2", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
     Family("deepseek_v3", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
     Family("glm4_moe_lite", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
+    Family("axk1", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
+    Family("axk2", attention_inputs=INDEXED, ffn_inputs=GATED + ROUTED + SHARED),
+    Family("deepseek_v32", attention_inputs=INDEXED, ffn_inputs=GATED + ROUTED + SHARED),
+    # a layer may take over what the layer before looks at: after a skipped attention, that is what the one before saw
+    Family("glm_moe_dsa", attention_inputs=INDEXED, returns=("", "prev_topk_indices"), keeps_first=True,
+           ffn_inputs=GATED + ROUTED + SHARED),
     Family("minicpm3", attention_inputs=LATENT),
+    Family("mistral4", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
     Family("youtu", attention_inputs=LATENT),
     # mixtures of experts
     *(
         Family(model_type, ffn_inputs=GATED + ROUTED + SHARED)
         for model_type in (
-            "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hy_v3", "mellum", "mimo_v2_flash",
-            "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_vl_moe_text", "solar_open",
+            "dots1", "ernie4_5_moe", "exaone_moe", "flint", "glm4_moe", "glm4v_moe_text", "hy_v3", "mellum",
+            "mimo_v2_flash", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_vl_moe_text", "solar_open",
         )
     ),
+    Family("afmoe", attention_inputs=(*SPLIT, "gate_proj"), output_norms=POST,
+           ffn_inputs=(*GATED, "router.gate", "experts.gate_up_proj", *SHARED)),
+    Family("aria_text", ffn_inputs=("router", "experts.gate_up_proj", *SHARED), stacked_axis=-2),
+    Family("beam", attention_inputs=(*SPLIT, "gate_proj"), output_norms=POST, ffn_inputs=GATED + ROUTED),
     Family("cohere2_moe", attention_norms=(), ffn_inputs=GATED + ROUTED + SHARED),
+    Family("dbrx", layers="blocks", attention="norm_attn_norm.attn", attention_inputs=("Wqkv",),
+           attention_norms=("norm_attn_norm.norm_1",), ffn="ffn",
+           ffn_inputs=("router.layer", "experts.mlp.w1", "experts.mlp.v1")),
     Family("flex_olmo", attention_norms=(), output_norms=POST, ffn_inputs=ROUTED),
     Family("gpt_oss", ffn_inputs=("router", "experts.gate_up_proj"), stacked_axis=-2),
     Family("granitemoe", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("granitemoe_swa", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
+    # the experts and a shared FFN read one norm: the PIA stands before one of them, the other gets what it got
+    Family("granitemoeshared", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("hunyuan_v1_moe",
            ffn_inputs=("gate.wg", "experts.gate_up_proj", "shared_mlp.gate_proj", "shared_mlp.up_proj")),
+    Family("jetmoe", attention="self_attention",
+           attention_inputs=("experts.router.layer", "experts.input_linear.weight", "kv_proj"), returns=("", ""),
+           ffn_inputs=("router.layer", "input_linear.weight")),
+    Family("kolibri1", output_norms=("post_self_attn_layernorm",), ffn_inputs=ROUTED + SHARED),
+    Family("laguna", attention_inputs=(*SPLIT, "g_proj"), ffn_inputs=GATED + ROUTED + SHARED),
     Family("llama4_text", ffn="feed_forward", ffn_inputs=(*GATED, "router", "experts.gate_up_proj", *SHARED),
            stacked_axis=-2),
+    Family("minimax_m3_vl_text", attention_inputs=(*SPLIT, "indexer.q_proj", "indexer.k_proj"),
+           ffn_inputs=("gate_up_proj", *ROUTED, "shared_experts.gate_up_proj")),
     Family("phimoe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("qwen2_moe", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
+    Family("step3p5", attention_inputs=(*SPLIT, "g_proj"), ffn_inputs=GATED + ROUTED + SHARED),
     # hybrids: layers that have no attention are left alone
+    Family("bailing_hybrid", has="kv_a_proj_with_mqa", attention_inputs=(*LATENT, "g_proj"),
+           ffn_inputs=GATED + ROUTED + SHARED),
     Family("bamba", ffn="feed_forward"),
+    Family("falcon_h1", attention_norms=(), ffn="feed_forward"),
+    # `shared_mlp` and, in some models, experts read one norm
+    Family("granitemoehybrid", ffn="shared_mlp", ffn_inputs=("input_linear",)),
     Family("jamba", ffn="feed_forward", ffn_inputs=(*GATED, "router", "experts.gate_up_proj")),
+    Family("kimi_linear", has="kv_a_proj_with_mqa", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
     Family("lfm2", attention_norms=("operator_norm",), ffn="feed_forward", ffn_inputs=("w1", "w3")),
+    Family("lfm2_moe", attention_norms=("operator_norm",), ffn="feed_forward", ffn_inputs=("w1", "w3", *ROUTED)),
+    Family("lfm3", attention_inputs=(*SPLIT, "g_proj"), attention_norms=("operator_norm",),
+           output_norms=("post_operator_norm",), ffn="feed_forward", ffn_inputs=("w1", "w3")),
+    Family("minimax", has="q_proj", attention_norms=(), keeps_first=True, ffn_inputs=ROUTED),
     Family("olmo_hybrid", attention_norms=(), output_norms=POST),
     Family("qwen3_5_text"),
     Family("qwen3_5_moe_text", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
+    Family("recurrent_gemma", attention="temporal_block", has="q_proj", attention_norms=("temporal_pre_norm",),
+           ffn="mlp_block"),
     Family("qwen3_next", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     # encoders; the attention of BERT adds its input itself, and norms the sum
     *(
@@ -297,13 +356,20 @@ _ROWS = (
     *(
         Family(model_type, decoder="language_model")
         for model_type in (
-            "aya_vision", "blip-2", "cohere2_vision", "deepseek_vl", "gemma3", "glm46v", "glm4v", "got_ocr2",
-            "instructblip", "internvl", "janus", "lfm2_vl", "lighton_ocr", "llama4", "llava", "mllama",
-            "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2", "paligemma",
-            "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "video_llava", "vipllava",
+            "aria", "aya_vision", "blip-2", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni",
+            "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fuyu", "gemma3", "gemma4", "gemma4_unified", "glm46v",
+            "glm4v", "glm4v_moe", "glm_ocr", "got_ocr2", "hunyuan_vl", "hyperclovax_vision_v2", "instructblip",
+            "instructblipvideo", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4",
+            "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7",
+            "minimax_m3_vl", "mistral3", "mllama", "molmo2", "muse_glimmer", "ovis2", "paddleocr_vl", "paligemma",
+            "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "step3p7",
+            "video_llama_3", "video_llava", "vipllava",
         )
     ),
-    *(Family(model_type, decoder="text_model") for model_type in ("idefics2", "idefics3", "smolvlm")),
+    *(
+        Family(model_type, decoder="text_model")
+        for model_type in ("granite_docling", "idefics2", "idefics3", "smolvlm")
+    ),
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
@@ -420,11 +486,15 @@ def find_layers(model: nn.Module) -> Layers:
             continue  # a tower alone
         inner, layers = outermost(decoder, attentions.layers)
         container = containers[attentions.layers] = f"{name}.{inner}".strip(".")
+        is_needed = attentions.keeps_first
         for index, layer in enumerate(layers):
             attention = _get(layer, attentions.attention)
-            if attention is not None:
-                is_skippable = index > 0 or not attentions.keeps_first
-                arms.append(Arm(attentions, index, f"{container}.{index}", index / len(layers), is_skippable))
+            if attention is None or (attentions.has and not hasattr(attention, attentions.has)):
+                continue
+            if attentions.keeps_if:
+                is_needed = is_needed or getattr(attention, attentions.keeps_if)
+            arms.append(Arm(attentions, index, f"{container}.{index}", index / len(layers), not is_needed))
+            is_needed = False
     if not arms:
         raise ValueError(f"{type(model).__name__} has none of the layers that the row of {family.model_type!r} names.")
     return Layers(family, row.decoder or "", containers, arms)

@@ -364,6 +364,27 @@ class PromptSlot(getattr(cache_utils, "DummyLayer", object)):
             self.prompt_state[name] = function(value)
 
 
+class StateSlot(cache_utils.LinearAttentionLayer, PromptSlot):
+    """The same where the entry has the state of another mixer of the layer, too, which it keeps (Falcon-H1).
+
+    Args:
+        entry: The entry for both.
+    """
+
+    def __init__(self, entry: cache_utils.LinearAttentionLayer) -> None:
+        super().__init__(entry.number_of_states)
+        vars(self).update({name: getattr(entry, name) for name in vars(self)})
+        PromptSlot.__init__(self)
+
+    def reset(self) -> None:
+        super().reset()
+        PromptSlot.reset(self)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        PromptSlot.reorder_cache(self, beam_idx)
+
+
 def cache_of(kwargs: dict) -> cache_utils.Cache | None:
     """The KV cache among the arguments of an attention; older families call it `layer_past`."""
     cache = kwargs.get("past_key_values")
@@ -383,7 +404,8 @@ def prompt_slot(cache: cache_utils.Cache, layer_idx: int) -> PromptSlot:
                 f"This KV cache holds keys and values of layer {layer_idx}, whose attention is skipped now. Start with "
                 "a new cache after changing which attentions are skipped."
             )
-        cache.layers[layer_idx] = PromptSlot()
+        has_state = isinstance(layer, cache_utils.LinearAttentionLayer)
+        cache.layers[layer_idx] = StateSlot(layer) if has_state else PromptSlot()
     return cache.layers[layer_idx]
 
 
@@ -538,9 +560,10 @@ class Bypass:
             cache = None  # nothing is kept; as the first entry is never skipped, no other has to be passed over, either
         kept = {} if cache is None else state(cache, self.index)
         others = self.argument(self.form["context"], args, kwargs) if is_cross else None
-        slot = None if cache is None else cache.layers[self.index]
-        if self.form["shows_keys"] and isinstance(slot, PromptSlot) and (slot.keys is None or others is not None):
-            slot.keys = _first(args, kwargs).new_zeros(0 if others is None else 1)
+        if self.form["shows_keys"] and cache is not None:
+            slot = _entry(cache, self.index)
+            if isinstance(slot, PromptSlot) and (slot.keys is None or others is not None):
+                slot.keys = _first(args, kwargs).new_zeros(0 if others is None else 1)
         if self.form["pools"] == "prompt":
             return PromptContext(mask, kept)
         attention_mask = self.argument(self.form["mask"], args, kwargs)

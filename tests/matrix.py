@@ -33,6 +33,7 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoModelForVisualQuestionAnswering,
     Cache,
+    DynamicCache,
     EncoderDecoderCache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -49,6 +50,8 @@ from peft_eas.families import find_layers
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "supported-models.md"
 NUM_LAYERS = 4
+IMAGE_TOKEN = 98
+SPECIAL = [*range(90, 99)]  # of images, in some families; not in prompts, and not to be generated
 # by field name, over all configurations that have it
 SIZES = dict(
     vocab_size=99, max_position_embeddings=128, n_positions=128, max_seq_len=128, pad_token_id=0, bos_token_id=1,
@@ -65,22 +68,109 @@ SIZES = dict(
     mamba_d_state=8, mamba_n_heads=4, mamba_d_head=16, mamba_d_ssm=64, mamba_dt_rank=4, mamba_n_groups=1,
 )  # fmt: skip
 MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]})
+MROPE_WHOLE = dict(rope_parameters=MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0})
 MLA = dict(num_key_value_heads=4)
+DSA = MLA | dict(index_topk=4, index_head_dim=16, index_n_heads=2)
 HYBRID = dict(layer_types=["full_attention", "linear_attention"] * 2)
+CONVOLUTIONS = dict(layer_types=["full_attention", "conv"] * 2)
+SHARED_KV = dict(
+    num_hidden_layers=8, num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=99,
+    layer_types=["sliding_attention", "full_attention"] * 4,
+)  # fmt: skip
+SMALL_TOWER = dict(
+    model_type="clip_vision_model", hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    image_size=4, patch_size=4, projection_dim=32,
+)  # fmt: skip
 # what a family needs besides
 PARTICULAR: dict[str, dict] = {
+    "aria": dict(projector_patch_to_query_dict={4: 4}),
+    "axk1": MLA,
+    "axk2": DSA,
+    "bailing_hybrid": MLA | HYBRID | dict(num_mtp_layers=0),
     "bamba": dict(attn_layer_indices=[0, 2]),
     "blip-2": dict(num_query_tokens=4),
+    "cohere_compass_text": dict(
+        layer_types=["full_attention", "sliding_attention"] * 2,
+        rope_parameters={
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        },
+    ),
+    "cosmos3_edge_text": MROPE,
+    "dbrx": dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2, hidden_size=32),
+        attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
+    ),
     "deepseek_v2": MLA,
     "deepseek_v3": MLA,
+    "deepseek_v32": DSA,
+    "exaone4_5_vision": dict(num_key_value_heads=2),
+    "fuyu": dict(patch_size=4),
     "gemma3": dict(mm_tokens_per_image=4),
+    "gemma3n_text": SHARED_KV | dict(laurel_rank=4, activation_sparsity_pattern=[0.0] * 8),
+    "gemma4": dict(
+        vision_config=dict(
+            model_type="gemma4_vision",
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            global_head_dim=8,
+            patch_size=4,
+            position_embedding_size=16,
+            pooling_kernel_size=2,
+        )
+    ),
+    "gemma4_text": SHARED_KV | dict(global_head_dim=16),
+    "gemma4_unified_text": SHARED_KV | dict(global_head_dim=16),
     "glm4_moe_lite": MLA,
+    "glm4v_moe_text": MROPE_WHOLE,
     "glm4v_text": MROPE,
+    "glm_moe_dsa": DSA | dict(indexer_types=["full", "shared", "shared", "full"]),
+    "glm_ocr_text": MROPE_WHOLE,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
+    "granite_docling_vision": dict(scale_factor=2, deepstack_visual_indexes=[0]),
+    "granitemoehybrid": dict(layer_types=["attention", "mamba"] * 2, shared_intermediate_size=48),
+    "hunyuan_vl_text": dict(rope_parameters=MROPE["rope_parameters"] | {"mrope_section": [1, 1, 1, 1]}),
+    "idefics2_perceiver": dict(
+        resampler_n_latents=4,
+        resampler_n_heads=2,
+        resampler_head_dim=8,
+        num_key_value_heads=2,
+        resampler_depth=2,
+    ),
     "instructblip": dict(num_query_tokens=4),
+    "instructblipvideo": dict(num_query_tokens=4, video_token_index=IMAGE_TOKEN, video_token_id=IMAGE_TOKEN),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=0),
+    "jetmoe": dict(kv_channels=8),
+    "kimi_k25": dict(projection_hidden_size=16),
+    "kimi_linear": MLA | HYBRID | dict(linear_head_dim=8, linear_num_heads=4),
     "lfm2": dict(full_attn_idxs=[0, 2]),
+    "lfm2_moe": CONVOLUTIONS | dict(num_dense_layers=1),
+    "lfm3": CONVOLUTIONS,
+    "llama4_vision_model": dict(
+        intermediate_size=64,
+        projector_input_dim=32,
+        projector_output_dim=32,
+        vision_output_dim=32,
+        pixel_shuffle_ratio=0.5,
+    ),
+    "llava_next": dict(image_grid_pinpoints=[[4, 4]], vision_config=SMALL_TOWER),
+    "llava_next_video": dict(image_grid_pinpoints=[[4, 4]], vision_config=SMALL_TOWER),
+    "llava_onevision": dict(
+        image_grid_pinpoints=[[4, 4]], vision_config=SMALL_TOWER | {"model_type": "siglip_vision_model"}
+    ),
     "minicpm3": MLA,
+    "minimax_m3_vl_text": dict(
+        layer_types=["minimax_m3_sparse", "full_attention"] * 2,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_block_size=2,
+        index_topk_blocks=2,
+    ),
+    "mistral4": MLA,
     "mllama_text_model": dict(cross_attention_layers=[1, 2]),
     "mllama_vision_model": dict(
         hidden_size=16,
@@ -91,7 +181,12 @@ PARTICULAR: dict[str, dict] = {
         supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
         intermediate_layers_indices=[1],
     ),
+    "molmo2_adapter": dict(vision_feature_layer=[1, 0]),
+    "molmo2_vision": dict(image_size=[8, 8], patch_size=4, num_hidden_layers=2),
+    "muse_glimmer": dict(out_hidden_size=64, projector_hidden_size=32),
     "olmo_hybrid": HYBRID,
+    "ovis2": dict(hidden_size=32, visual_indicator_token_ids=[91, 92, 93, 94, 95]),
+    "paddleocr_vl_text": MROPE,
     "paligemma": dict(projection_dim=32),
     "qwen2_5_vl_text": MROPE,
     "qwen2_vl_text": MROPE,
@@ -99,10 +194,11 @@ PARTICULAR: dict[str, dict] = {
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_text": HYBRID,
     "qwen3_next": HYBRID,
+    "recurrent_gemma": dict(attention_window_size=16, lru_width=32, block_types=["attention", "recurrent"]),
+    "sam_vision_model": dict(global_attn_indexes=[0, 1]),
     "vipllava": dict(vision_feature_layer=[-1, -2]),
     "youtu": MLA,
 }
-IMAGE_TOKEN = 98
 # towers, query transformers and the like
 TOWER = dict(
     hidden_size=16, embed_dim=16, intermediate_size=24, depth=2, num_hidden_layers=2, num_attention_heads=2,
@@ -189,22 +285,90 @@ def single_tile() -> dict:
     return {"pixel_values": pixels()["pixel_values"][:, None]}
 
 
+def sized() -> dict:
+    return pixels() | {"image_sizes": torch.tensor([[8, 8]] * 3)}
+
+
+def base_and_tile() -> dict:
+    """Each image whole, and once more as its only tile."""
+    values = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    return {"pixel_values": values, "image_sizes": torch.tensor([[4, 4]] * 3)}
+
+
+def flat_patches() -> dict:
+    """2x2 patches for each image, which keep the form of images."""
+    values = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    return patches(1) | {"pixel_values": values}
+
+
+def rows_of_patches() -> dict:
+    """2x2 patches for each image, one row an image."""
+    return {"pixel_values": torch.randn(3, 4, 48, generator=torch.Generator().manual_seed(3))}
+
+
+def padded_patches() -> dict:
+    """2x2 patches for each image as LFM2-VL's processor gives them."""
+    return rows_of_patches() | {
+        "spatial_shapes": torch.tensor([[2, 2]] * 3),
+        "pixel_attention_mask": torch.ones(3, 4, dtype=torch.long),
+    }
+
+
 # how many tokens an image is, and what says so
 IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
+    "aria": (4, lambda: pixels() | {"pixel_mask": torch.ones(3, 8, 8, dtype=torch.bool)}),
     "aya_vision": (1, pixels),
     "blip-2": (4, pixels),
     "cohere2_vision": (1, pixels),
+    "cohere_compass": (1, patches),
+    "cosmos3_edge": (1, partial(patches, 1)),
+    "cosmos3_omni": (1, patches),
     "deepseek_vl": (4, pixels),
+    "deepseek_vl_hybrid": (4, lambda: pixels() | {"high_res_pixel_values": pixels()["pixel_values"]}),
+    "exaone4_5": (1, patches),
+    "fuyu": (4, rows_of_patches),
     "gemma3": (4, pixels),
+    "gemma4": (
+        1,
+        lambda: rows_of_patches() | {"image_position_ids": torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]] * 3)},
+    ),
     "glm46v": (1, patches),
     "glm4v": (1, patches),
+    "glm4v_moe": (1, patches),
+    "glm_ocr": (1, patches),
+    "got_ocr2": (1, pixels),
+    "granite_docling": (
+        1,
+        lambda: single_tile() | {"pixel_attention_mask": torch.ones(3, 1, dtype=torch.bool)},
+    ),
+    "hunyuan_vl": (4, partial(patches, 1)),
+    "hyperclovax_vision_v2": (1, patches),
+    "idefics2": (4, single_tile),
     "idefics3": (1, single_tile),
     "instructblip": (4, lambda: pixels() | {"qformer_input_ids": torch.ones(3, 4, dtype=torch.long)}),
+    "instructblipvideo": (
+        4,
+        lambda: single_tile() | {"qformer_input_ids": torch.ones(3, 4, dtype=torch.long)},
+    ),
     "internvl": (1, pixels),
+    "janus": (4, pixels),
+    "kimi_k25": (1, flat_patches),
+    "lfm2_vl": (1, padded_patches),
+    "lfm3_vl": (1, patches),
+    "lighton_ocr": (1, sized),
+    "llama4": (1, pixels),
     "llava": (4, pixels),
+    "llava_next": (3, base_and_tile),
+    "llava_next_video": (3, base_and_tile),
+    "llava_onevision": (3, base_and_tile),
+    "minimax_m3_vl": (1, patches),
+    "mistral3": (1, sized),
     "mllama": (1, tiles),
-    "mistral3": (1, lambda: pixels() | {"image_sizes": torch.tensor([[8, 8]] * 3)}),
+    "muse_glimmer": (1, patches),
+    "ovis2": (4, pixels),
+    "paddleocr_vl": (1, flat_patches),
     "paligemma": (4, pixels),
+    "qianfan_ocr": (1, pixels),
     "qwen2_5_vl": (1, patches),
     "qwen2_vl": (1, patches),
     "qwen3_5": (1, patches),
@@ -212,6 +376,9 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
     "qwen3_vl": (1, patches),
     "qwen3_vl_moe": (1, patches),
     "smolvlm": (1, single_tile),
+    "step3p7": (1, pixels),
+    "video_llama_3": (1, lambda: patches(1) | {"image_merge_sizes": torch.tensor([2] * 3)}),
+    "video_llava": (4, pixels),
     "vipllava": (4, pixels),
 }
 
@@ -227,7 +394,8 @@ def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
     tokens, make = IMAGES.get(model_type, (0, dict))
     ids[:, 4 : 4 + tokens] = IMAGE_TOKEN
     inputs = {"input_ids": ids * mask, "attention_mask": mask, **make()}
-    if "image_grid_thw" in inputs or model_type == "gemma3":
+    model = auto_class(model_type)._model_mapping[CONFIG_MAPPING[model_type]]
+    if model_type == "gemma3" or "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["token_type_ids" if model_type == "gemma3" else "mm_token_type_ids"] = (ids == IMAGE_TOKEN).long()
     return inputs
 
@@ -412,8 +580,15 @@ def logits(model: nn.Module, model_type: str, inputs: dict | None = None) -> tor
     return outputs.logits[inputs["attention_mask"].bool()]
 
 
-def cache_of(outputs) -> Cache:
-    return getattr(outputs, "language_model_outputs", outputs).past_key_values
+def cache_of(model: nn.Module, inputs: dict) -> Cache:
+    """What a forward leaves in the KV cache; in one of ours if the outputs have none (RecurrentGemma)."""
+    outputs = model(**inputs, use_cache=True)
+    outputs = getattr(outputs, "language_model_outputs", outputs)
+    if "past_key_values" in outputs:
+        return outputs.past_key_values
+    cache = DynamicCache(config=model.config)
+    model(**inputs, use_cache=True, past_key_values=cache)
+    return cache
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -478,7 +653,7 @@ def generation(model_type: str) -> None:
         return
     inputs = {name: value for name, value in tiny_inputs(model_type).items() if not name.startswith("decoder_")}
     for _ in range(2):
-        settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[IMAGE_TOKEN])
+        settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=SPECIAL)
         expected = model.generate(**inputs, use_cache=False, **settings)
         assert torch.equal(model.generate(**inputs, **settings), expected)
         if isinstance(model, PeftModel):
@@ -545,7 +720,7 @@ def sizes(model_type: str) -> None:
     merged = get_peft_model(base, EASConfig(skip_layers=dropped, propagation="none", use_bias=False)).merge_and_unload()
     assert tiny_model(model_type).num_parameters() - merged.num_parameters() == gone
     if generates(model_type):
-        cache = cache_of(merged(**tiny_inputs(model_type), use_cache=True))
+        cache = cache_of(merged, tiny_inputs(model_type))
         for row in layers.family.attentions:
             own = cache
             if isinstance(cache, EncoderDecoderCache):
@@ -565,7 +740,7 @@ def images(model_type: str) -> None:
     other = inputs | {"pixel_values": inputs["pixel_values"].roll(len(inputs["pixel_values"]) // 3, 0)}
     told = []
     for given in (inputs, other):
-        cache = cache_of(model(**given, use_cache=True))
+        cache = cache_of(model, given)
         told.append([cache.layers[index].prompt_state["p"] for index in skipped(model.base_model.model)])
     assert max((first - second).abs().max() for first, second in zip(*told, strict=True)) > 1e-3
 
@@ -655,8 +830,9 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "Of models that have layers without attention, the attentions of the others are skipped; of vision-language",
         "models, those of the language model. Left alone are LXMERT's cross-attentions, each of which serves both",
         "directions; T5's first attention of each list, which has the relative positions of all; the first",
-        "self-attention of decoders with cross-attentions, which says how long the KV cache is; BridgeTower's vision",
-        "tower.",
+        "self-attention of decoders with cross-attentions, which says how long the KV cache is, and that of",
+        "GLM-MoE-DSA and MiniMax; the attentions of Gemma 3n and Gemma 4 that share keys and values with others;",
+        "BridgeTower's vision tower.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models"]
