@@ -35,16 +35,18 @@ class Attentions:
             cross-attention: those that read the stream which it adds to.
         attention_norms: The norms, in a layer, that only the attention reads; those that a layer has.
         output_norms: The norms, in a layer, that the attention's output goes through.
-        residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT).
+        residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT); `""` if
+            there is none (XLM-RoBERTa-XL).
         adds_residual: Whether the attention adds the residual stream, its second argument, itself (BLOOM).
-        returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`.
+        returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`;
+            `None` if it returns the output alone, in no tuple (LayoutLM).
         keeps_first: Whether the first attention of the list is never skipped, as the others need it: T5's has the
             relative positions of all; Mllama's says how long the KV cache is, which a cross-attention's does not.
         pools: What the mean of equation (3) goes over: `"prompt"`, the prompt of a decoder; `"attended"`, all tokens
             that the attention may look at; `"nothing"`, where all tokens are answers (decoders that have an encoder).
         context: Of a cross-attention, the argument with the tokens that keys and values come from.
         context_inputs: The linears that read these.
-        mask: The argument with the attention's mask.
+        mask: The argument with the attention's mask; `""` if it may look at all tokens (BEiT's has position biases).
         shows_keys: Whether the model looks into the cache for keys (Mllama, to know whether there have been images).
         ffn: The FFN, in a layer.
         ffn_inputs: The linears of the FFN that read its input (`""`: the FFN is that linear), routers and the stacked
@@ -62,7 +64,7 @@ class Attentions:
     output_norms: tuple[str, ...] = ()
     residual_norm: str = ""
     adds_residual: bool = False
-    returns: tuple[str, ...] = ("",)
+    returns: tuple[str, ...] | None = ("",)
     keeps_first: bool = False
     pools: str = "prompt"
     context: str = ""
@@ -80,7 +82,9 @@ class Attentions:
 
     def form(self) -> dict:
         """What a merged model has to know of these attentions, see `modeling_eas.restructure`."""
-        return {name: getattr(self, name) for name in _FORM} | {"returns": list(self.returns)}
+        return {name: getattr(self, name) for name in _FORM} | {
+            "returns": None if self.returns is None else list(self.returns)
+        }
 
 
 _FORM = (
@@ -119,6 +123,16 @@ _BERT = dict(
 _BERT_CROSS = dict(
     attention="crossattention", attention_inputs=("self.query",), context="encoder_hidden_states",
     context_inputs=("self.key", "self.value"), mask="encoder_attention_mask",
+)  # fmt: skip
+
+
+_VIT = dict(
+    stack="encoder", attention="attention", attention_norms=("layernorm_before",), pools="attended", ffn_inputs=("fc1",)
+)  # fmt: skip
+_VILT = dict(
+    stack="encoder", layers="encoder.layer", attention="attention",
+    attention_inputs=tuple(f"attention.{name}" for name in QKV), attention_norms=("layernorm_before",), returns=(),
+    pools="attended", ffn="intermediate", ffn_inputs=("dense",),
 )  # fmt: skip
 
 
@@ -245,18 +259,83 @@ _ROWS = (
     # encoders; the attention of BERT adds its input itself, and norms the sum
     *(
         Family(model_type, **_BERT)
-        for model_type in ("bert", "camembert", "electra", "ernie", "roberta", "xlm-roberta")
+        for model_type in (
+            "bert", "camembert", "data2vec-text", "electra", "ernie", "rembert", "roberta", "roc_bert", "tapas",
+            "xlm-roberta", "xmod",
+        )
     ),
-    Family("vit", stack="encoder", attention="attention", attention_norms=("layernorm_before",), pools="attended",
-           ffn_inputs=("fc1",)),
-    Family("clip", **_clip("text", "text_model.encoder.layers"),
-           also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),)),
-    Family("clip_text_model", **_clip("text", "encoder.layers")),
-    Family("clip_vision_model", **_clip("vision", "encoder.layers")),
+    *(  # and returns it alone
+        Family(model_type, **_BERT | dict(returns=None))
+        for model_type in ("layoutlm", "layoutlmv3", "markuplm", "splinter")
+    ),
+    *(  # or norms its input
+        Family(model_type, **_BERT | dict(residual_norm="")) for model_type in ("megatron-bert", "xlm-roberta-xl")
+    ),
+    Family("esm", **_BERT | dict(residual_norm="", returns=None)),
+    Family("roberta-prelayernorm", **_BERT | dict(residual_norm="", ffn="intermediate.dense", ffn_inputs=("",))),
+    Family("mpnet", **_BERT | dict(core="attn", attention_inputs=("attn.q", "attn.k", "attn.v"),
+                                   residual_norm="LayerNorm", returns=())),
+    # others add to the residual stream outside of the attention
+    Family("distilbert", stack="encoder", layers="transformer.layer", attention="attention",
+           attention_inputs=("q_lin", "k_lin", "v_lin"), attention_norms=(), pools="attended", ffn="ffn",
+           ffn_inputs=("lin1",)),
+    Family("eurobert", stack="encoder", pools="attended"),
+    *(
+        Family(model_type, stack="encoder", attention_norms=(), pools="attended")
+        for model_type in ("gte", "nomic_bert")
+    ),
+    Family("modernbert", stack="encoder", attention="attn", attention_inputs=("Wqkv",), attention_norms=("attn_norm",),
+           pools="attended", ffn_inputs=("Wi",)),
+    # of images
+    *(Family(model_type, **_VIT) for model_type in ("audio-spectrogram-transformer", "deit", "vit", "vit_msn")),
+    Family("vit_mae", **_VIT, also=(Attentions(**_VIT | dict(stack="decoder", layers="decoder.decoder_layers")),)),
+    Family("beit", **_VIT | dict(mask="")),
+    *(
+        Family(model_type, **_VIT | dict(layers=layers, attention_norms=("norm1",), ffn_inputs=("fc1", *GATED)))
+        for model_type, layers in (
+            ("dinov2", "encoder.layer"), ("dinov2_with_registers", "encoder.layer"), ("dinov3_vit", "model.layer")
+        )
+    ),
+    # of texts and images, one each
+    *(
+        Family(model_type, **_clip("text", "text_model.encoder.layers"),
+               also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),))
+        for model_type in ("clip", "metaclip_2", "owlv2", "owlvit", "siglip", "siglip2")
+    ),
+    *(
+        Family(f"{model_type}_{stack}_model", **_clip(stack, "encoder.layers"))
+        for model_type in ("clip", "metaclip_2", "siglip", "siglip2")
+        for stack in ("text", "vision")
+    ),
+    *(
+        Family(model_type, **_BERT | dict(stack="text", layers=layers, returns=None),
+               also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),))
+        for model_type, layers in (
+            ("altclip", "text_model.roberta.encoder.layers"), ("chinese_clip", "text_model.encoder.layer")
+        )
+    ),
+    # of sounds
+    *(
+        Family(model_type, stack="encoder", layers="encoder.layers", attention="attention", attention_norms=(),
+               pools="attended", ffn="feed_forward", ffn_inputs=("intermediate_dense",))
+        for model_type in ("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2")
+    ),
     # fusion of texts and images
-    Family("vilt", stack="encoder", layers="encoder.layer", attention="attention",
-           attention_inputs=tuple(f"attention.{name}" for name in QKV), attention_norms=("layernorm_before",),
-           returns=(), pools="attended", ffn="intermediate", ffn_inputs=("dense",)),
+    Family("vilt", **_VILT),
+    Family("flava", **_VILT | dict(stack="text", layers="text_model.encoder.layer"),
+           also=tuple(Attentions(**_VILT | dict(stack=stack, layers=f"{stack}_model.encoder.layer"))
+                      for stack in ("image", "multimodal"))),
+    Family("visual_bert", **_BERT | dict(returns=())),
+    Family("blip", **_BERT | dict(stack="text", layers="text_model.encoder.layer"),
+           also=(
+               *(
+                   Attentions(**_BERT | dict(stack=stack, layers=layers, pools=pools) | kind)
+                   for stack, layers, pools in (("encoder", "text_encoder.encoder.layer", "attended"),
+                                                ("decoder", "text_decoder.bert.encoder.layer", "nothing"))
+                   for kind in (dict(), _BERT_CROSS | dict(pools="attended"))
+               ),
+               Attentions(**_clip("vision", "vision_model.encoder.layers") | dict(attention_inputs=("qkv",))),
+           )),
     Family("lxmert", **_BERT | dict(stack="text", returns=()),
            also=(
                Attentions(**_BERT | dict(stack="vision", layers="encoder.r_layers", returns=())),

@@ -469,8 +469,8 @@ class EASAttention(EASLayer):
         if name is not None and self.skips(name):
             enter_layer(attention, self.bypass.context(args, kwargs, slot_state))
             first = args[0] if args else kwargs["hidden_states"]
-            nothing, *others = self.bypass.output(args, kwargs, self.base_layer, torch.zeros_like(first))
-            return self._touched(nothing, name), *others
+            stream = self.bypass.stream(args, kwargs, self.base_layer, torch.zeros_like(first))
+            return self.bypass.returned(self._touched(stream, name), args, kwargs)
         enter_layer(attention, None)
         if self.arm.row.core:
             mask_of(kwargs)

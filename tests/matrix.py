@@ -24,6 +24,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
@@ -268,20 +269,24 @@ class Example:
         model: The class of a model with a task, or the auto class.
         config: Makes its configuration.
         inputs: Makes inputs.
-        labels: What else a training step takes.
+        labels: What else a training step takes; `None` for a model without a loss, which then is the mean square of
+            the output.
         output: What of the model's output is compared.
         task: PEFT's type of the task.
         unused: Parameters that this task has no use for, and no gradients (a regular expression).
+        checkpoints: Whether adapters can be trained with gradient checkpointing; BLIP changes its embeddings in place,
+            which then is an error in transformers with LoRA, too.
     """
 
     section: str
     model: type
     config: Callable[[], PreTrainedConfig]
     inputs: Callable[[], dict]
-    labels: dict
+    labels: dict | None
     output: str = "logits"
     task: str | None = None
     unused: str = ""
+    checkpoints: bool = True
 
 
 def words() -> dict:
@@ -312,9 +317,62 @@ def regions() -> dict:
     return words() | {"visual_feats": feats, "visual_pos": boxes, "visual_attention_mask": seen}
 
 
-def _classifies(config: type) -> Example:
-    make = partial(config, **TEXT, num_labels=3)
-    return Example("Encoders", AutoModelForSequenceClassification, make, words, {"labels": torch.tensor([0, 1, 2])})
+def boxed_words() -> dict:
+    """Texts with where each word is on its page."""
+    boxes = torch.randint(0, 50, (3, 7, 4), generator=torch.Generator().manual_seed(3))
+    return words() | {"bbox": boxes.sort(dim=-1).values}
+
+
+def region_words() -> dict:
+    """Texts with regions of an image behind them, as VisualBERT takes them."""
+    regions_ = regions()
+    return words() | {
+        "visual_embeds": regions_["visual_feats"], "visual_attention_mask": regions_["visual_attention_mask"]
+    }  # fmt: skip
+
+
+def padded_patches() -> dict:
+    """Images of different shapes as SigLIP 2 takes them, one row a patch, padded."""
+    shapes = torch.tensor([[2, 2], [2, 1], [1, 3]])
+    seen = (torch.arange(4) < shapes.prod(dim=1, keepdim=True)).long()
+    values = torch.randn(3, 4, 3 * 8 * 8, generator=torch.Generator().manual_seed(3))
+    return {"pixel_values": values * seen[..., None], "pixel_attention_mask": seen, "spatial_shapes": shapes}
+
+
+def waves(samples: int = 400) -> dict:
+    return {"input_values": torch.randn(3, samples, generator=torch.Generator().manual_seed(3))}
+
+
+CLASSES = {"labels": torch.tensor([0, 1, 2])}
+SPECIAL = dict(bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, mask_token_id=3)
+
+
+def _classifies(config: type, inputs: Callable[[], dict] = words, **settings) -> Example:
+    make = partial(config, **TEXT | settings, num_labels=3)
+    return Example("Encoders", AutoModelForSequenceClassification, make, inputs, CLASSES)
+
+
+def _sees(config: type, model: type = AutoModelForImageClassification, **settings) -> Example:
+    make = partial(config, **VISION | settings, num_labels=3)
+    return Example("Encoders", model, make, partial(pixels, 16), CLASSES)
+
+
+def _hears(config: type) -> Example:
+    make = partial(
+        config, **{k: v for k, v in TEXT.items() if k != "max_position_embeddings"}, num_labels=3, conv_dim=(16, 16),
+        conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, classifier_proj_size=16, apply_spec_augment=False,
+    )  # fmt: skip
+    return Example("Encoders", AutoModelForAudioClassification, make, waves, CLASSES)
+
+
+def _matches(config: type, text: dict | None = None, **settings) -> Example:
+    """Two towers, trained to tell which text belongs to which image."""
+    sizes = dict(text_config=TEXT | SPECIAL | (text or {}), vision_config=VISION, projection_dim=16) | settings
+    return Example(
+        "Fusion of texts and images", AutoModel, partial(config, **sizes), lambda: words() | pixels(16),
+        {"return_loss": True}, "logits_per_image",
+    )  # fmt: skip
 
 
 def _translates(config: type, **sizes) -> Example:
@@ -329,16 +387,98 @@ EXAMPLES: dict[str, Example] = {
     "ernie": _classifies(transformers.ErnieConfig),
     "roberta": _classifies(transformers.RobertaConfig),
     "xlm-roberta": _classifies(transformers.XLMRobertaConfig),
-    "vit": Example(
-        "Encoders", AutoModelForImageClassification, partial(transformers.ViTConfig, **VISION, num_labels=3),
-        partial(pixels, 16), {"labels": torch.tensor([0, 1, 2])},
+    "data2vec-text": _classifies(transformers.Data2VecTextConfig),
+    "distilbert": _classifies(
+        transformers.DistilBertConfig, dim=32, n_layers=NUM_LAYERS, n_heads=4, hidden_dim=48
     ),
-    "clip": Example(
-        "Fusion of texts and images", AutoModel,
-        lambda: transformers.CLIPConfig(
-            text_config=TEXT | {"eos_token_id": 98, "bos_token_id": 1}, vision_config=VISION, projection_dim=16
+    "esm": _classifies(transformers.EsmConfig, mask_token_id=3),
+    "eurobert": _classifies(transformers.EuroBertConfig, num_key_value_heads=2, **SPECIAL),
+    "gte": _classifies(transformers.GteConfig),
+    "layoutlm": _classifies(transformers.LayoutLMConfig, boxed_words, max_2d_position_embeddings=64),
+    "layoutlmv3": _classifies(
+        transformers.LayoutLMv3Config, lambda: boxed_words() | pixels(16), max_2d_position_embeddings=64,
+        coordinate_size=6, shape_size=4, input_size=16, patch_size=8,
+    ),
+    "markuplm": _classifies(transformers.MarkupLMConfig),
+    "megatron-bert": _classifies(transformers.MegatronBertConfig),
+    "modernbert": _classifies(transformers.ModernBertConfig, **SPECIAL),
+    "mpnet": _classifies(transformers.MPNetConfig),
+    "nomic_bert": _classifies(transformers.NomicBertConfig),
+    "rembert": _classifies(transformers.RemBertConfig),
+    "roberta-prelayernorm": _classifies(transformers.RobertaPreLayerNormConfig),
+    "roc_bert": _classifies(transformers.RoCBertConfig),
+    "splinter": Example(
+        "Encoders", AutoModelForQuestionAnswering, partial(transformers.SplinterConfig, **TEXT),
+        words, {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([1, 2, 2])}, "start_logits",
+    ),
+    "tapas": _classifies(transformers.TapasConfig),
+    "xlm-roberta-xl": _classifies(transformers.XLMRobertaXLConfig),
+    "xmod": _classifies(transformers.XmodConfig, default_language="en_XX"),
+    "audio-spectrogram-transformer": Example(
+        "Encoders", AutoModelForAudioClassification,
+        partial(transformers.ASTConfig, **VISION, num_labels=3, max_length=16, num_mel_bins=16),
+        lambda: {"input_values": pixels(16)["pixel_values"][:, 0]}, CLASSES,
+    ),
+    "beit": _sees(transformers.BeitConfig, out_indices=[1, 2], use_relative_position_bias=True),
+    "deit": _sees(transformers.DeiTConfig, transformers.DeiTForImageClassification),
+    "dinov2": _sees(transformers.Dinov2Config),
+    "dinov2_with_registers": _sees(transformers.Dinov2WithRegistersConfig, use_swiglu_ffn=True),
+    "dinov3_vit": Example(
+        "Encoders", AutoModel, partial(transformers.DINOv3ViTConfig, **VISION, num_register_tokens=1),
+        partial(pixels, 16), None, "last_hidden_state",
+    ),
+    "vit": _sees(transformers.ViTConfig),
+    "vit_mae": Example(
+        "Encoders", transformers.ViTMAEForPreTraining,
+        partial(
+            transformers.ViTMAEConfig, **VISION, decoder_hidden_size=16, decoder_num_hidden_layers=NUM_LAYERS,
+            decoder_num_attention_heads=2, decoder_intermediate_size=24, mask_ratio=0.5,
         ),
-        lambda: words() | pixels(16), {"return_loss": True}, "logits_per_image",
+        lambda: pixels(16) | {"noise": torch.rand(3, 4, generator=torch.Generator().manual_seed(5))}, {},
+    ),
+    "vit_msn": _sees(transformers.ViTMSNConfig),
+    "data2vec-audio": _hears(transformers.Data2VecAudioConfig),
+    "hubert": _hears(transformers.HubertConfig),
+    "unispeech": _hears(transformers.UniSpeechConfig),
+    "unispeech-sat": _hears(transformers.UniSpeechSatConfig),
+    "wav2vec2": _hears(transformers.Wav2Vec2Config),
+    "altclip": _matches(transformers.AltCLIPConfig, dict(project_dim=16, pad_token_id=0)),
+    "chinese_clip": _matches(transformers.ChineseCLIPConfig),
+    "clip": _matches(transformers.CLIPConfig, dict(eos_token_id=98)),
+    "metaclip_2": _matches(transformers.MetaClip2Config, dict(eos_token_id=98)),
+    "owlv2": _matches(transformers.Owlv2Config),
+    "owlvit": _matches(transformers.OwlViTConfig),
+    "siglip": _matches(transformers.SiglipConfig, dict(projection_size=32)),
+    "flava": Example(
+        "Fusion of texts and images", AutoModel,
+        lambda: transformers.FlavaConfig(
+            text_config=TEXT, image_config=VISION, projection_dim=16, hidden_size=32,
+            multimodal_config={k: v for k, v in VISION.items() if k not in ("image_size", "patch_size")},
+        ),
+        lambda: words() | pixels(16), None, "multimodal_embeddings",
+    ),
+    "siglip2": Example(
+        "Fusion of texts and images", AutoModel,
+        lambda: transformers.Siglip2Config(
+            text_config=TEXT | dict(projection_size=32),
+            vision_config={k: v for k, v in VISION.items() if k != "image_size"} | dict(num_patches=4),
+        ),
+        lambda: words() | padded_patches(), {"return_loss": True}, "logits_per_image",
+    ),
+    "blip": Example(
+        "Fusion of texts and images", AutoModelForVisualQuestionAnswering,
+        lambda: transformers.BlipConfig(
+            text_config=TEXT | dict(encoder_hidden_size=32, bos_token_id=1, eos_token_id=2, sep_token_id=2),
+            vision_config=VISION, projection_dim=16, image_text_hidden_size=16,
+        ),
+        # an output without logits; and without mask, as the decoder looks at padding, too
+        lambda: {"input_ids": words()["input_ids"], "labels": answers()} | pixels(16), {}, "loss",
+        checkpoints=False,
+    ),
+    "visual_bert": Example(
+        "Fusion of texts and images", transformers.VisualBertForQuestionAnswering,
+        partial(transformers.VisualBertConfig, **TEXT, visual_embedding_dim=12, num_labels=3),
+        region_words, {"labels": torch.eye(3)},
     ),
     "vilt": Example(
         "Fusion of texts and images", AutoModelForVisualQuestionAnswering,
@@ -487,9 +627,11 @@ def generation(model_type: str) -> None:
 
 def training(model_type: str) -> None:
     """A step of the Trainer changes every adapter, and nothing else."""
-    model = adapted(model_type)
-    if model_type in EXAMPLES:
-        batch = tiny_inputs(model_type) | EXAMPLES[model_type].labels
+    model, example, loss = adapted(model_type), EXAMPLES.get(model_type), None
+    if example is not None:
+        batch = tiny_inputs(model_type) | (example.labels or {})
+        if example.labels is None:
+            loss = partial(_mean_square, example.output)
     else:
         labels = tiny_inputs(model_type)["input_ids"].clone()
         labels[:, :8] = -100
@@ -499,14 +641,21 @@ def training(model_type: str) -> None:
         args = TrainingArguments(
             folder, max_steps=1, per_device_train_batch_size=3, learning_rate=1e-2, report_to=[], save_strategy="no",
             use_cpu=True, disable_tqdm=True,
-            gradient_checkpointing=model.base_model.model.supports_gradient_checkpointing,
+            gradient_checkpointing=model.base_model.model.supports_gradient_checkpointing
+            and (example is None or example.checkpoints),
         )  # fmt: skip
-        Trainer(model, args, train_dataset=[0, 1, 2], data_collator=lambda rows: batch).train()
+        Trainer(
+            model, args, train_dataset=[0, 1, 2], data_collator=lambda rows: batch, compute_loss_func=loss
+        ).train()  # fmt: skip
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if model_type in EXAMPLES and EXAMPLES[model_type].unused:
-        trainable = {name for name in trainable if not re.search(EXAMPLES[model_type].unused, name)}
+    if example is not None and example.unused:
+        trainable = {name for name in trainable if not re.search(example.unused, name)}
     assert changed == trainable, f"not trained: {sorted(trainable - changed)[:5]}"
+
+
+def _mean_square(name: str, outputs, labels: None, num_items_in_batch: None) -> torch.Tensor:
+    return outputs[name].square().mean()
 
 
 def reloading(model_type: str) -> None:
@@ -584,7 +733,7 @@ def padding(model_type: str) -> None:
     alone = {name: value[row : row + 1] for name, value in inputs.items()}
     length = int(mask[row].sum())
     assert length < mask.shape[1]
-    alone |= {name: alone[name][:, :length] for name in ("input_ids", "attention_mask")}
+    alone |= {name: alone[name][:, :length] for name in ("input_ids", "attention_mask", "bbox") if name in alone}
     model = adapted(model_type)
     whole, single = logits(model, model_type), logits(model, model_type, alone)
     assert_close(single, whole[row : row + 1][:, : single.shape[1]])
