@@ -12,6 +12,7 @@ from .modeling_eas import has_module, outermost, register_config
 
 SPLIT = ("q_proj", "k_proj", "v_proj")
 QKV = ("query", "key", "value")
+LONG = (*QKV, *(f"{name}_global" for name in QKV))
 GATED = ("gate_proj", "up_proj")
 ROUTED = ("gate", "experts.gate_up_proj")  # of a mixture of experts
 SHARED = tuple(f"{name}.{linear}" for name in ("shared_expert", "shared_experts") for linear in GATED)
@@ -41,7 +42,8 @@ class Attentions:
         returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`;
             `None` if it returns the output alone, in no tuple (LayoutLM).
         keeps_first: Whether the first attention of the list is never skipped, as the others need it: T5's has the
-            relative positions of all; Mllama's says how long the KV cache is, which a cross-attention's does not.
+            relative positions of all; Mllama's and UMT5's say how long the KV cache is, which a cross-attention's does
+            not.
         pools: What the mean of equation (3) goes over: `"prompt"`, the prompt of a decoder; `"attended"`, all tokens
             that the attention may look at; `"nothing"`, where all tokens are answers (decoders that have an encoder).
         context: Of a cross-attention, the argument with the tokens that keys and values come from.
@@ -50,7 +52,7 @@ class Attentions:
         shows_keys: Whether the model looks into the cache for keys (Mllama, to know whether there have been images).
         ffn: The FFN, in a layer.
         ffn_inputs: The linears of the FFN that read its input (`""`: the FFN is that linear), routers and the stacked
-            weights of experts included; those that a layer has of them.
+            weights of experts included; those that a layer has of them. A `*` stands for the names of experts.
         stacked_axis: Which axis of stacked weights is the input's: -1 for `(experts, out, in)`, -2 for `(experts, in,
             out)`.
     """
@@ -144,13 +146,23 @@ def _t5(stack: str, ffn: str) -> dict:
     return dict(
         stack=stack, layers=f"{stack}.block", attention="layer.0.SelfAttention", attention_inputs=("q", "k", "v"),
         attention_norms=("layer.0.layer_norm",), returns=("position_bias", ""), keeps_first=True,
-        pools="attended" if stack == "encoder" else "nothing", mask="mask", ffn=ffn, ffn_inputs=("wi", "wi_0", "wi_1"),
+        pools="attended" if stack == "encoder" else "nothing", mask="mask", ffn=ffn,
+        ffn_inputs=("wi", "wi_0", "wi_1", "router.classifier", "experts.*.wi"),
     )  # fmt: skip
 
 
 _T5_CROSS = dict(
     attention="layer.1.EncDecAttention", attention_inputs=("q",), attention_norms=("layer.1.layer_norm",),
     keeps_first=False, context="key_value_states", context_inputs=("k", "v"), pools="attended",
+)  # fmt: skip
+
+
+_UMT5 = dict(returns=("",), mask="attention_mask")
+_NLLB = dict(ffn="ffn", ffn_inputs=("fc1", "router.classifier", "experts.*.fc1"))
+_MOONSHINE = dict(layers="decoder.layers", pools="nothing", ffn_inputs=("fc1",))
+_T5GEMMA = dict(
+    layers="decoder.layers", attention_norms=("pre_self_attn_layernorm",), output_norms=("post_self_attn_layernorm",),
+    pools="nothing",
 )  # fmt: skip
 
 
@@ -268,6 +280,7 @@ _ROWS = (
         Family(model_type, **_BERT | dict(returns=None))
         for model_type in ("layoutlm", "layoutlmv3", "markuplm", "splinter")
     ),
+    Family("longformer", **_BERT | dict(attention_inputs=tuple(f"self.{name}" for name in LONG), returns=())),
     *(  # or norms its input
         Family(model_type, **_BERT | dict(residual_norm="")) for model_type in ("megatron-bert", "xlm-roberta-xl")
     ),
@@ -353,22 +366,60 @@ _ROWS = (
            )),
     # encoder-decoders
     *(
-        Family(model_type, **_t5("encoder", "layer.1.DenseReluDense"),
-               also=(Attentions(**_t5("decoder", "layer.2.DenseReluDense")),
-                     Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _T5_CROSS)))
-        for model_type in ("t5", "mt5")
+        Family(model_type, **_t5("encoder", f"layer.1.{ffn}"),
+               also=(Attentions(**_t5("decoder", f"layer.2.{ffn}")),
+                     Attentions(**_t5("decoder", f"layer.2.{ffn}") | _T5_CROSS)))
+        for model_type, ffn in (("t5", "DenseReluDense"), ("mt5", "DenseReluDense"), ("switch_transformers", "mlp"))
     ),
+    Family("umt5", **_t5("encoder", "layer.1.DenseReluDense") | _UMT5 | dict(keeps_first=False),
+           also=(Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _UMT5),
+                 Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _T5_CROSS | _UMT5
+                            | dict(context="encoder_hidden_states")))),
+    Family("pix2struct", stack="encoder", layers="encoder.encoder.layer", attention="attention", attention_inputs=QKV,
+           attention_norms=("pre_attention_layer_norm",), pools="attended", ffn_inputs=("wi_0", "wi_1"),
+           also=(Attentions(**_t5("decoder", "mlp.DenseReluDense")
+                            | dict(layers="decoder.layer", attention="self_attention.attention",
+                                   attention_inputs=QKV, attention_norms=("self_attention.layer_norm",))),
+                 Attentions(**_t5("decoder", "mlp.DenseReluDense") | _T5_CROSS
+                            | dict(layers="decoder.layer", attention="encoder_decoder_attention.attention",
+                                   attention_inputs=("query",), context_inputs=("key", "value"),
+                                   attention_norms=("encoder_decoder_attention.layer_norm",))))),
     *(  # with a norm after the residual sum
         Family(model_type, **_bart("encoder"),
                also=(Attentions(**_bart("decoder")), Attentions(**_bart_cross())))
-        for model_type in ("bart", "marian")
+        for model_type in ("bart", "blenderbot-small", "marian", "mvp", "plbart")
     ),
+    Family("led", **_bart("encoder")
+           | dict(attention_inputs=tuple(f"longformer_self_attn.{name}" for name in LONG), returns=()),
+           also=(Attentions(**_bart("decoder") | dict(returns=("", ""))),
+                 Attentions(**_bart_cross() | dict(returns=("", ""))))),
+    Family("trocr", **_bart("decoder"), also=(Attentions(**_bart_cross()),)),
     *(  # with a norm before
         Family(model_type, **_bart("encoder", SELF_NORM),
                also=(Attentions(**_bart("decoder", SELF_NORM)),
                      Attentions(**_bart_cross(("encoder_attn_layer_norm",)))))
-        for model_type in ("mbart", "pegasus", "m2m_100", "whisper")
+        for model_type in ("blenderbot", "m2m_100", "mbart", "pegasus", "speech_to_text", "whisper")
     ),
+    Family("nllb-moe", **_bart("encoder", SELF_NORM) | _NLLB,
+           also=(Attentions(**_bart("decoder", SELF_NORM) | _NLLB),
+                 Attentions(**_bart_cross(("cross_attention_layer_norm",)) | _NLLB
+                            | dict(attention="cross_attention")))),
+    # with the layers of decoders
+    Family("moonshine", **_MOONSHINE | dict(stack="encoder", layers="encoder.layers", pools="attended"),
+           also=(Attentions(**_MOONSHINE),
+                 Attentions(**_MOONSHINE | dict(attention="encoder_attn", attention_inputs=("q_proj",),
+                                                attention_norms=POST, context="key_value_states",
+                                                context_inputs=("k_proj", "v_proj"), pools="attended")))),
+    Family("t5gemma", **_T5GEMMA | dict(stack="encoder", layers="encoder.layers", pools="attended"),
+           also=(Attentions(**_T5GEMMA),
+                 Attentions(**_T5GEMMA | dict(attention="cross_attn", attention_inputs=("q_proj",),
+                                              attention_norms=("pre_cross_attn_layernorm",),
+                                              output_norms=("post_cross_attn_layernorm",),
+                                              context="encoder_hidden_states", context_inputs=("k_proj", "v_proj"),
+                                              pools="attended")))),
+    # around one of these
+    Family("florence2", decoder="language_model"),
+    Family("vision-encoder-decoder", decoder="decoder"),
     # vision-language models
     Family("mllama_text_model", keeps_first=True, shows_keys=True,
            also=(Attentions(attention="cross_attn", attention_inputs=("q_proj",), context="cross_attention_states",
@@ -488,7 +539,8 @@ def find_layers(model: nn.Module) -> Layers:
     if row.decoder is not None:
         name, decoder = outermost(model, row.decoder)
         family = _row(decoder)
-    if any(row.pools != "prompt" for row in family.attentions) and getattr(decoder.config, "is_decoder", False):
+    has_encoder = any(row.pools == "attended" and not row.context for row in family.attentions)
+    if has_encoder and getattr(decoder.config, "is_decoder", False):
         raise ValueError(
             f"{type(model).__name__} has `is_decoder=True`, but EAS knows models of type {family.model_type!r} only as "
             "encoders or with one."

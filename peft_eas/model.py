@@ -367,7 +367,12 @@ class EASModel(BaseTuner):
                     wrapper.unmerge()
                 wrapper.unquantised = requantiser or wrapper.unquantised
         dequantises = requantiser is None and any(map(is_quantised, self.model.parameters()))
+        is_tied = getattr(self.model.config, "tie_word_embeddings", False)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        # PEFT compares the head with the input embeddings of the encoder, but T5Gemma ties it to the decoder's
+        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        if is_tied and ties and all(model.get_parameter(a) is model.get_parameter(b) for a, b in ties.items()):
+            model.config.tie_word_embeddings = True
         unwatch_prompt(model)
         model.__dict__.pop("generate", None)
         if plan is None:

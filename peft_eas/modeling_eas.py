@@ -536,8 +536,8 @@ class Bypass:
             cache = None  # T5 asks each entry for its length; as the first is never skipped, none has to be passed over
         kept = {} if cache is None else state(cache, self.index)
         others = self.argument(self.form["context"], args, kwargs) if is_cross else None
-        slot = None if cache is None else cache.layers[self.index]
-        if self.form["shows_keys"] and isinstance(slot, PromptSlot) and (slot.keys is None or others is not None):
+        slot = _entry(cache, self.index) if self.form["shows_keys"] and cache is not None else None
+        if isinstance(slot, PromptSlot) and (slot.keys is None or others is not None):
             slot.keys = _first(args, kwargs).new_zeros(0 if others is None else 1)
         if self.form["pools"] == "prompt":
             return PromptContext(mask, kept)
