@@ -532,7 +532,8 @@ def find_layers(model: nn.Module) -> Layers:
     """Find the attentions of `model` by the row of its family.
 
     Raises:
-        ValueError: if no row fits the model, with the families that are known and what to do.
+        ValueError: if no row fits the model, with the families that are known and what to do; if its FFNs get their
+            input in chunks.
     """
     row = family = _row(model)
     name, decoder = "", model
@@ -544,6 +545,11 @@ def find_layers(model: nn.Module) -> Layers:
         raise ValueError(
             f"{type(model).__name__} has `is_decoder=True`, but EAS knows models of type {family.model_type!r} only as "
             "encoders or with one."
+        )
+    if any(getattr(module, "chunk_size_feed_forward", 0) for module in decoder.modules()):
+        raise ValueError(
+            "EAS takes a mean over all tokens before each FFN, which gets them in chunks here: load the model with "
+            "`chunk_size_feed_forward=0`."
         )
     containers, arms = {}, []
     for attentions in family.attentions:

@@ -914,8 +914,9 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "",
         "Of models that have layers without attention, the attentions of the others are skipped; of vision-language",
         "models, those of the language model. Left alone are LXMERT's cross-attentions, each of which serves both",
-        "directions; T5's first attention of each list, which has the relative positions of all; BridgeTower's vision",
-        "tower.",
+        "directions; T5's first attention of each list, which has the relative positions of all, and so with Switch",
+        "Transformers and the decoders of Pix2Struct and UMT5; BridgeTower's vision tower, and those of Florence-2 and",
+        "vision-encoder-decoder models.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models"]
