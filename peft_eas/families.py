@@ -12,6 +12,7 @@ from .modeling_eas import has_module, outermost, register_config
 
 SPLIT = ("q_proj", "k_proj", "v_proj")
 QKV = ("query", "key", "value")
+LONG = (*QKV, *(f"{name}_global" for name in QKV))
 GATED = ("gate_proj", "up_proj")
 ROUTED = ("gate", "experts.gate_up_proj")  # of a mixture of experts
 SHARED = tuple(f"{name}.{linear}" for name in ("shared_expert", "shared_experts") for linear in GATED)
@@ -38,9 +39,11 @@ class Attentions:
             cross-attention: those that read the stream which it adds to.
         attention_norms: The norms, in a layer, that only the attention reads; those that a layer has.
         output_norms: The norms, in a layer, that the attention's output goes through.
-        residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT).
+        residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT); `""` if
+            there is none (XLM-RoBERTa-XL).
         adds_residual: Whether the attention adds the residual stream, its second argument, itself (BLOOM).
-        returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`.
+        returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`;
+            `None` if it returns the output alone, in no tuple (LayoutLM).
         keeps_first: Whether the first attention of the list is never skipped, as others need it: T5's has the relative
             positions of all; that of a decoder with cross-attentions says how long the KV cache is.
         keeps_if: An attribute of the attentions; one where it is true is never skipped, as later layers take their keys
@@ -49,11 +52,11 @@ class Attentions:
             that the attention may look at; `"nothing"`, where all tokens are answers (decoders that have an encoder).
         context: Of a cross-attention, the argument with the tokens that keys and values come from.
         context_inputs: The linears that read these.
-        mask: The argument with the attention's mask.
+        mask: The argument with the attention's mask; `""` if it may look at all tokens (BEiT's has position biases).
         shows_keys: Whether the model looks into the cache for keys (Mllama, to know whether there have been images).
         ffn: The FFN, in a layer.
         ffn_inputs: The linears of the FFN that read its input (`""`: the FFN is that linear), routers and the stacked
-            weights of experts included; those that a layer has of them.
+            weights of experts included; those that a layer has of them. A `*` stands for the names of experts.
         stacked_axis: Which axis of stacked weights is the input's: -1 for `(experts, out, in)`, -2 for `(experts, in,
             out)`.
     """
@@ -68,7 +71,7 @@ class Attentions:
     output_norms: tuple[str, ...] = ()
     residual_norm: str = ""
     adds_residual: bool = False
-    returns: tuple[str, ...] = ("",)
+    returns: tuple[str, ...] | None = ("",)
     keeps_first: bool = False
     keeps_if: str = ""
     pools: str = "prompt"
@@ -87,7 +90,9 @@ class Attentions:
 
     def form(self) -> dict:
         """What a merged model has to know of these attentions, see `modeling_eas.restructure`."""
-        return {name: getattr(self, name) for name in _FORM} | {"returns": list(self.returns)}
+        return {name: getattr(self, name) for name in _FORM} | {
+            "returns": None if self.returns is None else list(self.returns)
+        }
 
 
 _FORM = (
@@ -129,6 +134,16 @@ _BERT_CROSS = dict(
 )  # fmt: skip
 
 
+_VIT = dict(
+    stack="encoder", attention="attention", attention_norms=("layernorm_before",), pools="attended", ffn_inputs=("fc1",)
+)  # fmt: skip
+_VILT = dict(
+    stack="encoder", layers="encoder.layer", attention="attention",
+    attention_inputs=tuple(f"attention.{name}" for name in QKV), attention_norms=("layernorm_before",), returns=(),
+    pools="attended", ffn="intermediate", ffn_inputs=("dense",),
+)  # fmt: skip
+
+
 def _clip(stack: str, layers: str) -> dict:
     return dict(stack=stack, layers=layers, attention_norms=("layer_norm1",), pools="attended", ffn_inputs=("fc1",))
 
@@ -137,13 +152,23 @@ def _t5(stack: str, ffn: str) -> dict:
     return dict(
         stack=stack, layers=f"{stack}.block", attention="layer.0.SelfAttention", attention_inputs=("q", "k", "v"),
         attention_norms=("layer.0.layer_norm",), returns=("position_bias", ""), keeps_first=True,
-        pools="attended" if stack == "encoder" else "nothing", mask="mask", ffn=ffn, ffn_inputs=("wi", "wi_0", "wi_1"),
+        pools="attended" if stack == "encoder" else "nothing", mask="mask", ffn=ffn,
+        ffn_inputs=("wi", "wi_0", "wi_1", "router.classifier", "experts.*.wi"),
     )  # fmt: skip
 
 
 _T5_CROSS = dict(
     attention="layer.1.EncDecAttention", attention_inputs=("q",), attention_norms=("layer.1.layer_norm",),
     keeps_first=False, context="key_value_states", context_inputs=("k", "v"), pools="attended",
+)  # fmt: skip
+
+
+_UMT5 = dict(returns=("",), mask="attention_mask")
+_NLLB = dict(ffn="ffn", ffn_inputs=("fc1", "router.classifier", "experts.*.fc1"))
+_MOONSHINE = dict(layers="decoder.layers", pools="nothing", ffn_inputs=("fc1",))
+_T5GEMMA = dict(
+    layers="decoder.layers", attention_norms=("pre_self_attn_layernorm",), output_norms=("post_self_attn_layernorm",),
+    pools="nothing",
 )  # fmt: skip
 
 
@@ -304,18 +329,84 @@ _ROWS = (
     # encoders; the attention of BERT adds its input itself, and norms the sum
     *(
         Family(model_type, **_BERT)
-        for model_type in ("bert", "camembert", "electra", "ernie", "roberta", "xlm-roberta")
+        for model_type in (
+            "bert", "camembert", "data2vec-text", "electra", "ernie", "rembert", "roberta", "roc_bert", "tapas",
+            "xlm-roberta", "xmod",
+        )
     ),
-    Family("vit", stack="encoder", attention="attention", attention_norms=("layernorm_before",), pools="attended",
-           ffn_inputs=("fc1",)),
-    Family("clip", **_clip("text", "text_model.encoder.layers"),
-           also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),)),
-    Family("clip_text_model", **_clip("text", "encoder.layers")),
-    Family("clip_vision_model", **_clip("vision", "encoder.layers")),
+    *(  # and returns it alone
+        Family(model_type, **_BERT | dict(returns=None))
+        for model_type in ("layoutlm", "layoutlmv3", "markuplm", "splinter")
+    ),
+    Family("longformer", **_BERT | dict(attention_inputs=tuple(f"self.{name}" for name in LONG), returns=())),
+    *(  # or norms its input
+        Family(model_type, **_BERT | dict(residual_norm="")) for model_type in ("megatron-bert", "xlm-roberta-xl")
+    ),
+    Family("esm", **_BERT | dict(residual_norm="", returns=None)),
+    Family("roberta-prelayernorm", **_BERT | dict(residual_norm="", ffn="intermediate.dense", ffn_inputs=("",))),
+    Family("mpnet", **_BERT | dict(core="attn", attention_inputs=("attn.q", "attn.k", "attn.v"),
+                                   residual_norm="LayerNorm", returns=())),
+    # others add to the residual stream outside of the attention
+    Family("distilbert", stack="encoder", layers="transformer.layer", attention="attention",
+           attention_inputs=("q_lin", "k_lin", "v_lin"), attention_norms=(), pools="attended", ffn="ffn",
+           ffn_inputs=("lin1",)),
+    Family("eurobert", stack="encoder", pools="attended"),
+    *(
+        Family(model_type, stack="encoder", attention_norms=(), pools="attended")
+        for model_type in ("gte", "nomic_bert")
+    ),
+    Family("modernbert", stack="encoder", attention="attn", attention_inputs=("Wqkv",), attention_norms=("attn_norm",),
+           pools="attended", ffn_inputs=("Wi",)),
+    # of images
+    *(Family(model_type, **_VIT) for model_type in ("audio-spectrogram-transformer", "deit", "vit", "vit_msn")),
+    Family("vit_mae", **_VIT, also=(Attentions(**_VIT | dict(stack="decoder", layers="decoder.decoder_layers")),)),
+    Family("beit", **_VIT | dict(mask="")),
+    *(
+        Family(model_type, **_VIT | dict(layers=layers, attention_norms=("norm1",), ffn_inputs=("fc1", *GATED)))
+        for model_type, layers in (
+            ("dinov2", "encoder.layer"), ("dinov2_with_registers", "encoder.layer"), ("dinov3_vit", "model.layer")
+        )
+    ),
+    # of texts and images, one each
+    *(
+        Family(model_type, **_clip("text", "text_model.encoder.layers"),
+               also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),))
+        for model_type in ("clip", "metaclip_2", "owlv2", "owlvit", "siglip", "siglip2")
+    ),
+    *(
+        Family(f"{model_type}_{stack}_model", **_clip(stack, "encoder.layers"))
+        for model_type in ("clip", "metaclip_2", "siglip", "siglip2")
+        for stack in ("text", "vision")
+    ),
+    *(
+        Family(model_type, **_BERT | dict(stack="text", layers=layers, returns=None),
+               also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),))
+        for model_type, layers in (
+            ("altclip", "text_model.roberta.encoder.layers"), ("chinese_clip", "text_model.encoder.layer")
+        )
+    ),
+    # of sounds
+    *(
+        Family(model_type, stack="encoder", layers="encoder.layers", attention="attention", attention_norms=(),
+               pools="attended", ffn="feed_forward", ffn_inputs=("intermediate_dense",))
+        for model_type in ("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2")
+    ),
     # fusion of texts and images
-    Family("vilt", stack="encoder", layers="encoder.layer", attention="attention",
-           attention_inputs=tuple(f"attention.{name}" for name in QKV), attention_norms=("layernorm_before",),
-           returns=(), pools="attended", ffn="intermediate", ffn_inputs=("dense",)),
+    Family("vilt", **_VILT),
+    Family("flava", **_VILT | dict(stack="text", layers="text_model.encoder.layer"),
+           also=tuple(Attentions(**_VILT | dict(stack=stack, layers=f"{stack}_model.encoder.layer"))
+                      for stack in ("image", "multimodal"))),
+    Family("visual_bert", **_BERT | dict(returns=())),
+    Family("blip", **_BERT | dict(stack="text", layers="text_model.encoder.layer"),
+           also=(
+               *(
+                   Attentions(**_BERT | dict(stack=stack, layers=layers, pools=pools) | kind)
+                   for stack, layers, pools in (("encoder", "text_encoder.encoder.layer", "attended"),
+                                                ("decoder", "text_decoder.bert.encoder.layer", "nothing"))
+                   for kind in (dict(), _BERT_CROSS | dict(pools="attended"))
+               ),
+               Attentions(**_clip("vision", "vision_model.encoder.layers") | dict(attention_inputs=("qkv",))),
+           )),
     Family("lxmert", **_BERT | dict(stack="text", returns=()),
            also=(
                Attentions(**_BERT | dict(stack="vision", layers="encoder.r_layers", returns=())),
@@ -333,22 +424,60 @@ _ROWS = (
            )),
     # encoder-decoders
     *(
-        Family(model_type, **_t5("encoder", "layer.1.DenseReluDense"),
-               also=(Attentions(**_t5("decoder", "layer.2.DenseReluDense")),
-                     Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _T5_CROSS)))
-        for model_type in ("t5", "mt5")
+        Family(model_type, **_t5("encoder", f"layer.1.{ffn}"),
+               also=(Attentions(**_t5("decoder", f"layer.2.{ffn}")),
+                     Attentions(**_t5("decoder", f"layer.2.{ffn}") | _T5_CROSS)))
+        for model_type, ffn in (("t5", "DenseReluDense"), ("mt5", "DenseReluDense"), ("switch_transformers", "mlp"))
     ),
+    Family("umt5", **_t5("encoder", "layer.1.DenseReluDense") | _UMT5 | dict(keeps_first=False),
+           also=(Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _UMT5),
+                 Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _T5_CROSS | _UMT5
+                            | dict(context="encoder_hidden_states")))),
+    Family("pix2struct", stack="encoder", layers="encoder.encoder.layer", attention="attention", attention_inputs=QKV,
+           attention_norms=("pre_attention_layer_norm",), pools="attended", ffn_inputs=("wi_0", "wi_1"),
+           also=(Attentions(**_t5("decoder", "mlp.DenseReluDense")
+                            | dict(layers="decoder.layer", attention="self_attention.attention",
+                                   attention_inputs=QKV, attention_norms=("self_attention.layer_norm",))),
+                 Attentions(**_t5("decoder", "mlp.DenseReluDense") | _T5_CROSS
+                            | dict(layers="decoder.layer", attention="encoder_decoder_attention.attention",
+                                   attention_inputs=("query",), context_inputs=("key", "value"),
+                                   attention_norms=("encoder_decoder_attention.layer_norm",))))),
     *(  # with a norm after the residual sum
         Family(model_type, **_bart("encoder"),
                also=(Attentions(**_bart("decoder")), Attentions(**_bart_cross())))
-        for model_type in ("bart", "marian")
+        for model_type in ("bart", "blenderbot-small", "marian", "mvp", "plbart")
     ),
+    Family("led", **_bart("encoder")
+           | dict(attention_inputs=tuple(f"longformer_self_attn.{name}" for name in LONG), returns=()),
+           also=(Attentions(**_bart("decoder") | dict(returns=("", ""))),
+                 Attentions(**_bart_cross() | dict(returns=("", ""))))),
+    Family("trocr", **_bart("decoder"), also=(Attentions(**_bart_cross()),)),
     *(  # with a norm before
         Family(model_type, **_bart("encoder", SELF_NORM),
                also=(Attentions(**_bart("decoder", SELF_NORM)),
                      Attentions(**_bart_cross(("encoder_attn_layer_norm",)))))
-        for model_type in ("mbart", "pegasus", "m2m_100", "whisper")
+        for model_type in ("blenderbot", "m2m_100", "mbart", "pegasus", "speech_to_text", "whisper")
     ),
+    Family("nllb-moe", **_bart("encoder", SELF_NORM) | _NLLB,
+           also=(Attentions(**_bart("decoder", SELF_NORM) | _NLLB),
+                 Attentions(**_bart_cross(("cross_attention_layer_norm",)) | _NLLB
+                            | dict(attention="cross_attention")))),
+    # with the layers of decoders
+    Family("moonshine", **_MOONSHINE | dict(stack="encoder", layers="encoder.layers", pools="attended"),
+           also=(Attentions(**_MOONSHINE),
+                 Attentions(**_MOONSHINE | dict(attention="encoder_attn", attention_inputs=("q_proj",),
+                                                attention_norms=POST, context="key_value_states",
+                                                context_inputs=("k_proj", "v_proj"), pools="attended")))),
+    Family("t5gemma", **_T5GEMMA | dict(stack="encoder", layers="encoder.layers", pools="attended"),
+           also=(Attentions(**_T5GEMMA),
+                 Attentions(**_T5GEMMA | dict(attention="cross_attn", attention_inputs=("q_proj",),
+                                              attention_norms=("pre_cross_attn_layernorm",),
+                                              output_norms=("post_cross_attn_layernorm",),
+                                              context="encoder_hidden_states", context_inputs=("k_proj", "v_proj"),
+                                              pools="attended")))),
+    # around one of these
+    Family("florence2", decoder="language_model"),
+    Family("vision-encoder-decoder", decoder="decoder"),
     # vision-language models
     Family("mllama_text_model", keeps_first=True, shows_keys=True,
            also=(Attentions(attention="cross_attn", attention_inputs=("q_proj",), context="cross_attention_states",
@@ -468,17 +597,24 @@ def find_layers(model: nn.Module) -> Layers:
     """Find the attentions of `model` by the row of its family.
 
     Raises:
-        ValueError: if no row fits the model, with the families that are known and what to do.
+        ValueError: if no row fits the model, with the families that are known and what to do; if its FFNs get their
+            input in chunks.
     """
     row = family = _row(model)
     name, decoder = "", model
     if row.decoder is not None:
         name, decoder = outermost(model, row.decoder)
         family = _row(decoder)
-    if any(row.pools != "prompt" for row in family.attentions) and getattr(decoder.config, "is_decoder", False):
+    has_encoder = any(row.pools == "attended" and not row.context for row in family.attentions)
+    if has_encoder and getattr(decoder.config, "is_decoder", False):
         raise ValueError(
             f"{type(model).__name__} has `is_decoder=True`, but EAS knows models of type {family.model_type!r} only as "
             "encoders or with one."
+        )
+    if any(getattr(module, "chunk_size_feed_forward", 0) for module in decoder.modules()):
+        raise ValueError(
+            "EAS takes a mean over all tokens before each FFN, which gets them in chunks here: load the model with "
+            "`chunk_size_feed_forward=0`."
         )
     containers, arms = {}, []
     for attentions in family.attentions:

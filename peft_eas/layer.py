@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import functools
 import math
 import warnings
@@ -469,8 +470,8 @@ class EASAttention(EASLayer):
         if name is not None and self.skips(name):
             enter_layer(attention, self.bypass.context(args, kwargs, slot_state))
             first = args[0] if args else kwargs["hidden_states"]
-            nothing, *others = self.bypass.output(args, kwargs, self.base_layer, torch.zeros_like(first))
-            return self._touched(nothing, name), *others
+            stream = self.bypass.stream(args, kwargs, self.base_layer, torch.zeros_like(first))
+            return self.bypass.returned(self._touched(stream, name), args, kwargs)
         enter_layer(attention, None)
         if self.arm.row.core:
             mask_of(kwargs)
@@ -613,13 +614,19 @@ def inputs_of(module: nn.Module, arm: Arm, is_ffn: bool) -> tuple[tuple[str, ...
         ValueError: if it has none of what the family's row names.
     """
     named = arm.row.ffn_inputs if is_ffn else arm.row.attention_inputs
-    names = tuple(name for name in named if _get(module, name) is not None)  # rows name all that some layers have
+    # rows name all that some layers have
+    names = tuple(name for given in named for name in _meant(module, given) if _get(module, name) is not None)
     if not names:
         raise ValueError(
             f"{type(module).__name__} of layer {arm.index} has none of {', '.join(named)}, which the family's row "
             "names as what reads its input."
         )
     return names, _in_features(_get(module, names[0]), arm.row.stacked_axis)
+
+
+def _meant(module: nn.Module, given: str) -> list[str]:
+    """The modules that a name in a row stands for: several, if there is a `*` in it."""
+    return fnmatch.filter(dict(module.named_modules()), given) if "*" in given else [given]
 
 
 def check_single(adapter_names: list[str]) -> None:

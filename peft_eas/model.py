@@ -43,11 +43,6 @@ class EASModel(BaseTuner):
 
     def _prepare_model(self, peft_config: EASConfig, model: nn.Module) -> None:
         self._layers = layers = find_layers(model)
-        if getattr(model.config, "chunk_size_feed_forward", 0):  # a PIA would see the first chunk only
-            raise ValueError(
-                f"`config.chunk_size_feed_forward`={model.config.chunk_size_feed_forward} lets FFNs read sequences in "
-                "parts, which EAS can't follow: set it to 0."
-            )
         if peft_config.target_modules is None:
             rows = layers.family.attentions
             peft_config.target_modules = {name for row in rows for name in (row.attention, row.ffn)}
@@ -370,7 +365,12 @@ class EASModel(BaseTuner):
                     wrapper.unmerge()
                 wrapper.unquantised = requantiser or wrapper.unquantised
         dequantises = requantiser is None and any(map(is_quantised, self.model.parameters()))
+        is_tied = getattr(self.model.config, "tie_word_embeddings", False)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        # PEFT compares the head with the input embeddings of the encoder, but T5Gemma ties it to the decoder's
+        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        if is_tied and ties and all(model.get_parameter(a) is model.get_parameter(b) for a, b in ties.items()):
+            model.config.tie_word_embeddings = True
         unwatch_prompt(model)
         model.__dict__.pop("generate", None)
         if plan is None:

@@ -498,10 +498,8 @@ def _attended(attention_mask: torch.Tensor | None, batch: int, length: int) -> t
             "`attn_implementation='sdpa'` or `'eager'`."
         )
     mask = attention_mask[..., -length:]
-    if mask.dim() > 2:
-        mask = mask if mask.dtype == torch.bool else mask >= 0
-        mask = mask.flatten(1, -2).any(dim=1)
-    return mask.bool().expand(batch, length)
+    mask = mask >= 0 if mask.is_floating_point() else mask.bool()
+    return (mask.flatten(1, -2).any(dim=1) if mask.dim() > 2 else mask).expand(batch, length)
 
 
 def by_row(adapter: Callable, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
@@ -560,22 +558,27 @@ class Bypass:
             cache = None  # nothing is kept; as the first entry is never skipped, no other has to be passed over, either
         kept = {} if cache is None else state(cache, self.index)
         others = self.argument(self.form["context"], args, kwargs) if is_cross else None
-        if self.form["shows_keys"] and cache is not None:
-            slot = _entry(cache, self.index)
-            if isinstance(slot, PromptSlot) and (slot.keys is None or others is not None):
-                slot.keys = _first(args, kwargs).new_zeros(0 if others is None else 1)
+        slot = _entry(cache, self.index) if self.form["shows_keys"] and cache is not None else None
+        if isinstance(slot, PromptSlot) and (slot.keys is None or others is not None):
+            slot.keys = _first(args, kwargs).new_zeros(0 if others is None else 1)
         if self.form["pools"] == "prompt":
             return PromptContext(mask, kept)
         attention_mask = self.argument(self.form["mask"], args, kwargs)
         return AttendedContext(_first(args, kwargs), attention_mask, kept, is_cross, others)
 
-    def output(self, args: tuple, kwargs: dict, attention: nn.Module, nothing: torch.Tensor) -> tuple:
-        """What the attention returns when it adds `nothing` to the residual stream."""
+    def stream(self, args: tuple, kwargs: dict, attention: nn.Module, nothing: torch.Tensor) -> torch.Tensor:
+        """The attention's output when it adds `nothing` to the residual stream."""
         if self.form["adds_residual"]:
-            nothing = args[1]
-        elif self.form["residual_norm"]:
-            nothing = attention.get_submodule(self.form["residual_norm"])(_first(args, kwargs))
-        return nothing, *(self.argument(name, args, kwargs) if name else None for name in self.form["returns"])
+            return args[1]
+        if self.form["residual_norm"]:
+            return attention.get_submodule(self.form["residual_norm"])(_first(args, kwargs))
+        return _first(args, kwargs) if self.form["core"] else nothing
+
+    def returned(self, stream: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor | tuple:
+        """What the attention returns with this output."""
+        if self.form["returns"] is None:
+            return stream
+        return stream, *(self.argument(name, args, kwargs) if name else None for name in self.form["returns"])
 
 
 def _first(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -634,9 +637,10 @@ class SkippedAttention(nn.Module):
                 module = module.get_submodule(name)
             module.add_module(leaf, attention.get_submodule(form["residual_norm"]))
 
-    def forward(self, *args, **kwargs) -> tuple:
+    def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
         enter_layer(self.bypass.form["attention"], self.bypass.context(args, kwargs, slot_state))
-        return self.bypass.output(args, kwargs, self, _first(args, kwargs).new_zeros(1, 1, 1))
+        stream = self.bypass.stream(args, kwargs, self, _first(args, kwargs).new_zeros(1, 1, 1))
+        return self.bypass.returned(stream, args, kwargs)
 
     def extra_repr(self) -> str:
         return f"layer_idx={self.layer_idx}"

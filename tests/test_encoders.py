@@ -199,13 +199,6 @@ def test_encoders_as_decoders_are_refused():
             get_peft_model(model, EASConfig())
 
 
-def test_ffns_that_read_in_parts_are_refused():
-    model = matrix.tiny_model("bert")
-    model.config.chunk_size_feed_forward = 2
-    with pytest.raises(ValueError, match="chunk_size_feed_forward"):
-        get_peft_model(model, EASConfig())
-
-
 def test_contexts_of_encoders_are_not_frozen():
     with pytest.raises(ValueError, match="propagation='none'"):
         matrix.adapted("bart").freeze_context([])

@@ -123,6 +123,13 @@ def test_a_row_that_does_not_fit_the_model_is_refused(own_model):
         get_peft_model(own_model, EASConfig(skip_layers=[1]))
 
 
+def test_chunks_of_tokens_are_refused():
+    make = matrix.EXAMPLES["bert"]
+    model = matrix.build(make.model, make.config(chunk_size_feed_forward=2))
+    with pytest.raises(ValueError, match="chunk_size_feed_forward=0"):
+        get_peft_model(model, EASConfig(skip_layers=[1]))
+
+
 def test_inspect_family(tmp_path, capsys):
     matrix.tiny_config("gpt_neox").save_pretrained(tmp_path)
     assert cli.main(["inspect-family", str(tmp_path), "--layers", "2"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, dataloader: Iterable[
             if row.residual_norm:
                 before, after = module.get_submodule(row.residual_norm)(before), update
             else:
-                after = update if row.adds_residual else before + update
+                after = update if row.adds_residual or row.core else before + update
             change = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
             if row.pools != "nothing" and not row.context and kept is not None and kept.shape == change.shape:
                 change = change[kept]
@@ -113,5 +114,6 @@ def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict])
 METHODS: dict[str, Callable[..., dict[int | str, float]]] = {"similarity": _by_similarity, "loss": _by_loss}
 
 
-def _nothing(bypass: Bypass, attention: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
-    return bypass.output(args, kwargs, attention, torch.zeros_like(output[0]))
+def _nothing(bypass: Bypass, attention: nn.Module, args: tuple, kwargs: dict, output: Any) -> torch.Tensor | tuple:
+    nothing = torch.zeros_like(output[0] if isinstance(output, tuple) else output)
+    return bypass.returned(bypass.stream(args, kwargs, attention, nothing), args, kwargs)
