@@ -831,7 +831,7 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "models, those of the language model. Left alone are LXMERT's cross-attentions, each of which serves both",
         "directions; T5's first attention of each list, which has the relative positions of all; BridgeTower's vision",
         "tower; the attentions of Gemma 3n and Gemma 4 that share keys and values with others; the first attention of",
-        "GLM-MoE-DSA and MiniMax.",
+        "GLM-MoE-DSA, MiniMax and RecurrentGemma.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models"]
