@@ -324,7 +324,7 @@ _ROWS = (
     Family("qwen3_5_text"),
     Family("qwen3_5_moe_text", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     Family("recurrent_gemma", attention="temporal_block", has="q_proj", attention_norms=("temporal_pre_norm",),
-           ffn="mlp_block"),
+           keeps_first=True, ffn="mlp_block"),
     Family("qwen3_next", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     # encoders; the attention of BERT adds its input itself, and norms the sum
     *(

@@ -255,6 +255,9 @@ def tiny_model(model_type: str) -> PreTrainedModel:
                 parameter.normal_(std=0.15)
             elif (name.endswith("bias") and "dt" not in name) or name.endswith("_gate"):
                 parameter.normal_(std=0.1)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # as Youtu makes it whenever a model is loaded
     return model.eval()
 
 
@@ -1090,9 +1093,9 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "Of models that have layers without attention, the attentions of the others are skipped; of vision-language",
         "models, those of the language model. Left alone are LXMERT's cross-attentions, each of which serves both",
         "directions; the first attention of each list of T5 and its kin, which has the relative positions of all; the",
-        "first self-attention of decoders with cross-attentions, which says how long the KV cache is, and that of",
-        "GLM-MoE-DSA and MiniMax; the attentions of Gemma 3n and Gemma 4 that share keys and values with others; the",
-        "vision towers of BridgeTower, Florence-2 and vision-encoder-decoder models.",
+        "first self-attention of decoders with cross-attentions, which says how long the KV cache is, and those of",
+        "GLM-MoE-DSA, MiniMax and RecurrentGemma; the attentions of Gemma 3n and Gemma 4 that share keys and values",
+        "with others; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoder models.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models"]
