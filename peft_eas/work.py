@@ -68,7 +68,8 @@ def base_of(merged: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(merged.config)
     config.__class__ = base_class.config_class
     text = config.get_text_config(decoder=True)
-    if getattr(text, "per_layer_attributes", None) == {"skip"}:  # not the family's own
+    recorded = (text.to_dict().get("per_layer_config") or {}).values()
+    if all(set(layer) == {"skip"} for layer in recorded):  # not the family's own
         text.per_layer_config = None
     return _built(base_class, config, merged)
 

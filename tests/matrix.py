@@ -249,6 +249,8 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:  # positions that are what they are
+                continue
             if "norm" in name.lower() or "ln_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             elif parameter.dim() > 1 and "A_log" not in name:
@@ -538,7 +540,7 @@ def waves(samples: int = 400) -> dict:
 
 
 CLASSES = {"labels": torch.tensor([0, 1, 2])}
-SPECIAL = dict(bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, mask_token_id=3)
+ENDS = dict(bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, mask_token_id=3)
 
 
 def _classifies(config: type, inputs: Callable[[], dict] = words, **settings) -> Example:
@@ -562,7 +564,7 @@ def _hears(config: type) -> Example:
 
 def _matches(config: type, text: dict | None = None, **settings) -> Example:
     """Two towers, trained to tell which text belongs to which image."""
-    sizes = dict(text_config=TEXT | SPECIAL | (text or {}), vision_config=VISION, projection_dim=16) | settings
+    sizes = dict(text_config=TEXT | ENDS | (text or {}), vision_config=VISION, projection_dim=16) | settings
     return Example(
         "Fusion of texts and images", AutoModel, partial(config, **sizes), lambda: words() | pixels(16),
         {"return_loss": True}, "logits_per_image",
@@ -586,7 +588,7 @@ EXAMPLES: dict[str, Example] = {
         transformers.DistilBertConfig, dim=32, n_layers=NUM_LAYERS, n_heads=4, hidden_dim=48
     ),
     "esm": _classifies(transformers.EsmConfig, mask_token_id=3),
-    "eurobert": _classifies(transformers.EuroBertConfig, num_key_value_heads=2, **SPECIAL),
+    "eurobert": _classifies(transformers.EuroBertConfig, num_key_value_heads=2, **ENDS),
     "gte": _classifies(transformers.GteConfig),
     "layoutlm": _classifies(transformers.LayoutLMConfig, boxed_words, max_2d_position_embeddings=64),
     "layoutlmv3": _classifies(
@@ -596,7 +598,7 @@ EXAMPLES: dict[str, Example] = {
     "markuplm": _classifies(transformers.MarkupLMConfig),
     "longformer": _classifies(transformers.LongformerConfig, attention_window=4),
     "megatron-bert": _classifies(transformers.MegatronBertConfig),
-    "modernbert": _classifies(transformers.ModernBertConfig, **SPECIAL),
+    "modernbert": _classifies(transformers.ModernBertConfig, **ENDS),
     "mpnet": _classifies(transformers.MPNetConfig),
     "nomic_bert": _classifies(transformers.NomicBertConfig),
     "rembert": _classifies(transformers.RemBertConfig),
@@ -958,7 +960,7 @@ def reloading(model_type: str) -> None:
         cls = auto_class(model_type)
         loaded = (cls if hasattr(cls, "_model_mapping") else type(merged)).from_pretrained(folder).eval()
     assert type(loaded) is type(merged)
-    assert_close(logits(loaded, model_type), expected, 1e-6)
+    assert_close(logits(loaded, model_type), expected, 1e-5)
 
 
 def sizes(model_type: str) -> None:
