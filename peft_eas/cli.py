@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+import transformers
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoProcessor,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -269,7 +271,7 @@ def _merge(args: argparse.Namespace) -> None:
         base = args.base or config.base_model_name_or_path
         if not base:
             raise UsageError(f"{args.adapter} does not say what its base model is: give --base.")
-        model = PeftModel.from_pretrained(_load_model(base, args.dtype), args.adapter, config=config)
+        model = PeftModel.from_pretrained(_load_model(base, args.dtype, config), args.adapter, config=config)
         skipped = model.skip_layers
         if args.freeze_context:
             _freeze_context(model, args.freeze_context, (args.adapter, base))
@@ -455,7 +457,14 @@ def _device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def _load_model(name: str, dtype: str | None = None) -> PreTrainedModel:
+def _load_model(name: str, dtype: str | None = None, adapter: PeftConfig | None = None) -> PreTrainedModel:
+    """A model that generates text; or the one that `adapter` was trained with, if that says so."""
+    trained_with = getattr(adapter, "auto_mapping", None) or {}  # saved where there is no type of the task
+    own = getattr(transformers, trained_with.get("base_model_class", ""), None)
+    if own is None and adapter is not None and adapter.task_type == TaskType.SEQ_2_SEQ_LM:
+        own = AutoModelForSeq2SeqLM
+    if own is not None:
+        return own.from_pretrained(name, dtype=dtype or "auto")
     model_type = AutoConfig.from_pretrained(name).model_type
     reads_images = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     is_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

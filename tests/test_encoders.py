@@ -320,6 +320,19 @@ def test_what_is_said_of_a_merged_model(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["skip_layers"] == names
 
 
+@pytest.mark.parametrize("model_type", ["bart", "vit", "lxmert"])
+def test_the_command_line_merges_them(model_type, tmp_path, capsys):
+    matrix.tiny_model(model_type).save_pretrained(tmp_path / "base")
+    adapted = matrix.adapted(model_type)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = matrix.logits(adapted, model_type)
+    folders = [str(tmp_path / name) for name in ("adapter", "merged")]
+    assert cli.main(["merge", *folders, "--base", str(tmp_path / "base")]) == 0, capsys.readouterr().err
+    merged = matrix.auto_class(model_type).from_pretrained(folders[1]).eval()
+    assert type(merged).__name__.startswith("EAS")
+    matrix.assert_close(matrix.logits(merged, model_type), expected)
+
+
 # Search ---------------------------------------------------------------------------------------------------------------
 
 
