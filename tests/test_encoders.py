@@ -352,7 +352,7 @@ def test_a_search_over_names(tmp_path):
         model = get_peft_model(matrix.tiny_model("t5"), EASConfig(num_skip=4, task_type="SEQ_2_SEQ_LM"))
         args = Seq2SeqTrainingArguments(
             tmp_path, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True,
-            save_steps=4, **settings,
+            save_steps=4, logging_steps=1, **settings,
         )  # fmt: skip
         search = EASCallback(batches(6), warmup_steps=1, search_steps=6, interval=2, num_candidates=2)
         return Seq2SeqTrainer(model, args, train_dataset=batches(20), callbacks=[search]), search
@@ -365,6 +365,10 @@ def test_a_search_over_names(tmp_path):
     assert report["skip_layers"] == whole.model.skip_layers == whole.model.peft_config["default"].skip_layers
     assert len(report["skip_layers"]) == 4
     plot_search(report)
+    logged = [entry for entry in whole.state.log_history if "eas/skip_layers/1" in entry]
+    assert [logged[0][f"eas/skip_layers/{m}"] for m in range(1, 5)] == [
+        arms.index(name) for name in report["rounds"][0]["skip_layers"]
+    ]
     resumed, again = trainer(max_steps=9)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.report["preferences"] == report["preferences"]

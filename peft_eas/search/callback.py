@@ -442,7 +442,9 @@ class _Search:
                 "eas/candidate_loss_max": max(finite),
             }
         if best != before:
-            self.metrics |= {f"eas/skip_layers/{m + 1}": layer for m, layer in enumerate(best)}
+            # curves are of numbers: an attention that goes by its name is given by its place among the candidates
+            places = [key if isinstance(key, int) else state.layers.index(key) for key in best]
+            self.metrics |= {f"eas/skip_layers/{m + 1}": place for m, place in enumerate(places)}
 
     def _losses(self, sets: list[list[int]], batches: list[dict[str, Any]]) -> list[float]:
         """The held-out loss of each set, in eval mode; the model is as before afterwards, whatever happens."""
