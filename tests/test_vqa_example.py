@@ -92,7 +92,7 @@ def tiny_world(monkeypatch, tmp_path):
 
 def test_the_whole_example(tiny_world, monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
-    options = "--num-skip 2 --image-epochs 2 --train-examples 20 --search-examples 4 --batch-size 4"
+    options = "--num-skip 2 --image-epochs 2 --train-examples 20 --score-examples 4 --batch-size 4"
     monkeypatch.setattr("sys.argv", ["vqa.py", *options.split(), "--held-out-examples", "16", "--output", str(out)])
     vqa.main()
     printed = capsys.readouterr().out
