@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, CTRLConfig
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 from peft_eas import EASConfig
 
@@ -153,9 +153,11 @@ def assert_same(after, before):
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():
-    model = AutoModelForCausalLM.from_config(CTRLConfig(n_layer=2, n_embd=8, n_head=2, dff=8, vocab_size=9))
+    model = AutoModelForCausalLM.from_config(OpenAIGPTConfig(n_layer=2, n_embd=8, n_head=2, vocab_size=9))
     before = state(model)
-    with pytest.raises(ValueError, match=r"'ctrl'.*Known types: .*gemma3_text.*llama.*register_family\(.*'ctrl'"):
+    with pytest.raises(
+        ValueError, match=r"'openai-gpt'.*Known types: .*gemma3_text.*llama.*register_family\(.*'openai-gpt'"
+    ):
         get_peft_model(model, EASConfig(skip_layers=[1]))
     assert_same(state(model), before)
     with pytest.raises(ValueError, match="Known types"):

@@ -192,7 +192,7 @@ def test_warm_starts_order_the_preferences_by_scores_after_the_warm_up(tmp_path,
     watch = Watch(model)
     _, search = run(tmp_path, model, settings, others=[watch], save_strategy="no", max_steps=5)
     copied = kept[0].eval()
-    scores = {i: -i for i in range(6)} if warm_start == "depth" else warm_start
+    scores = {i: -i / 6 for i in range(6)} if warm_start == "depth" else warm_start
     if warm_start == "similarity":
         copied.set_skip_layers([])
         scores = score_attentions(copied, [collate(list(held_out))])
