@@ -123,6 +123,8 @@ def test_parts_of_a_model_are_timed_one_by_one(base, ids):
 
 def test_engines_are_compared_and_what_does_not_fit_is_left_out(base, monkeypatch, tmp_path):
     monkeypatch.setattr(engines, "load_base", lambda random_weights: base)
+    # it would stay for the tests that follow, and those that compare bits with another process would fail
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     start = engines.InTransformers.start
 
     def start_or_fail(self, model, ids, *args):
