@@ -136,10 +136,12 @@ def read_card(name: str) -> ModelCardData:
     return _read_card(name) if Path(name).is_dir() else _read_card_once(name)
 
 
-def layer_picture(skip: Collection[int], total: int) -> list[str]:
-    """The layers, in lines of 40: `#` for an attention that is kept and `.` for a skipped one."""
-    rows = [range(start, min(start + 40, total)) for start in range(0, total, 40)]
-    return [f"{row[0]:>3} {''.join('.' if i in skip else '#' for i in row)} {row[-1]}" for row in rows]
+def layer_picture(skip: Collection[int], present: Collection[int]) -> list[str]:
+    """The layers up to the last with an attention, in lines of 40: `#` for one that is kept, `.` for a skipped one, and
+    `-` for a layer without."""
+    marks = ["." if i in skip else "#" if i in present else "-" for i in range(max(present) + 1)]
+    rows = [marks[start : start + 40] for start in range(0, len(marks), 40)]
+    return [f"{40 * n:>3} {''.join(row)} {40 * n + len(row) - 1}" for n, row in enumerate(rows)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,15 +198,16 @@ def _summary(eas: dict, base_model: str | None) -> str:
     skip, lines = skipped(eas), []
     for form in eas["attentions"]:
         lines += [f"{form['stack']}, {'cross' if form['context'] else 'self'}"] * eas["by_name"]
-        lines += layer_picture(form["skip"], form["total"])
+        lines += layer_picture(form["skip"], form["present"]) if form["present"] else []
     picture = "\n".join(lines)
-    total = sum(form["total"] for form in eas["attentions"]) if eas["by_name"] else eas["attentions"][0]["total"]
+    total = sum(len(form["present"]) for form in eas["attentions"])
+    has_others = "  - no attention" * any("-" in line for line in lines)
     routed = eas["config"]["router"] == "prompt"
     stand_ins = "kept beside the weights as low-rank products" if routed else "folded into the weights"
     return (
         f"{base}, fine-tuned with [Effective Attention Skipping](https://arxiv.org/abs/2403.15226) (EAS): {len(skip)} "
         f"of its {total} attentions are gone, and what stood in for them in training is {stand_ins}.\n\n"
-        f"```\nlayers  # attention kept  . skipped\n{picture}\n```\n\n"
+        f"```\nlayers  # attention kept  . skipped{has_others}\n{picture}\n```\n\n"
         f"Skipped: {', '.join(map(str, skip)) or 'none'}."
     )
 

@@ -37,7 +37,7 @@ from .config import EASConfig, EASType
 from .export import FORMATS, export
 from .families import FAMILIES
 from .folders import new_folder
-from .modeling_eas import skipped
+from .modeling_eas import attentions, skipped
 from .search import EASCallback, score_attentions
 from .search.callback import WARM_STARTS
 from .search.report import REPORT
@@ -341,16 +341,14 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(about))
         return
-    skip, total = set(about["skip_layers"]), about["num_layers"]
+    skip, present = set(about["skip_layers"]), about["attentions"]
     for key, value in about.items():
-        if key not in ("skip_layers", "num_layers"):
+        if key not in ("skip_layers", "attentions"):
             print(f"{key.replace('_', ' '):12} {value}")
-    if total is None:
-        print(f"{'skips':12} {len(skip)} attentions: {sorted(skip)}")
-        return
-    print(f"{'skips':12} {len(skip)} of {total} attentions: {sorted(skip)}")
-    for line in layer_picture(skip, total):
-        print(f"{'layers':12} {line}   # kept  . skipped")
+    print(f"{'skips':12} {len(skip)} of {len(present)} attentions: {sorted(skip)}")
+    if all(isinstance(key, int) for key in present):
+        for line in layer_picture(skip, present):
+            print(f"{'layers':12} {line}   # kept  . skipped{'  - no attention' * ('-' in line)}")
 
 
 def _inspect_family(args: argparse.Namespace) -> None:
@@ -401,7 +399,7 @@ def _about_adapter(folder: Path) -> dict[str, Any]:
         "kind": "adapter" if config.skip_layers is not None else "adapter, set not chosen yet (the best so far)",
         "base_model": config.base_model_name_or_path,
         "skip_layers": sorted(skip) if config.skip_layers is None or not by_name else config.skip_layers,
-        "num_layers": max(indices) + 1 if indices and not by_name else None,
+        "attentions": [name.removesuffix(".eas_skip") for name in gates] if by_name else indices,
         "parameters": sum(sizes.values()),
         "settings": f"r={config.r} r_pia={config.r_pia} propagation={config.propagation} router={config.router}",
     }
@@ -425,13 +423,13 @@ def _about_merged(folder: Path) -> dict[str, Any]:
     about = {
         "kind": f"merged model ({config.model_type}, over {eas['model_type']})",
         "skip_layers": skip,
-        "num_layers": None if eas["by_name"] else first["total"],
+        "attentions": attentions(eas),
         "parameters": f"quantised by {quantised['quant_method']}" if quantised else sum(sizes.values()),
         "biases": f"{sum(len(form['biased']) for form in eas['attentions'])} linears have got a bias",
         "prompt": _about_kept(eas["attentions"]),
     }
     if not eas["by_name"] and first["pools"] == "prompt":
-        text, total = config.get_text_config(decoder=True), first["total"]
+        text, total = config.get_text_config(decoder=True), len(first["present"])
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         values = 2 * head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
         about["kv_cache"] = f"{(total - len(skip)) * values} values a token, instead of {total * values}"

@@ -36,9 +36,10 @@ class Attentions:
         core: The part of the attention whose input only its linears read, where the attention itself adds its input to
             what that part gives (BERT).
         attention_inputs: The linears of the attention that read its input; those that a layer has of them. Of a
-            cross-attention: those that read the stream which it adds to.
+            cross-attention: those that read the stream which it adds to. None where several layers share an attention's
+            weights: it has no adapter then, and the first that has these weights is never skipped (Zamba).
         attention_norms: The norms, in a layer, that only the attention reads; those that a layer has.
-        output_norms: The norms, in a layer, that the attention's output goes through.
+        output_norms: The norms, in a layer, that the attention's output goes through; a linear without bias, in Zamba.
         residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT); `""` if
             there is none (XLM-RoBERTa-XL).
         adds_residual: Whether the attention adds the residual stream, its second argument, itself (BLOOM).
@@ -55,8 +56,16 @@ class Attentions:
         mask: The argument with the attention's mask; `""` if it may look at all tokens (BEiT's has position biases).
         shows_keys: Whether the model looks into the cache for keys (Mllama, to know whether there have been images).
         ffn: The FFN, in a layer.
+        ffn_after: How many layers after that of the attention: 1 where each layer is one of them (Nemotron-H). An
+            attention that no FFN follows is never skipped.
         ffn_inputs: The linears of the FFN that read its input (`""`: the FFN is that linear), routers and the stacked
-            weights of experts included; those that a layer has of them. A `*` stands for the names of experts.
+            weights of experts included; those that a layer has of them. A `*` stands for the names of experts; of names
+            with a `|` between them, the first that a layer has is meant.
+        ffn_back: Of a cross-attention that its layer calls a second time, for the tokens that were looked at to look
+            back (LXMERT): the FFN of these, with the same `ffn_inputs`. It is skipped both times or not at all, and
+            there is a PIA before either FFN.
+        ffn_masks_input: Whether the FFN makes zeros of its input where there is padding, as Mamba does: what is added
+            to the input can't then be made a bias.
         stacked_axis: Which axis of stacked weights is the input's: -1 for `(experts, out, in)`, -2 for `(experts, in,
             out)`.
     """
@@ -80,7 +89,10 @@ class Attentions:
     mask: str = "attention_mask"
     shows_keys: bool = False
     ffn: str = "mlp"
+    ffn_after: int = 0
     ffn_inputs: tuple[str, ...] = GATED
+    ffn_masks_input: bool = False
+    ffn_back: str = ""
     stacked_axis: int = -1
 
     @property
@@ -96,8 +108,8 @@ class Attentions:
 
 
 _FORM = (
-    "stack", "layers", "attention", "core", "ffn", "residual_norm", "adds_residual", "returns", "pools",
-    "context", "mask", "shows_keys",
+    "stack", "layers", "attention", "core", "ffn", "ffn_after", "ffn_back", "residual_norm",
+    "adds_residual", "returns", "pools", "context", "mask", "shows_keys",
 )  # fmt: skip
 
 
@@ -141,6 +153,12 @@ _VILT = dict(
     stack="encoder", layers="encoder.layer", attention="attention",
     attention_inputs=tuple(f"attention.{name}" for name in QKV), attention_norms=("layernorm_before",), returns=(),
     pools="attended", ffn="intermediate", ffn_inputs=("dense",),
+)  # fmt: skip
+
+
+_ZAMBA = dict(
+    attention_inputs=(), attention_norms=(), output_norms=("linear",), returns=None, ffn="mamba_decoder.mamba",
+    ffn_inputs=("in_proj",), ffn_masks_input=True,
 )  # fmt: skip
 
 
@@ -320,12 +338,18 @@ _ROWS = (
     Family("lfm3", attention_inputs=(*SPLIT, "g_proj"), attention_norms=("operator_norm",),
            output_norms=("post_operator_norm",), ffn="feed_forward", ffn_inputs=("w1", "w3")),
     Family("minimax", has="q_proj", attention_norms=(), keeps_first=True, ffn_inputs=ROUTED),
+    # each layer is a mixer of one kind
+    Family("nemotron_h", attention="mixer", has="q_proj", attention_norms=(), ffn="mixer", ffn_after=1,
+           ffn_inputs=("up_proj", "gate", "fc1_latent_proj|experts.up_proj", "shared_experts.up_proj")),
     Family("olmo_hybrid", attention_norms=(), output_norms=POST),
     Family("qwen3_5_text"),
     Family("qwen3_5_moe_text", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     Family("recurrent_gemma", attention="temporal_block", has="q_proj", attention_norms=("temporal_pre_norm",),
            keeps_first=True, ffn="mlp_block"),
     Family("qwen3_next", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
+    # layers share the weights of one transformer, which only Mamba hears of: it is skipped as a whole
+    Family("zamba", attention="shared_transf", **_ZAMBA),
+    Family("zamba2", attention="shared_transformer", **_ZAMBA),
     # encoders; the attention of BERT adds its input itself, and norms the sum
     *(
         Family(model_type, **_BERT)
@@ -410,6 +434,10 @@ _ROWS = (
     Family("lxmert", **_BERT | dict(stack="text", returns=()),
            also=(
                Attentions(**_BERT | dict(stack="vision", layers="encoder.r_layers", returns=())),
+               Attentions(**_BERT | dict(stack="cross", layers="encoder.x_layers", attention="visual_attention",
+                                         core="att", attention_inputs=("att.query",), context="ctx_tensor",
+                                         context_inputs=("att.key", "att.value"), mask="ctx_att_mask", returns=(),
+                                         ffn="lang_inter", ffn_back="visn_inter")),
                Attentions(**_BERT | dict(stack="cross_text", layers="encoder.x_layers", attention="lang_self_att",
                                          ffn="lang_inter", returns=())),
                Attentions(**_BERT | dict(stack="cross_vision", layers="encoder.x_layers", attention="visn_self_att",
@@ -526,14 +554,14 @@ class Arm:
     Attributes:
         row: How attentions of its kind are built.
         index: Index of its layer.
-        layer: Name of the layer in the model.
+        container: Name in the model of the list of layers.
         depth: How deep in its list the layer is, in [0, 1).
         is_skippable: Whether it can be skipped, or only adapted, because others need something of it.
     """
 
     row: Attentions
     index: int
-    layer: str
+    container: str
     depth: float
     is_skippable: bool = True
 
@@ -543,14 +571,24 @@ class Arm:
         return f"{self.row.stack}.{self.index}.{self.row.kind}"
 
     @property
+    def layer(self) -> str:
+        """Name of the layer in the model."""
+        return f"{self.container}.{self.index}"
+
+    @property
     def attention(self) -> str:
         """Name of the attention in the model."""
         return f"{self.layer}.{self.row.attention}"
 
     @property
-    def ffn(self) -> str:
-        """Name in the model of the FFN that the PIA stands before."""
-        return f"{self.layer}.{self.row.ffn}"
+    def ffns(self) -> list[str]:
+        """Name in the model of the FFN that a PIA stands before; of both for an attention that looks both ways."""
+        return [f"{self.container}.{name}" for name in self.ffns_in_list]
+
+    @property
+    def ffns_in_list(self) -> list[str]:
+        """The same, as they are called in the list of layers."""
+        return [f"{self.index + self.row.ffn_after}.{name}" for name in (self.row.ffn, self.row.ffn_back) if name]
 
 
 class Layers(dict[int | str, Arm]):
@@ -622,18 +660,29 @@ def find_layers(model: nn.Module) -> Layers:
             continue  # a tower alone
         inner, layers = outermost(decoder, attentions.layers)
         container = containers[attentions.layers] = f"{name}.{inner}".strip(".")
-        is_needed = attentions.keeps_first
+        is_needed, weights = attentions.keeps_first, set()
         for index, layer in enumerate(layers):
             attention = _get(layer, attentions.attention)
             if attention is None or (attentions.has and not hasattr(attention, attentions.has)):
                 continue
             if attentions.keeps_if:
                 is_needed = is_needed or getattr(attention, attentions.keeps_if)
-            arms.append(Arm(attentions, index, f"{container}.{index}", index / len(layers), not is_needed))
+            if not attentions.attention_inputs:
+                shared = {id(parameter) for parameter in attention.parameters()}
+                is_needed = not shared <= weights
+                weights |= shared
+            if attentions.ffn_after:
+                is_needed = is_needed or not _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
+            arms.append(Arm(attentions, index, container, index / len(layers), not is_needed))
             is_needed = False
     if not arms:
         raise ValueError(f"{type(model).__name__} has none of the layers that the row of {family.model_type!r} names.")
     return Layers(family, row.decoder or "", containers, arms)
+
+
+def _is_ffn(row: Attentions, layers: Iterable[nn.Module]) -> bool:
+    """Whether there is a layer, and it holds a FFN of the row."""
+    return any(has_module(layer, f"{row.ffn}.{name}") for layer in layers for name in row.ffn_inputs)
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from .layer import EASAttention, EASLayer
+from .layer import EASLayer, Wrappers
 
 
 class SkipGates:
@@ -14,33 +14,33 @@ class SkipGates:
     Made by `model.skip_gates()`. Nothing here creates, drops or freezes a parameter except `drop_idle`.
 
     Args:
-        pairs: Each wrapped attention that can be skipped and its PIA, by index of the layer or by name.
+        wrappers: Each wrapped attention that can be skipped and what stands for it, by index of the layer or by name.
         adapter_name: The adapter.
     """
 
-    def __init__(self, pairs: dict[int | str, tuple[EASAttention, EASLayer]], adapter_name: str) -> None:
-        self.pairs = pairs
+    def __init__(self, wrappers: Wrappers, adapter_name: str) -> None:
+        self.wrappers = wrappers
         self.adapter_name = adapter_name
 
     @property
     def layers(self) -> list[int | str]:
         """The attentions that can be skipped."""
-        return list(self.pairs)
+        return list(self.wrappers)
 
     @property
     def skipped(self) -> list[int | str]:
         """The attentions that are skipped, as a checkpoint would say."""
-        return [i for i, (attention, _) in self.pairs.items() if attention.gates[self.adapter_name]]
+        return [i for i, (attention, _) in self.wrappers.items() if attention.gates[self.adapter_name]]
 
     def set(self, skip_layers: Collection[int | str]) -> None:
         """Skip just these, in evaluation and in checkpoints, and in training unless other ones are drawn."""
-        for index, (attention, _) in self.pairs.items():
+        for index, (attention, _) in self.wrappers.items():
             if attention.gates[self.adapter_name] != (index in skip_layers):
                 attention.set_gate(self.adapter_name, index in skip_layers)
 
     def draw(self, skip_layers: Collection[int | str] | None) -> None:
         """Skip just these in training forwards, until the next draw; `None`: what is `set`."""
-        for index, (attention, _) in self.pairs.items():
+        for index, (attention, _) in self.wrappers.items():
             if skip_layers is None:
                 attention.drawn.pop(self.adapter_name, None)
             else:
@@ -49,26 +49,25 @@ class SkipGates:
     @contextmanager
     def skipping(self, skip_layers: Collection[int | str]) -> Iterator[None]:
         """Skip just these inside of the `with`, for models in eval mode; then what was skipped before."""
-        before = {index: attention.gates[self.adapter_name] for index, (attention, _) in self.pairs.items()}
+        before = {index: attention.gates[self.adapter_name] for index, (attention, _) in self.wrappers.items()}
         try:
-            for index, (attention, _) in self.pairs.items():
+            for index, (attention, _) in self.wrappers.items():
                 attention.gates[self.adapter_name] = index in skip_layers
             yield
         finally:
-            for index, (attention, _) in self.pairs.items():
+            for index, (attention, _) in self.wrappers.items():
                 attention.gates[self.adapter_name] = before[index]
 
     def idle(self) -> Iterator[EASLayer]:
         """The modules whose adapter a training forward would not use now."""
-        for attention, ffn in self.pairs.values():
+        for attention, pias in self.wrappers.values():
             skips = attention.drawn.get(self.adapter_name, attention.gates[self.adapter_name])
-            yield attention if skips else ffn
+            yield from [attention] if skips else pias
 
     def touch_idle(self, touch: bool) -> None:
         """Let idle adapters have gradients of zero instead of none, see `EASLayer.touch_idle`."""
-        for pair in self.pairs.values():
-            for wrapper in pair:
-                wrapper.touch_idle = touch
+        for wrapper in self._all():
+            wrapper.touch_idle = touch
 
     def drop_idle(self) -> None:
         """Delete the parameters of idle adapters."""
@@ -77,4 +76,8 @@ class SkipGates:
 
     def are_complete(self) -> bool:
         """Whether every layer has both its adapter and its PIA."""
-        return all(wrapper.has_adapter(self.adapter_name) for pair in self.pairs.values() for wrapper in pair)
+        return all(wrapper.has_adapter(self.adapter_name) for wrapper in self._all() if wrapper.inputs)
+
+    def _all(self) -> Iterator[EASLayer]:
+        for attention, pias in self.wrappers.values():
+            yield from (attention, *pias)

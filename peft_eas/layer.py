@@ -28,6 +28,7 @@ from .modeling_eas import (
     cache_state,
     change_input,
     enter_layer,
+    looking_back,
     mask_of,
     slot_state,
     take_context,
@@ -107,7 +108,12 @@ class EASLayer(nn.Module, BaseTunerLayer):
     # Adapters ---------------------------------------------------------------------------------------------------------
 
     def create_adapter(self, adapter_name: str, config: EASConfig, dtype: torch.dtype | None = None) -> None:
-        """Create the parameters of an adapter, an identity if `config.init_weights`; of the base's dtype by default."""
+        """Create the parameters of an adapter, an identity if `config.init_weights`; of the base's dtype by default.
+
+        None for an attention whose weights are others', too: see `Attentions.attention_inputs`.
+        """
+        if not self.inputs:
+            return
         d, groups, is_pia = self.hidden_size, config.groups, self.is_pia
         rank = config.r_pia if is_pia else config.r
         parameters = {"C" if is_pia else "A": _kaiming(rank, d)}
@@ -309,6 +315,8 @@ class EASLayer(nn.Module, BaseTunerLayer):
         it; or biases that there is no place for."""
         if any(part.propagates(part.eas_config[adapter_name]) for part in self.parts(adapter_name)):
             return True
+        if self.is_pia and self.arm.row.ffn_masks_input:
+            return self.eas_config[adapter_name].use_bias
         return self.eas_config[adapter_name].use_bias and not all(
             isinstance(linear, nn.Module) and "bias" in linear._parameters
             for linear in (_get(self.base_layer, name) for name in self.inputs)
@@ -463,16 +471,16 @@ class EASAttention(EASLayer):
         return config.router == "prompt" or (self.skips(name) and config.propagation == "prompt")
 
     def is_folded_by(self, adapter_name: str) -> bool:
-        return not self.gates[adapter_name] and self.eas_config[adapter_name].router == "static"
+        return bool(self.inputs) and not self.gates[adapter_name] and self.eas_config[adapter_name].router == "static"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name, attention = self.acting_adapter(), self.arm.row.attention
+        name = self.acting_adapter()
         if name is not None and self.skips(name):
-            enter_layer(attention, self.bypass.context(args, kwargs, slot_state))
+            enter_layer(self.bypass.form, self.bypass.context(args, kwargs, slot_state))
             first = args[0] if args else kwargs["hidden_states"]
             stream = self.bypass.stream(args, kwargs, self.base_layer, torch.zeros_like(first))
             return self.bypass.returned(self._touched(stream, name), args, kwargs)
-        enter_layer(attention, None)
+        enter_layer(self.bypass.form, None)
         if self.arm.row.core:
             mask_of(kwargs)
         else:
@@ -484,7 +492,7 @@ class EASAttention(EASLayer):
         name = self.acting_adapter()
         routed = name is not None and self.eas_config[name].router == "prompt"
         context = self.bypass.context(args, kwargs, cache_state if routed else _nowhere)
-        if name is None:
+        if name is None or not self.inputs:
             return args, kwargs
         if not (self.merged and self.is_folded_by(name)):
             return change_input(args, kwargs, lambda z: z + self.delta(name, z, context))
@@ -510,12 +518,14 @@ class EASFeedForward(EASLayer):
         base_layer: The FFN.
         arms: The attentions of its layer.
         pooled_sizes: Size of the tokens that each of them takes keys and values from; `None`: that of the FFN's input.
+        name: Name of the FFN in the model.
     """
 
     is_pia = True
 
-    def __init__(self, base_layer: nn.Module, arms: list[Arm], pooled_sizes: list[int | None]) -> None:
+    def __init__(self, base_layer: nn.Module, arms: list[Arm], pooled_sizes: list[int | None], name: str) -> None:
         super().__init__(base_layer, arms[0])
+        self.name = name
         self.pooled_size = pooled_sizes[0] or self.hidden_size
         self.eas_further = nn.ModuleDict()
         for arm, size in zip(arms[1:], pooled_sizes[1:], strict=True):
@@ -530,6 +540,10 @@ class EASFeedForward(EASLayer):
         """The PIA that stands for an attention."""
         return next(pia for pia in self.pias if pia.arm == arm)
 
+    def _attention_of(self, arm: Arm) -> str:
+        """What the attention is called that enters the context here, see `enter_layer`."""
+        return arm.row.attention if self.name == arm.ffns[0] else looking_back(arm.row.attention)
+
     def parts(self, adapter_name: str) -> list[EASLayer]:
         return [pia for pia in self.pias if pia.gates.get(adapter_name, False)]
 
@@ -538,7 +552,7 @@ class EASFeedForward(EASLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = self.acting_adapter()
-        contexts = [(part, take_context(part.arm.row.attention)) for part in self.pias]
+        contexts = [(part, take_context(self._attention_of(part.arm))) for part in self.pias]
         if name is not None:
             args, kwargs = change_input(args, kwargs, lambda z: self._adapted(name, z, contexts))
         return self.base_layer(*args, **kwargs)
@@ -602,20 +616,26 @@ class FurtherPIA(EASLayer):
         self.merged_adapters = []
 
 
+Wrappers = dict[int | str, tuple[EASAttention | None, list[EASLayer]]]
+"""Attentions that have an adapter (`None`: that have not), each with the PIAs that stand for it."""
+
+
 def _nowhere(cache: object, layer_idx: int) -> dict[str, torch.Tensor]:
     """Where what depends on nothing is kept."""
     return {}
 
 
 def inputs_of(module: nn.Module, arm: Arm, is_ffn: bool) -> tuple[tuple[str, ...], int]:
-    """Names of what reads the input of an attention or a FFN, and the size of that input.
+    """Names of what reads the input of an attention or a FFN, and the size of that input; `(), 0` if it has no adapter.
 
     Raises:
         ValueError: if it has none of what the family's row names.
     """
     named = arm.row.ffn_inputs if is_ffn else arm.row.attention_inputs
+    if not named:
+        return (), 0
     # rows name all that some layers have
-    names = tuple(name for given in named for name in _meant(module, given) if _get(module, name) is not None)
+    names = tuple(name for given in named for name in _meant(module, given))
     if not names:
         raise ValueError(
             f"{type(module).__name__} of layer {arm.index} has none of {', '.join(named)}, which the family's row "
@@ -625,8 +645,11 @@ def inputs_of(module: nn.Module, arm: Arm, is_ffn: bool) -> tuple[tuple[str, ...
 
 
 def _meant(module: nn.Module, given: str) -> list[str]:
-    """The modules that a name in a row stands for: several, if there is a `*` in it."""
-    return fnmatch.filter(dict(module.named_modules()), given) if "*" in given else [given]
+    """What a name in a row stands for here: nothing, or several modules if there is a `*` in it."""
+    if "*" in given:
+        return fnmatch.filter(dict(module.named_modules()), given)
+    there = (name for name in given.split("|") if not isinstance(_get(module, name), (type(None), nn.Identity)))
+    return list(there)[:1]
 
 
 def check_single(adapter_names: list[str]) -> None:

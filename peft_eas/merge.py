@@ -12,9 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import modeling_eas
 from .config import EASConfig
 from .families import Layers
-from .layer import Adapter, EASAttention, EASLayer
-
-Wrappers = dict[int | str, tuple[EASAttention | None, EASLayer | None]]
+from .layer import Adapter, EASLayer, Wrappers
 
 
 @dataclass
@@ -38,7 +36,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
     Args:
         model: The base model with adapters in it.
         layers: Its attentions.
-        wrappers: Each wrapped attention and its PIA, `None` for what has no adapter.
+        wrappers: Each wrapped attention and what stands for it.
         config: Configuration of the adapter to be merged.
         name: Its name.
     """
@@ -55,7 +53,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
             continue
         container = layers.containers[row.layers]
         form = row.form() | {
-            "total": len(model.get_submodule(container)),
+            "present": [arm.index for arm in layers.values() if arm.row == row],
             "norms": [*row.attention_norms, *row.output_norms],
             "skip": [],
             "biased": [],
@@ -64,20 +62,21 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
         for key, arm in layers.items():
             if arm.row != row:
                 continue
-            attention, pia = wrappers[key]
-            wrapper, where = attention, ".".join(filter(None, (str(arm.index), row.attention, row.core)))
+            attention, pias = wrappers[key]
+            inside = f"{arm.index}.{row.attention}"
+            places = [(attention, inside, f"{inside}.{row.core}".rstrip("."))]
             if key in skipped:
                 form["skip"].append(arm.index)
-                wrapper, where = pia, f"{arm.index}.{row.ffn}"
-            if wrapper is None or not wrapper.has_adapter(name):
-                continue
-            if config.router == "prompt":
-                kept[where] = _routed_adapter(wrapper, name)
-            elif wrapper.folder.is_shifted(name):
-                kept[where] = wrapper.folder.input_shifts(name)[wrapper]
-            elif config.use_bias:
-                inside = f"{arm.index}.{row.ffn}" if key in skipped else f"{arm.index}.{row.attention}"
-                form["biased"] += [f"{inside}.{linear}".rstrip(".") for linear in wrapper.folder.without_bias()]
+                places = [(pia, ffn, ffn) for pia, ffn in zip(pias, arm.ffns_in_list, strict=True)]
+            for wrapper, inside, where in places:
+                if wrapper is None or not wrapper.has_adapter(name):
+                    continue
+                if config.router == "prompt":
+                    kept[where] = _routed_adapter(wrapper, name)
+                elif wrapper.folder.is_shifted(name):
+                    kept[where] = wrapper.folder.input_shifts(name)[wrapper]
+                elif config.use_bias:
+                    form["biased"] += [f"{inside}.{linear}".rstrip(".") for linear in wrapper.folder.without_bias()]
         form["adapters"] = {where: adapter.record for where, adapter in kept.items()}
         forms.append(form)
         containers.append(container)
@@ -103,6 +102,7 @@ def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
         modeling_eas.strip_attentions(layers, form)
         for where, adapter in adapters.items():
             modeling_eas.keep_adapter(layers, form, where, adapter)
+    modeling_eas.forget_ties(model)
     _change_config(model, plan.eas)
     config_class = type(model.config)
     modeling_eas.register_models(config_class)

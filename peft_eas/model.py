@@ -16,7 +16,7 @@ from .config import EASConfig
 from .families import Arm, find_layers
 from .freeze import FrozenContext, freeze
 from .gates import SkipGates
-from .layer import EASAttention, EASFeedForward, EASLayer, check_single, inputs_of
+from .layer import EASAttention, EASFeedForward, EASLayer, Wrappers, check_single, inputs_of
 from .merge import finish_merge, plan_merge
 from .modeling_eas import generation, unwatch_prompt, watch_prompt
 from .quantized import Dequantiser, Requantiser, dequantise, is_quantised, unquantised_dtype
@@ -45,11 +45,14 @@ class EASModel(BaseTuner):
         self._layers = layers = find_layers(model)
         if peft_config.target_modules is None:
             rows = layers.family.attentions
-            peft_config.target_modules = {name for row in rows for name in (row.attention, row.ffn)}
+            names = {name for row in rows for name in (row.attention, row.ffn, row.ffn_back)}
+            peft_config.target_modules = names - {""}
         self._places: dict[str, list[Arm]] = {arm.attention: [arm] for arm in layers.values()}
         for arm in layers.values():
-            if arm.is_skippable:
-                self._places.setdefault(arm.ffn, []).append(arm)
+            for ffn in arm.ffns if arm.is_skippable else ():
+                self._places.setdefault(ffn, []).append(arm)
+        for arms in self._places.values():  # a self-attention's PIA takes the mean of what the FFN reads, as it was
+            arms.sort(key=lambda arm: bool(arm.row.context))
         targeted = {name for name in self._places if self._check_target_module_exists(peft_config, name)}
         if not targeted and isinstance(peft_config.target_modules, set):
             raise ValueError(
@@ -65,7 +68,7 @@ class EASModel(BaseTuner):
             _, width = inputs_of(base_layer, arms[0], is_ffn=name != arms[0].attention)
             if width % peft_config.groups:
                 raise ValueError(f"`groups`={peft_config.groups} does not divide the model's hidden size {width}.")
-        skippable = [key for key, arm in layers.items() if arm.is_skippable and {arm.attention, arm.ffn} <= targeted]
+        skippable = [key for key, arm in layers.items() if arm.is_skippable and {arm.attention, *arm.ffns} <= targeted]
         if peft_config.skip_layers is not None:
             peft_config.skip_layers = self._checked(peft_config.skip_layers, skippable)
         if peft_config.router == "prompt" and any(arm.row.pools != "prompt" for arm in layers.values()):
@@ -123,7 +126,7 @@ class EASModel(BaseTuner):
             if is_attention:
                 wrapper = EASAttention(target, arms[0])
             else:
-                wrapper = EASFeedForward(target, arms, [self._pooled_size(arm) for arm in arms])
+                wrapper = EASFeedForward(target, arms, [self._pooled_size(arm) for arm in arms], current_key)
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
         skipped = peft_config.skip_layers
@@ -151,22 +154,23 @@ class EASModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attentions = []
         for key in self._layers:
-            attention, ffn = self._wrappers(key, model)
+            attention, pias = self._wrappers(key, model)
             if attention is not None:
                 attentions.append(attention)
-                if ffn is not None:
-                    ffn.gates = attention.gates
+                for pia in pias:
+                    pia.gates = attention.gates
         watch_prompt(model, AnyNeedsPrompt(attentions))
         if model.can_generate():
             model.generate = functools.partial(_generate, model)
 
-    def _wrappers(self, key: int | str, model: nn.Module | None = None) -> tuple[EASAttention | None, EASLayer | None]:
-        """A wrapped attention and its PIA; `None` for what has no adapter."""
+    def _wrappers(self, key: int | str, model: nn.Module | None = None) -> tuple[EASAttention | None, list[EASLayer]]:
+        """A wrapped attention, `None` if it has no adapter, and the PIAs that stand for it, if its FFNs have some."""
         model = self.model if model is None else model
         arm = self._layers[key]
-        attention, ffn = model.get_submodule(arm.attention), model.get_submodule(arm.ffn)
-        pia = ffn.pia_of(arm) if isinstance(ffn, EASFeedForward) and arm.is_skippable else None
-        return attention if isinstance(attention, EASAttention) else None, pia
+        attention = model.get_submodule(arm.attention)
+        ffns = map(model.get_submodule, arm.ffns if arm.is_skippable else ())
+        pias = [ffn.pia_of(arm) for ffn in ffns if isinstance(ffn, EASFeedForward)]
+        return attention if isinstance(attention, EASAttention) else None, pias
 
     # The skip set -----------------------------------------------------------------------------------------------------
 
@@ -197,20 +201,21 @@ class EASModel(BaseTuner):
         config = self.peft_config[adapter_name]
         targeted = self._targeted(adapter_name)
         skip_layers = self._checked(skip_layers, list(targeted))
-        if any(adapter_name in w.merged_adapters for pair in targeted.values() for w in pair):
+        if any(adapter_name in w.merged_adapters for w in _all(targeted)):
             raise ValueError(
                 f"Adapter {adapter_name!r} is merged: call `unmerge_adapter()` before changing its skip set."
             )
-        like = next(w.eas_B[adapter_name] for pair in targeted.values() for w in pair if w.has_adapter(adapter_name))
-        for index, (attention, ffn) in targeted.items():
+        like = next(w.eas_B[adapter_name] for w in _all(targeted) if w.has_adapter(adapter_name))
+        for index, (attention, pias) in targeted.items():
             is_skipped = index in skip_layers
             attention.set_gate(adapter_name, is_skipped)
-            needed, idle = (ffn, attention) if is_skipped else (attention, ffn)
-            if not needed.has_adapter(adapter_name):
-                needed.create_adapter(adapter_name, config, dtype=like.dtype)
-            needed.frozen_peft_weight_names.pop(adapter_name, None)
-            idle.frozen_peft_weight_names[adapter_name] = idle.adapter_layer_names
-            for wrapper in (needed, idle):
+            for wrapper in (attention, *pias):
+                if (wrapper is attention) == is_skipped:
+                    wrapper.frozen_peft_weight_names[adapter_name] = wrapper.adapter_layer_names
+                else:
+                    if not wrapper.has_adapter(adapter_name):
+                        wrapper.create_adapter(adapter_name, config, dtype=like.dtype)
+                    wrapper.frozen_peft_weight_names.pop(adapter_name, None)
                 wrapper.set_adapter(wrapper.active_adapters, inference_mode=config.inference_mode)
         config.settle(skip_layers)
 
@@ -220,12 +225,15 @@ class EASModel(BaseTuner):
             (adapter_name,) = self.active_adapters
         return SkipGates(self._targeted(adapter_name), adapter_name)
 
-    def _targeted(self, adapter_name: str) -> dict[int | str, tuple[EASAttention, EASLayer]]:
+    def _targeted(self, adapter_name: str) -> Wrappers:
         """The attentions that the adapter can skip, with their PIAs."""
-        wrappers = {i: self._wrappers(i) for i in self._layers}
-        return {
-            i: pair for i, pair in wrappers.items() if all(w is not None and adapter_name in w.eas_config for w in pair)
-        }
+        targeted = {}
+        for key, arm in self._layers.items():
+            attention, pias = self._wrappers(key)
+            is_complete = arm.is_skippable and attention is not None and len(pias) == len(arm.ffns)
+            if is_complete and all(adapter_name in wrapper.eas_config for wrapper in (attention, *pias)):
+                targeted[key] = attention, pias
+        return targeted
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -239,7 +247,8 @@ class EASModel(BaseTuner):
             saved = [i for i, key in keys.items() if key in state_dict and bool(state_dict[key])]
             if saved != tuner._skipped_by(adapter_name):
                 arms = [tuner._layers[i] for i in saved]
-                places = [place for arm in arms for place in (arm.attention, arm.ffn)]
+                places = [ffn for arm in arms for ffn in arm.ffns]
+                places += [arm.attention for arm in arms if arm.row.attention_inputs]
                 has_both = all(any(key.startswith(f"{prefix}{p}.eas_B") for key in state_dict) for p in places)
                 if tuner.peft_config[adapter_name].skip_layers is None and has_both:
                     tuner.skip_gates(adapter_name).set(saved)  # the search that saved it may go on
@@ -277,13 +286,14 @@ class EASModel(BaseTuner):
                 "attentions, too: train with `propagation='none'` for plain weights."
             )
         wrappers = {i: self._wrappers(i) for i in self._layers}
-        if any(w is not None and adapter_name in w.merged_adapters for pair in wrappers.values() for w in pair):
+        if any(adapter_name in w.merged_adapters for w in _all(wrappers)):
             raise ValueError(f"Adapter {adapter_name!r} is merged: call `unmerge_adapter()` first.")
         if [adapter_name] != self.active_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is not active: call `set_adapter({adapter_name!r})` first.")
         skipped = self._skipped_by(adapter_name)
-        used = {i: pair[i in skipped] for i, pair in wrappers.items()}
-        used = {i: w for i, w in used.items() if w is not None and w.has_adapter(adapter_name)}
+        # a decoder's attentions have one PIA each
+        used = {i: w for i, (a, pias) in wrappers.items() for w in (pias if i in skipped else [a]) if w is not None}
+        used = {i: w for i, w in used.items() if w.has_adapter(adapter_name)}
         dependent = used if config.router == "prompt" else [i for i in skipped if i in used]
         states, moved = freeze(self.model, dependent, skipped, dataloader)
         self.skip_gates(adapter_name).drop_idle()
@@ -381,6 +391,10 @@ class EASModel(BaseTuner):
         if requantiser is not None:
             requantiser.warn()
         return model
+
+
+def _all(wrappers: Wrappers) -> list[EASLayer]:
+    return [w for attention, pias in wrappers.values() for w in (attention, *pias) if w is not None]
 
 
 class AnyNeedsPrompt:

@@ -14,6 +14,7 @@ KV cache (`PromptSlot`). Encoders and cross-attentions know their tokens by them
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import os
@@ -119,6 +120,8 @@ class PromptBoundary:
         self.is_needed = is_needed
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if module.training:
+            _recompute_as_computed(module)
         # a model within a model, such as that of BLIP-2, has the outer one's mask already
         if kwargs.get(PROMPT_MASK) is not None or _local.mask is not None or not self.is_needed():
             return None
@@ -128,8 +131,6 @@ class PromptBoundary:
         if mask is None:
             return None
         _local.mask = mask
-        if module.training and getattr(module, "is_gradient_checkpointing", False):
-            _recompute_with_mask(module)
         return args, kwargs | {PROMPT_MASK: mask}
 
     def _find(self, inputs: dict, training: bool) -> torch.Tensor | None:
@@ -188,17 +189,19 @@ class PromptBoundary:
             )
 
 
-class _WithMask:
-    """A layer's checkpointing function; what it recomputes finds the mask of its own forward, not of a later one."""
+class _AsComputed:
+    """A layer's checkpointing function; what it recomputes finds the mask of its own forward, not of a later one, and
+    the skipped attention of the layer before, if that is where it is (Nemotron-H)."""
 
     def __init__(self, checkpoint: Callable) -> None:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable, *args, **kwargs):
-        mask = _local.mask
+        mask, contexts = _local.mask, dict(_local.contexts)
 
         def run(*inputs):
             before, _local.mask = _local.mask, mask
+            _local.contexts = {attention: context.anew() for attention, context in contexts.items()}
             try:
                 return function(*inputs)
             finally:
@@ -207,11 +210,11 @@ class _WithMask:
         return self.checkpoint(run, *args, **kwargs)
 
 
-def _recompute_with_mask(model: nn.Module) -> None:
+def _recompute_as_computed(model: nn.Module) -> None:
     for layer in model.modules():
         checkpoint = vars(layer).get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, _WithMask):
-            layer._gradient_checkpointing_func = _WithMask(checkpoint)
+        if checkpoint is not None and not isinstance(checkpoint, _AsComputed):
+            layer._gradient_checkpointing_func = _AsComputed(checkpoint)
 
 
 def _forget_mask(module: nn.Module, args: tuple, output: object) -> None:
@@ -435,6 +438,12 @@ class PromptContext:
         known = self.mask if self.mask is not None else next(iter(self.state.values()), None)
         return 1 if known is None else len(known)
 
+    def anew(self) -> PromptContext:
+        """The same, before anything further was computed of it."""
+        context = copy.copy(self)
+        context.state = dict(self.state)
+        return context
+
     def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The value `name (B, 1, n)`, computed in a prefill and remembered from then on."""
         if name not in self.state:
@@ -470,7 +479,7 @@ class AttendedContext(PromptContext):
         is_cross: bool = False,
         others: torch.Tensor | None = None,
     ) -> None:
-        self.batch = len(hidden_states)
+        self.tokens = hidden_states
         self.mask = attention_mask
         self.state = state
         self.is_cross = is_cross
@@ -478,14 +487,14 @@ class AttendedContext(PromptContext):
 
     @property
     def rows(self) -> int:
-        return self.batch
+        return len(self.tokens)
 
     def mean(self, z: torch.Tensor) -> torch.Tensor:
         tokens = self.others if self.is_cross else z
         if tokens is None:
             raise ValueError("A skipped cross-attention was given nothing to look at, and its KV cache knows nothing.")
-        tokens = tokens.reshape(self.batch, -1, tokens.shape[-1])  # Mllama's come tile by tile
-        return prompt_mean(tokens, _attended(self.mask, self.batch, tokens.shape[1]))
+        tokens = tokens.reshape(self.rows, -1, tokens.shape[-1])  # Mllama's come tile by tile
+        return prompt_mean(tokens, _attended(self.mask, self.rows, tokens.shape[1]))
 
 
 def _attended(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
@@ -598,16 +607,28 @@ def cache_state(cache: cache_utils.Cache, layer_idx: int) -> dict[str, torch.Ten
     return layer.prompt_state
 
 
-def enter_layer(attention: str, context: PromptContext | None) -> None:
-    """Make `context` the one that the current layer's FFN finds for that attention; `None`: it is not skipped."""
+def enter_layer(form: dict, context: PromptContext | None) -> None:
+    """Make `context` the one that the FFN finds for an attention of this form; `None`: it is not skipped.
+
+    If what it looks from now is what it has just looked at, it looks back, and the context is the other FFN's.
+    """
+    attention = form["attention"]
     if context is None:
         _local.contexts.pop(attention, None)
-    else:
-        _local.contexts[attention] = context
+        _local.contexts.pop(looking_back(attention), None)
+        return
+    there = _local.contexts.get(attention)
+    looks_back = bool(form["ffn_back"]) and there is not None and there.others is context.tokens
+    _local.contexts[looking_back(attention) if looks_back else attention] = context
+
+
+def looking_back(attention: str) -> str:
+    """What the second call of an attention that looks both ways is called."""
+    return f"{attention} back"
 
 
 def take_context(attention: str) -> PromptContext | None:
-    """The context that a skipped attention of the current layer has entered; it is let go of."""
+    """The context that a skipped attention has entered, see `enter_layer`; it is let go of."""
     return _local.contexts.pop(attention, None)
 
 
@@ -638,7 +659,7 @@ class SkippedAttention(nn.Module):
             module.add_module(leaf, attention.get_submodule(form["residual_norm"]))
 
     def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
-        enter_layer(self.bypass.form["attention"], self.bypass.context(args, kwargs, slot_state))
+        enter_layer(self.bypass.form, self.bypass.context(args, kwargs, slot_state))
         stream = self.bypass.stream(args, kwargs, self, _first(args, kwargs).new_zeros(1, 1, 1))
         return self.bypass.returned(stream, args, kwargs)
 
@@ -724,7 +745,16 @@ KEPT_ADAPTERS = {"input_shift": InputShift, "routed": RoutedAdapter}
 
 def skipped(eas: dict) -> list[int | str]:
     """The attentions that a model with the record `config.eas` skips: indices of layers, or names (`by_name`)."""
-    found = [(form, index) for form in eas["attentions"] for index in form["skip"]]
+    return _listed(eas, "skip")
+
+
+def attentions(eas: dict) -> list[int | str]:
+    """The attentions that its base model has, likewise."""
+    return _listed(eas, "present")
+
+
+def _listed(eas: dict, key: str) -> list[int | str]:
+    found = [(form, index) for form in eas["attentions"] for index in form[key]]
     if not eas["by_name"]:
         return sorted(index for _, index in found)
     return [f"{form['stack']}.{index}.{'cross' if form['context'] else 'self'}" for form, index in found]
@@ -746,9 +776,9 @@ def _adapt_attention_input(bypass: Bypass, attention: nn.Module, args: tuple, kw
     return change_input(args, kwargs, lambda z: by_row(attention.eas_adapter, z, context))
 
 
-def _adapt_ffn_input(form: dict, ffn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _adapt_ffn_input(form: dict, attention: str, ffn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the FFN of a skipped attention with a kept adapter."""
-    context = take_context(form["attention"]) or PromptContext(None, {})
+    context = take_context(attention) or PromptContext(None, {})
     return change_input(args, kwargs, lambda z: by_row(getattr(ffn, _adapter_name(form)), z, context))
 
 
@@ -767,8 +797,8 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
 
     `eas` holds `decoder` (name of a vision-language model's language model) and `attentions`: for each kind of
     attention in each list of layers, how such attentions are built and called (`Attentions.form` of the module
-    `families`) and what became of them: `total` (number of layers), `norms` (those of a layer that go with its
-    attention), `skip` (indices of layers without attention), `biased` (linears that a fold has given a bias),
+    `families`) and what became of them: `present` (indices of layers that had one), `norms` (those of a layer that go
+    with its attention), `skip` (indices of layers that have lost it), `biased` (linears that a fold has given a bias),
     `adapters` (records of what stays of adapters, by the attention or FFN that they stand before). For people,
     `by_name` (see `skipped`) and `config` (what the adapter was configured with).
 
@@ -799,6 +829,7 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
                 adapter = KEPT_ADAPTERS[record["kind"]](**settings, device=like.device, dtype=like.dtype)
                 keep_adapter(layers, form, name, adapter)
         strip_attentions(layers, form)
+    forget_ties(model)
 
 
 def outermost(model: nn.Module, suffix: str) -> tuple[str, nn.Module]:
@@ -830,16 +861,27 @@ def strip_attentions(layers: nn.ModuleList, form: dict) -> None:
                 layer.set_submodule(name, nn.Identity())
 
 
+def forget_ties(model: PreTrainedModel) -> None:
+    """Let `model` know which of its tied weights are gone (layers of Zamba share those of their attentions)."""
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    names = {name for name, _ in tensors}
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    model.all_tied_weights_keys = {name: source for name, source in ties.items() if name in names}
+
+
 def keep_adapter(layers: nn.ModuleList, form: dict, name: str, adapter: InputShift | RoutedAdapter) -> None:
     """Let `adapter` see the input of the attention or FFN `name` (`"3.mlp"`) first."""
     module = layers.get_submodule(name)
     setattr(module, _adapter_name(form), adapter.train(module.training))
-    index = int(name.split(".")[0])
-    if name == f"{index}.{form['ffn']}":
-        hook = functools.partial(_adapt_ffn_input, form)
+    index, inside = name.split(".", 1)
+    index = int(index)
+    if inside in (form["ffn"], form["ffn_back"]) and index - form["ffn_after"] in form["skip"]:
+        attention = form["attention"] if inside == form["ffn"] else looking_back(form["attention"])
+        hook = functools.partial(_adapt_ffn_input, form, attention)
     else:
         hook = functools.partial(_adapt_attention_input, Bypass(form, index, module))
-    module.register_forward_pre_hook(hook, with_kwargs=True)
+    # that of a self-attention takes the mean of the input as it was
+    module.register_forward_pre_hook(hook, with_kwargs=True, prepend=not form["context"])
 
 
 def always() -> bool:

@@ -185,6 +185,14 @@ PARTICULAR: dict[str, dict] = {
     "molmo2_adapter": dict(vision_feature_layer=[1, 0]),
     "molmo2_vision": dict(image_size=[8, 8], patch_size=4, num_hidden_layers=2),
     "muse_glimmer": dict(out_hidden_size=64, projector_hidden_size=32),
+    "nemotron_h": dict(
+        layers_block_type=["full_attention", "mlp", "linear_attention", "full_attention", "moe", "full_attention"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=2,
+        moe_shared_expert_intermediate_size=16,
+    ),
     "olmo_hybrid": HYBRID,
     "ovis2": dict(hidden_size=32, visual_indicator_token_ids=[91, 92, 93, 94, 95]),
     "paddleocr_vl_text": MROPE,
@@ -199,6 +207,17 @@ PARTICULAR: dict[str, dict] = {
     "sam_vision_model": dict(global_attn_indexes=[0, 1]),
     "vipllava": dict(vision_feature_layer=[-1, -2]),
     "youtu": MLA,
+    "zamba": dict(
+        layers_block_type=["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
+        num_hidden_layers=5,
+        attention_head_dim=16,
+    ),
+    "zamba2": dict(
+        layers_block_type=["hybrid", "linear_attention", "hybrid", "hybrid", "hybrid"],
+        num_hidden_layers=5,
+        attention_head_dim=16,
+        num_mem_blocks=2,
+    ),
 }
 # towers, query transformers and the like
 TOWER = dict(
@@ -967,15 +986,16 @@ def sizes(model_type: str) -> None:
     """The parameters of the skipped attentions are gone, and so are their keys and values."""
     base = tiny_model(model_type)
     layers, dropped = find_layers(base), skipped(base)
-    gone = 0
-    for key in dropped:
-        kept = layers[key].row.residual_norm
-        attention = base.get_submodule(layers[key].attention).named_parameters()
-        gone += sum(p.numel() for name, p in attention if not (kept and name.startswith(kept)))
-    for index in dropped:
-        layer = base.get_submodule(layers[index].layer)
-        norms = {*layers[index].row.attention_norms, *layers[index].row.output_norms}
-        gone += sum(p.numel() for n, m in layer.named_modules() if n in norms for p in m.parameters())
+    prefixes, stays = [], []
+    for arm in map(layers.get, dropped):
+        prefixes += [
+            f"{arm.layer}.{name}." for name in (arm.row.attention, *arm.row.attention_norms, *arm.row.output_norms)
+        ]
+        stays += [f"{arm.attention}.{arm.row.residual_norm}."] if arm.row.residual_norm else []
+    named = list(base.named_parameters(remove_duplicate=False))
+    removed = {n for n, _ in named if n.startswith(tuple(prefixes)) and not n.startswith(tuple(stays))}
+    used_elsewhere = {id(p) for n, p in named if n not in removed}  # layers may share weights
+    gone = sum(p.numel() for p in {p for n, p in named if n in removed} if id(p) not in used_elsewhere)
     assert gone > 0
     merged = get_peft_model(base, EASConfig(skip_layers=dropped, propagation="none", use_bias=False)).merge_and_unload()
     assert tiny_model(model_type).num_parameters() - merged.num_parameters() == gone
@@ -1093,11 +1113,11 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "A family that is not here: see [Families](usage.md#families).",
         "",
         "Of models that have layers without attention, the attentions of the others are skipped; of vision-language",
-        "models, those of the language model. Left alone are LXMERT's cross-attentions, each of which serves both",
-        "directions; the first attention of each list of T5 and its kin, which has the relative positions of all; the",
-        "first self-attention of decoders with cross-attentions, which says how long the KV cache is, and those of",
-        "GLM-MoE-DSA, MiniMax and RecurrentGemma; the attentions of Gemma 3n and Gemma 4 that share keys and values",
-        "with others; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoder models.",
+        "models, those of the language model. Left alone are the first attention of each list of T5 and its kin, which",
+        "has the relative positions of all; the first self-attention of decoders with cross-attentions, which says how",
+        "long the KV cache is, and those of GLM-MoE-DSA, MiniMax and RecurrentGemma; the attentions of Gemma 3n and",
+        "Gemma 4 that share keys and values with others; in Zamba, the first with each set of weights; in Nemotron-H,",
+        "attentions that no FFN follows; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoders.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models"]

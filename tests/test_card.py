@@ -100,8 +100,9 @@ def test_numbers_in_the_text(merged):
     assert card._short(134_515_008) == "134.5 M"
 
 
-def test_picture_of_many_layers():
-    assert layer_picture({0, 41}, 42) == ["  0 ." + 39 * "#" + " 39", " 40 #. 41"]
+def test_picture_of_layers():
+    assert layer_picture({0, 41}, range(42)) == ["  0 ." + 39 * "#" + " 39", " 40 #. 41"]
+    assert layer_picture({3}, [1, 3, 4]) == ["  0 -#-.# 4"]
 
 
 # Metadata -------------------------------------------------------------------------------------------------------------

@@ -139,6 +139,52 @@ def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
     torch.testing.assert_close(matrix.logits(adapted, "bart"), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_attention_that_looks_both_ways_computes_the_formulas():
+    """LXMERT's words look at regions, then regions at words: a PIA for each, which pools what was looked at."""
+    adapted = matrix.adapted("lxmert", skip_layers=["cross.1.cross", "cross_vision.1.self"])
+    config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
+    inputs = matrix.tiny_inputs("lxmert")
+    words, regions = inputs["attention_mask"].bool(), inputs["visual_attention_mask"].bool()
+    everything = torch.ones(3, 1, dtype=torch.bool)
+    assert not words.all()
+    assert not regions.all()
+    model = stock("lxmert")
+    read = {}
+
+    def remember(module, args):
+        read["words"], read["regions"] = args[0], args[2]
+
+    model.lxmert.encoder.x_layers[1].register_forward_pre_hook(remember)
+
+    def delta(z, p, others, mask):
+        h = reference.down(z, p, "C") + reference.prompt_average(reference.down(others, p, "A"), mask)
+        alpha = reference.weights_of_branches(z, p, None, config.temperature)
+        return reference.branches(h / 2, p, alpha, config.scaling)
+
+    for name, module in model.named_modules():
+        own = f"{name}.eas_further.cross"
+        if name.endswith(("x_layers.1.visual_attention", "x_layers.1.visn_self_att")):
+            zero(module.output.dense)
+        elif name.endswith("x_layers.1.lang_inter"):
+            p = parameters[own]
+            before(module.dense, lambda z, p=p: z + delta(z, p, read["regions"], regions))
+        elif name.endswith("x_layers.1.visn_inter"):
+            both = parameters[name], parameters[own]
+            before(
+                module.dense,
+                lambda z, p=both: z + delta(z, p[0], z, regions) + delta(z, p[1], read["words"], words),
+            )
+        elif name in parameters:  # an attention that stays: its queries, and those keys and values of the same tokens
+            core = module.att if hasattr(module, "att") else module.self
+            linears = [core.query] if hasattr(module, "att") else [core.query, core.key, core.value]
+            for linear in linears:
+                before(linear, lambda z, p=parameters[name]: reference.adapt(z, p, everything, config))
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    with torch.no_grad():
+        expected = model(**inputs).question_answering_score.float()
+    torch.testing.assert_close(matrix.logits(adapted, "lxmert"), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_row_with_nothing_to_look_at_pools_zero():
     """As a text without an image is to a cross-attention."""
     z, mask = torch.randn(2, 3, 4), torch.tensor([[1, 0, 1], [0, 0, 0]])

@@ -8,9 +8,17 @@ import tiny
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
-from peft_eas import FAMILIES, EASConfig, Family, cli, register_family
+from peft_eas import FAMILIES, EASCallback, EASConfig, Family, cli, model_card, register_family
+from peft_eas.families import find_layers
 from peft_eas.trace import TraceError, as_source, check_family, propose_family
 
 # the rest of the matrix is `make supported-models`
@@ -32,8 +40,6 @@ def test_the_page_is_that_of_the_table():
 
 
 def layer_names(model, row):
-    from peft_eas.families import find_layers
-
     layers = [model.get_submodule(arm.layer) for arm in find_layers(model).values()]
     return {n for layer in layers for n in (*dict(layer.named_modules()), *dict(layer.named_parameters()))}
 
@@ -154,19 +160,23 @@ def test_inspecting_what_is_no_decoder_says_so(model_type, message, tmp_path, ca
     assert "by hand" in said
 
 
-def test_gradient_checkpointing_where_no_keywords_are_passed_on():
-    """Two forwards with different prompts before a backward: what is recomputed must know its own prompt."""
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("propagation", ["prompt", "none"])
+@pytest.mark.parametrize("model_type", ["bloom", "nemotron_h"])
+def test_gradient_checkpointing(model_type, propagation, use_reentrant):
+    """Two forwards with different prompts before a backward: what is recomputed must know its own prompt, though
+    bloom's layers pass no keywords on, and in nemotron_h the attention is skipped in another layer."""
 
     def gradients(checkpointing):
-        model = matrix.adapted("bloom").train()
+        model = matrix.adapted(model_type, propagation=propagation).train()
         model.enable_input_require_grads()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         loss = 0
         for first in (6, 9):
-            labels = matrix.tiny_inputs("bloom")["input_ids"].clone()
+            labels = matrix.tiny_inputs(model_type)["input_ids"].clone()
             labels[:, :first] = -100
-            loss = loss + model(**matrix.tiny_inputs("bloom"), labels=labels).loss
+            loss = loss + model(**matrix.tiny_inputs(model_type), labels=labels).loss
         loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -174,3 +184,97 @@ def test_gradient_checkpointing_where_no_keywords_are_passed_on():
     assert expected.keys() == actual.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_an_attention_without_a_ffn_after_it_is_not_skipped():
+    model = matrix.tiny_model("nemotron_h")
+    kinds = model.config.layers_block_type
+    assert kinds == ["full_attention", "mlp", "linear_attention", "full_attention", "moe", "full_attention"]
+    assert {i: arm.is_skippable for i, arm in find_layers(model).items()} == {0: True, 3: True, 5: False}
+    with pytest.raises(ValueError, match=r"can be skipped .* are \[0, 3\]"):
+        get_peft_model(model, EASConfig(skip_layers=[5]))
+
+
+@pytest.mark.parametrize("latent", [None, 8])
+def test_experts_with_a_linear_before_them(latent):
+    """The PIA folds into what reads the FFN's input: the experts, or the linear before them."""
+    config = matrix.tiny_config("nemotron_h")
+    config.moe_latent_size = latent
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model = get_peft_model(model, EASConfig(skip_layers=[3], init_weights=False))
+    inputs = matrix.tiny_inputs("nemotron_h")
+    expected = model(**inputs).logits
+    before = {name.replace(".base_layer", ""): p.clone() for name, p in model.base_model.model.named_parameters()}
+    merged = model.merge_and_unload()
+    matrix.assert_close(merged(**inputs).logits, expected)
+    moe = "model.layers.4.mixer"
+    changed = {n for n, p in merged.named_parameters() if n.startswith(moe) and n in before and not p.equal(before[n])}
+    first = "experts.up_proj" if latent is None else "fc1_latent_proj.weight"
+    assert changed == {f"{moe}.{name}" for name in ("gate.weight", "shared_experts.up_proj.weight", first)}
+
+
+@pytest.mark.parametrize(("model_type", "sources", "skipped"), [("zamba", [1], [2]), ("zamba2", [0, 2], [3])])
+def test_layers_that_share_an_attention(model_type, sources, skipped, tmp_path):
+    """The first to have it is never skipped; the others still share it when the model is merged, saved and loaded."""
+    model = matrix.tiny_model(model_type)
+    layers = find_layers(model)
+    assert [i for i, arm in layers.items() if not arm.is_skippable] == sources
+    name = layers[sources[0]].row.attention
+    model = get_peft_model(model, EASConfig(skip_layers=skipped, init_weights=False))
+    assert {n.split("layers.")[1].split(".eas")[0] for n, p in model.named_parameters() if p.requires_grad} == {
+        f"{i}.mamba_decoder.mamba" for i in skipped
+    }
+    inputs = matrix.tiny_inputs(model_type)
+    expected = model(**inputs).logits
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for result in (merged, loaded):
+        matrix.assert_close(result(**inputs).logits, expected)
+        first, last = (list(result.model.layers[i].get_submodule(name).parameters()) for i in (sources[-1], 4))
+        assert first
+        assert all(a is b for a, b in zip(first, last, strict=True))
+        assert not list(result.model.layers[skipped[0]].get_submodule(name).parameters())
+    assert loaded.num_parameters() == merged.num_parameters()
+
+
+def test_search_over_layers_that_share_an_attention(tmp_path):
+    model = get_peft_model(matrix.tiny_model("zamba"), EASConfig(num_skip=1))
+    rows = [{"input_ids": [5, 6, 7 + i, 8], "labels": [-100, -100, 7 + i, 8]} for i in range(4)]
+    callback = EASCallback(search_dataset=rows, warmup_steps=1, search_steps=3, interval=1)
+    args = TrainingArguments(
+        tmp_path, max_steps=6, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_steps=2,
+    )  # fmt: skip
+    Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
+    assert len(model.skip_layers) == 1
+    assert set(model.skip_layers) <= {2, 4}
+    resumed = get_peft_model(matrix.tiny_model("zamba"), EASConfig(num_skip=1))
+    callback = EASCallback(search_dataset=rows, warmup_steps=1, search_steps=3, interval=1)
+    trainer = Trainer(resumed, args, train_dataset=rows, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.skip_layers == model.skip_layers
+
+
+@pytest.mark.parametrize("model_type", ["zamba", "zamba2"])
+def test_biases_of_a_pia_stay_out_of_what_mamba_makes_zero(model_type):
+    model = matrix.adapted(model_type, propagation="none")
+    inputs = matrix.tiny_inputs(model_type)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, :4] = 0
+    seen = inputs["attention_mask"].bool()
+    expected = model(**inputs).logits[seen]
+    matrix.assert_close(model.merge_and_unload()(**inputs).logits[seen], expected)
+
+
+def test_a_hybrid_s_card_counts_its_attentions(tmp_path, capsys):
+    model = matrix.adapted("nemotron_h", skip_layers=[3])
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    text = str(model_card(merged))
+    assert "1 of its 3 attentions" in text
+    assert "skipped  - no attention\n  0 #--.-# 5\n" in text
+    assert cli.main(["inspect", str(tmp_path / "merged")]) == 0
+    assert "1 of 3 attentions: [3]" in capsys.readouterr().out
