@@ -5,8 +5,9 @@ What it does, with `python examples/vqa.py`:
 1. makes the vision-language model, as no small one arrives in a package: SmolLM2-135M as it is, and a CLIP vision tower
    and LLaVA's projector that learn to turn an image into the embeddings of the words for its colour and its shape;
 2. from there, fine-tunes LoRA on all linears of the language model, and the projector;
-3. finds the attentions that change least of what passes them, in one shot, without a search;
-4. with these skipped, fine-tunes EAS and the projector on the same questions for as many steps;
+3. scores the attentions of the model by how much each changes what passes it;
+4. fine-tunes EAS and the projector on the same questions for as many steps, while a bandit that starts from the scores
+   searches for the attentions to skip;
 5. merges both, and compares accuracy, size, KV cache and speed;
 6. saves the merged EAS model with its processor, loads both, asks about images, and draws a picture of the answers.
 
@@ -55,11 +56,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from peft_eas import EASConfig, score_attentions
+from peft_eas import EASCallback, EASConfig, score_attentions
 
 IMAGE_SIZE = 48  # pixels; those of easy-VQA are made smaller, for speed
 PATCH_SIZE = 16  # so an image is 9 tokens
@@ -75,7 +77,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-skip", type=int, default=8, help="how many attentions EAS skips")
     parser.add_argument("--image-epochs", type=int, default=20, help="how often tower and projector see each image")
     parser.add_argument("--train-examples", type=int, default=720, help="questions to train on, each once")
-    parser.add_argument("--score-examples", type=int, default=64, help="other questions, to score attentions with")
+    parser.add_argument("--search-examples", type=int, default=64, help="other questions, for scores and search")
+    parser.add_argument(
+        "--search-interval", type=int, default=5, help="training steps between two rounds of the search"
+    )
     parser.add_argument("--held-out-examples", type=int, default=300, help="questions about other images, to test with")
     parser.add_argument("--batch-size", type=int, default=8, help="questions in a training step")
     parser.add_argument(
@@ -256,6 +261,7 @@ def fit(
     learning_rate: float,
     batch_size: int,
     epochs: float = 1,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Train what is trainable in `model` with the stock Trainer."""
     training_args = TrainingArguments(
@@ -273,7 +279,7 @@ def fit(
         disable_tqdm=False,
         seed=args.seed,
     )
-    Trainer(model, training_args, train_dataset=examples, data_collator=data_collator).train()
+    Trainer(model, training_args, train_dataset=examples, data_collator=data_collator, callbacks=[*callbacks]).train()
     model.eval()
 
 
@@ -283,12 +289,14 @@ def fine_tune(
     examples: Sequence[VisualQuestion],
     processor: LlavaProcessor,
     args: argparse.Namespace,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> PeftModel:
     """The model in the folder `start` with adapters of this kind, trained on every question once."""
     set_seed(args.seed)
     model = get_peft_model(AutoModelForImageTextToText.from_pretrained(start), config)
     model.print_trainable_parameters()
-    fit(model, examples, partial(collate, processor=processor), args, LEARNING_RATE, args.batch_size)
+    collator = partial(collate, processor=processor)
+    fit(model, examples, collator, args, LEARNING_RATE, args.batch_size, callbacks=callbacks)
     return model
 
 
@@ -377,9 +385,9 @@ def main() -> None:
         random.Random(args.seed).shuffle(asked)
         train = affirmative(asked)
         examples = train[: args.train_examples]
-        score_examples = train[args.train_examples :][: args.score_examples]
+        search_examples = train[args.train_examples :][: args.search_examples]
         held_out = random.Random(args.seed).sample(affirmative(visual_questions("test")), args.held_out_examples)
-        print(f"{len(examples)} questions to train on, {len(score_examples)} to score attentions with")
+        print(f"{len(examples)} questions to train on, {len(search_examples)} to choose attentions with")
         print(f"{len(held_out)} questions about other images to test with")
 
     with step("Making a LLaVA: a vision tower, a projector and SmolLM2-135M"):
@@ -402,14 +410,16 @@ def main() -> None:
         logits["LoRA, merged"] = next_token_logits(models["LoRA, merged"], processor, held_out)
 
     with step("Scoring attentions: how much each changes what passes it"):
-        batches = DataLoader(score_examples, args.batch_size, collate_fn=partial(collate, processor=processor))
+        batches = DataLoader(search_examples, args.batch_size, collate_fn=partial(collate, processor=processor))
         scores = score_attentions(base, batches, method="similarity")
-        skip_layers = sorted(scores, key=scores.get)[: args.num_skip]
+        one_shot = sorted(sorted(scores, key=scores.get)[: args.num_skip])
 
-    with step("Fine-tuning EAS and the projector"):
-        config = EASConfig(skip_layers=skip_layers, modules_to_save=[PROJECTOR], task_type="CAUSAL_LM")
-        eas = fine_tune(start, config, examples, processor, args)
+    with step("Fine-tuning EAS and the projector, and searching"):
+        config = EASConfig(num_skip=args.num_skip, modules_to_save=[PROJECTOR], task_type="CAUSAL_LM")
+        search = EASCallback(search_examples, interval=args.search_interval, warm_start=scores)
+        eas = fine_tune(start, config, examples, processor, args, [search])
         print(f"EAS skips the attentions of layers {eas.skip_layers}, out of {len(scores)}")
+        print(f"By the scores alone, they would have been {one_shot}")
 
     with step("Testing EAS, before and after merging"):
         not_merged = next_token_logits(eas, processor, held_out[:50])

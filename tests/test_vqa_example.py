@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import re
 from types import SimpleNamespace
 
@@ -23,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from peft_eas import score_attentions
 
 TEXTS = ("what color is the shape?", "what shape is in the image?", "is there a red shape?", "is there not a circle?")
 TOKENS = 16  # of an image
@@ -92,7 +95,7 @@ def tiny_world(monkeypatch, tmp_path):
 
 def test_the_whole_example(tiny_world, monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
-    options = "--num-skip 2 --image-epochs 2 --train-examples 20 --score-examples 4 --batch-size 4"
+    options = "--num-skip 2 --image-epochs 2 --train-examples 24 --search-examples 4 --search-interval 1 --batch-size 2"
     monkeypatch.setattr("sys.argv", ["vqa.py", *options.split(), "--held-out-examples", "16", "--output", str(out)])
     vqa.main()
     printed = capsys.readouterr().out
@@ -117,7 +120,19 @@ def test_the_whole_example(tiny_world, monkeypatch, tmp_path, capsys):
     before = AutoModelForImageTextToText.from_pretrained(start)
     merged = AutoModelForImageTextToText.from_pretrained(out)
     assert type(merged).__name__ == "EASLlavaForConditionalGeneration"
-    assert len(merged.config.eas["attentions"][0]["skip"]) == 2
+    # what is skipped is what the search found, which started from the scores of the start
+    report = json.loads((out / "report.json").read_text())
+    assert merged.config.eas["attentions"][0]["skip"] == report["skip_layers"]
+    assert len(report["skip_layers"]) == 2
+    assert len(report["rounds"]) > 1
+    processor = AutoProcessor.from_pretrained(out)
+    asked = questions("train")
+    vqa.random.Random(0).shuffle(asked)
+    search_examples = vqa.affirmative(asked)[24:28]
+    batches = [vqa.collate(search_examples[i : i + 2], processor) for i in (0, 2)]
+    scores = list(score_attentions(before, batches, method="similarity").values())
+    first = report["initial_preferences"]
+    assert sorted(range(6), key=first.__getitem__, reverse=True) == sorted(range(6), key=scores.__getitem__)
     for name, value in before.model.vision_tower.state_dict().items():
         assert torch.equal(merged.model.vision_tower.state_dict()[name], value)
     for name, value in before.model.multi_modal_projector.state_dict().items():
