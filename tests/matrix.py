@@ -213,8 +213,8 @@ PARTICULAR: dict[str, dict] = {
         attention_head_dim=16,
     ),
     "zamba2": dict(
-        layers_block_type=["hybrid", "linear_attention", "hybrid", "hybrid", "hybrid"],
-        num_hidden_layers=5,
+        layers_block_type=["hybrid", "hybrid", "linear_attention", "linear_attention", "hybrid", "hybrid"],
+        num_hidden_layers=6,
         attention_head_dim=16,
         num_mem_blocks=2,
     ),
@@ -608,7 +608,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "esm": _classifies(transformers.EsmConfig, mask_token_id=3),
     "eurobert": _classifies(transformers.EuroBertConfig, num_key_value_heads=2, **ENDS),
-    "gte": _classifies(transformers.GteConfig),
+    "gte": _classifies(lambda **settings: transformers.GteConfig(**settings)),  # which older versions lack
     "layoutlm": _classifies(transformers.LayoutLMConfig, boxed_words, max_2d_position_embeddings=64),
     "layoutlmv3": _classifies(
         transformers.LayoutLMv3Config, lambda: boxed_words() | pixels(16), max_2d_position_embeddings=64,
@@ -1056,10 +1056,11 @@ CHECKS: dict[str, Callable[[str], None]] = {
 
 
 def whole_models() -> list[str]:
-    """Families that are models of their own; the others are decoders of these."""
+    """Families of this version of transformers that are models of their own; the others are decoders of these."""
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     known -= {"trocr"}  # which is nothing without an encoder
-    return [model_type for model_type in FAMILIES if model_type in known or model_type in EXAMPLES]
+    known |= EXAMPLES.keys() & CONFIG_MAPPING.keys()
+    return [model_type for model_type in FAMILIES if model_type in known]
 
 
 def generates(model_type: str) -> bool:
