@@ -579,6 +579,11 @@ class EASFeedForward(EASLayer):
         for part in self.eas_further.values():
             part.merged_adapters = []
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        for part in self.eas_further.values():  # PEFT passes over modules whose name has the tuner's prefix
+            part.delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
+
 
 class FurtherPIA(EASLayer):
     """The PIA of a layer's second attention, in the `EASFeedForward` that folds it in.

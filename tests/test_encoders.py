@@ -36,6 +36,7 @@ from peft_eas import (
     score_attentions,
 )
 from peft_eas.families import find_layers
+from peft_eas.layer import EASLayer
 from peft_eas.modeling_eas import prompt_mean, skipped
 
 # Formulas -------------------------------------------------------------------------------------------------------------
@@ -377,6 +378,22 @@ def test_the_command_line_merges_them(model_type, tmp_path, capsys):
     merged = matrix.auto_class(model_type).from_pretrained(folders[1]).eval()
     assert type(merged).__name__.startswith("EAS")
     matrix.assert_close(matrix.logits(merged, model_type), expected)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "lxmert"])
+def test_nothing_is_left_of_a_deleted_adapter(model_type):
+    """Not of the further PIAs before a FFN either."""
+    model = matrix.adapted(model_type)
+    expected = matrix.logits(model, model_type)
+    names = set(model.state_dict())
+    model.add_adapter("other", EASConfig(skip_layers=model.skip_layers[:1], init_weights=False))
+    model.set_adapter("other")
+    assert (matrix.logits(model, model_type) - expected).abs().max() > 1e-3
+    model.delete_adapter("other")
+    assert set(model.state_dict()) == names
+    pias = [module for module in model.modules() if isinstance(module, EASLayer)]
+    assert not [pia for pia in pias if "other" in pia.eas_config]
+    torch.testing.assert_close(matrix.logits(model, model_type), expected, rtol=0, atol=0)
 
 
 # Search ---------------------------------------------------------------------------------------------------------------

@@ -232,7 +232,9 @@ def test_layers_that_share_an_attention(model_type, sources, skipped, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for result in (merged, loaded):
         matrix.assert_close(result(**inputs).logits, expected)
-        first, last = (list(result.model.layers[i].get_submodule(name).parameters()) for i in (sources[-1], max(layers)))
+        first, last = (
+            list(result.model.layers[i].get_submodule(name).parameters()) for i in (sources[-1], max(layers))
+        )
         assert first
         assert all(a is b for a, b in zip(first, last, strict=True))
         assert not list(result.model.layers[skipped[0]].get_submodule(name).parameters())

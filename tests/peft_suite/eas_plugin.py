@@ -21,6 +21,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     set_seed,
 )
@@ -41,6 +42,12 @@ VARIANTS = {
     "router": {"skip_layers": [0], "router": "prompt"},
     "unsearched": {},
 }
+# Likewise, in the only attention of that layer that both can spare; `router="prompt"` is for decoders alone.
+ENCODER_DECODER_VARIANTS = {
+    "propagation": {"skip_layers": ["decoder.0.cross"]},
+    "local": {"skip_layers": ["decoder.0.cross"], "propagation": "none", "use_bias": False},
+    "unsearched": {},
+}
 
 TINY = {
     "vocab_size": 64,
@@ -56,13 +63,20 @@ TINY = {
     "bos_token_id": 3,
     "eos_token_id": 4,
 }
-MODELS = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8},
-}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
+DECODERS = {"llama": TINY, "mistral": TINY, "qwen2": TINY, "qwen3": TINY, "gemma3_text": TINY | SLIDING}
+ENCODER_DECODERS = {
+    "t5": {
+        "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4,
+        "decoder_start_token_id": 0, "initializer_factor": 2.0, "pad_token_id": 0, "eos_token_id": 4,
+    },
+    "bart": {
+        "vocab_size": 64, "d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64,
+        "init_std": 0.2, "decoder_start_token_id": 0, "pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 4,
+        "forced_eos_token_id": None,
+    },
+}  # fmt: skip
 
 
 class Suite(NamedTuple):
@@ -71,6 +85,8 @@ class Suite(NamedTuple):
     task: str
     models: str  # name of its list of model ids
     auto_class: type
+    families: dict[str, dict] = DECODERS
+    variants: dict[str, dict] = VARIANTS
 
     @property
     def folders(self) -> dict[str, str]:
@@ -79,13 +95,20 @@ class Suite(NamedTuple):
         A number, because the tests skip by words in a model's id: all merge tests of "llama" and "gemma3", whatever
         the tuner. Relative, because such a word may be in the path of this repository, too.
         """
-        return {family: f"{self.task}/{i}" for i, family in enumerate(MODELS)}
+        return {family: f"{self.task}/{i}" for i, family in enumerate(self.families)}
 
 
 SUITES = {
     "test_decoder_models": Suite("CAUSAL_LM", "PEFT_DECODER_MODELS_TO_TEST", AutoModelForCausalLM),
     "test_feature_extraction_models": Suite("FEATURE_EXTRACTION", "PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST", AutoModel),
     "test_seq_classifier": Suite("SEQ_CLS", "PEFT_SEQ_CLS_MODELS_TO_TEST", AutoModelForSequenceClassification),
+    "test_encoder_decoder_models": Suite(
+        "SEQ_2_SEQ_LM",
+        "PEFT_ENCODER_DECODER_MODELS_TO_TEST",
+        AutoModelForSeq2SeqLM,
+        ENCODER_DECODERS,
+        ENCODER_DECODER_VARIANTS,
+    ),
 }
 
 # Tests that name one tuner, though they mean any: what EAS is called in their file.
@@ -127,6 +150,9 @@ XFAIL = (
             "test_feature_extraction_models::test_training",
             "test_feature_extraction_models::test_training_layer_indexing",
             "test_feature_extraction_models::test_training_gradient_checkpointing",
+            "test_encoder_decoder_models::test_training_encoder_decoders",
+            "test_encoder_decoder_models::test_training_encoder_decoders_layer_indexing",
+            "test_encoder_decoder_models::test_training_encoder_decoders_gradient_checkpointing",
         ),
         variants=("unsearched",),
     ),
@@ -142,6 +168,7 @@ SKIPPED = (
             "test_decoder_models::test_set_requires_grad_prompt_learning_raises",
             "test_feature_extraction_models::test_training_prompt_learning_tasks",
             "test_feature_extraction_models::test_passing_input_embeds_works",
+            "test_encoder_decoder_models::test_training_prompt_learning_tasks",
             "test_seq_classifier::test_prompt_tuning_text_prepare_for_training",
         ),
     ),
@@ -152,11 +179,17 @@ SKIPPED = (
             "test_decoder_models::test_generate_with_mixed_adapter_batches",
             "test_decoder_models::test_weighted_combination_of_adapters",
             "test_feature_extraction_models::test_weighted_combination_of_adapters",
+            "test_encoder_decoder_models::test_mixed_adapter_batches",
+            "test_encoder_decoder_models::test_generate_with_mixed_adapter_batches",
+            "test_encoder_decoder_models::test_weighted_combination_of_adapters",
         ),
     ),
     Expected(
         "for tuners that can train the base model's biases",
-        ("test_decoder_models::test_adding_multiple_adapters_with_bias_raises",),
+        (
+            "test_decoder_models::test_adding_multiple_adapters_with_bias_raises",
+            "test_encoder_decoder_models::test_adding_multiple_adapters_with_bias_raises",
+        ),
     ),
 )
 
@@ -180,7 +213,7 @@ def pytest_sessionstart() -> None:
     set_seed(0)
     for suite in SUITES.values():
         for family, folder in suite.folders.items():
-            config = CONFIG_MAPPING[family](**TINY | MODELS[family])
+            config = CONFIG_MAPPING[family](**suite.families[family])
             suite.auto_class.from_config(config).save_pretrained(folder)
     LoraConfig().save_pretrained("lora")  # some tests of configurations load one of another tuner
 
@@ -193,7 +226,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if suite is None:
         lists = [(module.ALL_CONFIG_CLASSES, [pytest.param(EASConfig, v, id=k) for k, v in VARIANTS.items()])]
     else:
-        tuners = [pytest.param(EASConfig, {"task_type": suite.task} | v, id=k) for k, v in VARIANTS.items()]
+        tuners = [pytest.param(EASConfig, {"task_type": suite.task} | v, id=k) for k, v in suite.variants.items()]
         models = [pytest.param(folder, id=family) for family, folder in suite.folders.items()]
         lists = [(module.ALL_CONFIGS, tuners), (getattr(module, suite.models), models)]
     for i, mark in enumerate(marks):

@@ -15,7 +15,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 CACHE = REPOSITORY / ".cache"
-FILES = ("test_config.py", "test_decoder_models.py", "test_feature_extraction_models.py", "test_seq_classifier.py")
+FILES = (
+    "test_config.py",
+    "test_decoder_models.py",
+    "test_encoder_decoder_models.py",
+    "test_feature_extraction_models.py",
+    "test_seq_classifier.py",
+)
 
 
 def fetch(version: str) -> Path:
