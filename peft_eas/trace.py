@@ -43,8 +43,8 @@ def propose_family(model: PreTrainedModel, input_ids: torch.Tensor | None = None
         input_ids: What to run it with, `(B, T)`.
 
     Raises:
-        TraceError: if there is no list of layers with attentions, or none of its layers calls an attention before a
-            FFN.
+        TraceError: if there is no list of layers with attentions, none of its layers calls an attention before a FFN,
+            or nothing reads the input of one of them as it is.
     """
     if input_ids is None:
         input_ids = torch.arange(6)[None] + 3
@@ -66,6 +66,9 @@ def propose_family(model: PreTrainedModel, input_ids: torch.Tensor | None = None
         for field in dataclasses.fields(Family)
         if isinstance(getattr(rows[0], field.name), tuple)
     }
+    for module, inputs in ((rows[0].attention, merged["attention_inputs"]), (rows[0].ffn, merged["ffn_inputs"])):
+        if not inputs:
+            raise TraceError(f"Nothing in {module!r} of {type(model).__name__} reads the input that this is given.")
     stacked_axis = min(row.stacked_axis for row in rows)
     return dataclasses.replace(rows[0], **merged, stacked_axis=stacked_axis)
 

@@ -84,6 +84,10 @@ def test_tracing_something_else_says_so():
 
     with pytest.raises(TraceError, match="no list of layers"):
         propose_family(Model(tiny.config("llama")))
+    with pytest.raises(TraceError, match="Nothing in 'shared_transf' of ZambaForCausalLM reads the input"):
+        propose_family(matrix.tiny_model("zamba"))
+    with pytest.raises(TraceError, match="No layer of NemotronHForCausalLM calls an attention and then a FFN"):
+        propose_family(matrix.tiny_model("nemotron_h"))
 
 
 class OwnConfig(LlamaConfig):
