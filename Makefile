@@ -8,6 +8,9 @@ PY = $(VENV)/bin/python
 demo: $(VENV)/ready
 	$(PY) examples/sentiment.py
 
+# one thread for each of the processes: more would wait for one another
+test test-min: export OMP_NUM_THREADS ?= 1
+
 test: $(VENV)/ready
 	$(PY) -m pytest -n 2 $(ARGS)
 
