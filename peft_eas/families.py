@@ -681,8 +681,8 @@ def find_layers(model: nn.Module) -> Layers:
 
 
 def _is_ffn(row: Attentions, layers: Iterable[nn.Module]) -> bool:
-    """Whether there is a layer, and it holds a FFN of the row."""
-    return any(has_module(layer, f"{row.ffn}.{name}") for layer in layers for name in row.ffn_inputs)
+    """Whether there is a layer, and it holds a FFN of the row, with or without adapters."""
+    return any(_get(layer, f"{row.ffn}.{name}") is not None for layer in layers for name in row.ffn_inputs)
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:

@@ -199,6 +199,21 @@ def test_an_attention_without_a_ffn_after_it_is_not_skipped():
         get_peft_model(model, EASConfig(skip_layers=[5]))
 
 
+@pytest.mark.parametrize("model_type", ["nemotron_h", "zamba", "lxmert"])
+def test_a_second_adapter(model_type):
+    """What a layer is, is seen through the wrappers of the first one."""
+    model = matrix.adapted(model_type)
+    expected = matrix.logits(model, model_type)
+    model.add_adapter("other", EASConfig(skip_layers=model.skip_layers[:1], init_weights=False))
+    model.set_adapter("other")
+    others = matrix.logits(model, model_type)
+    assert (others - expected).abs().max() > 1e-3
+    model.set_adapter("default")
+    torch.testing.assert_close(matrix.logits(model, model_type), expected, rtol=0, atol=0)
+    merged = model.merge_and_unload(adapter_names=["other"])
+    matrix.assert_close(matrix.logits(merged, model_type), others)
+
+
 @pytest.mark.parametrize("latent", [None, 8])
 def test_experts_with_a_linear_before_them(latent):
     """The PIA folds into what reads the FFN's input: the experts, or the linear before them."""
