@@ -258,6 +258,9 @@ def test_layers_that_share_an_attention(model_type, sources, skipped, tmp_path):
         assert all(a is b for a, b in zip(first, last, strict=True))
         assert not list(result.model.layers[skipped[0]].get_submodule(name).parameters())
     assert loaded.num_parameters() == merged.num_parameters()
+    names = dict(merged.named_parameters(remove_duplicate=False))
+    for result in (merged, loaded):
+        assert result.all_tied_weights_keys.keys() <= names.keys()
 
 
 def test_search_over_layers_that_share_an_attention(tmp_path):
