@@ -881,7 +881,7 @@ def keep_adapter(layers: nn.ModuleList, form: dict, name: str, adapter: InputShi
     else:
         hook = functools.partial(_adapt_attention_input, Bypass(form, index, module))
     # that of a self-attention takes the mean of the input as it was
-    module.register_forward_pre_hook(hook, with_kwargs=True)
+    module.register_forward_pre_hook(hook, with_kwargs=True, prepend=not form["context"])
 
 
 def always() -> bool:
