@@ -4,6 +4,7 @@ Importing this package registers the tuner type "EAS" with PEFT and merged model
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import constants
 from transformers import CONFIG_MAPPING
 
 from . import modeling_eas
@@ -35,6 +36,11 @@ __all__ = [
 PEFT_TYPE_TO_CONFIG_MAPPING[EASType.EAS] = EASConfig
 PEFT_TYPE_TO_TUNER_MAPPING[EASType.EAS] = EASModel
 PEFT_TYPE_TO_PREFIX_MAPPING[EASType.EAS] = EASModel.prefix
+
+# other tuners on merged models: by default, on the modules that they take of the base model
+for _name, _modules in vars(constants).items():
+    if _name.endswith("_MODULES_MAPPING"):
+        _modules.update({f"eas_{model_type}": modules for model_type, modules in _modules.items()})
 
 modeling_eas.describe = write_card
 for _family in FAMILIES.values():

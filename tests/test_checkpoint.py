@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from test_merge import adapted, auto, close
 from torch import nn
@@ -219,6 +219,16 @@ def test_a_lora_on_top(merged, tmp_path, targets):
     again.save_pretrained(tmp_path / "again")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(loaded(**inputs).logits, again(**inputs).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("config", [LoraConfig, IA3Config, VeraConfig], ids=lambda c: c.__name__)
+def test_another_tuner_on_top_has_the_base_models_defaults(config):
+    expected = set(get_peft_model(tiny.model("llama"), config()).targeted_module_names)
+    merged = adapted("llama").merge_and_unload()
+    gone = tuple(f"model.layers.{index}.self_attn." for index in merged.config.eas["attentions"][0]["skip"])
+    assert any(name.startswith(gone) for name in expected)
+    on_top = get_peft_model(merged, config())
+    assert set(on_top.targeted_module_names) == {name for name in expected if not name.startswith(gone)}
 
 
 def test_compiled(merged):
