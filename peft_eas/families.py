@@ -55,9 +55,8 @@ class Attentions:
         context_inputs: The linears that read these.
         mask: The argument with the attention's mask; `""` if it may look at all tokens (BEiT's has position biases).
         shows_keys: Whether the model looks into the cache for keys (Mllama, to know whether there have been images).
-        ffn: The FFN, in a layer.
-        ffn_after: How many layers after that of the attention: 1 where each layer is one of them (Nemotron-H). An
-            attention that no FFN follows is never skipped.
+        ffn: The FFN, in a layer. An attention that none follows is never skipped.
+        ffn_after: How many layers after that of the attention: 1 where each layer is one of them (Nemotron-H).
         ffn_inputs: The linears of the FFN that read its input (`""`: the FFN is that linear), routers and the stacked
             weights of experts included; those that a layer has of them. A `*` stands for the names of experts; of names
             with a `|` between them, the first that a layer has is meant.
@@ -234,6 +233,7 @@ _ROWS = (
     Family("opt", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
     Family("starcoder2", ffn_inputs=("c_fc",)),
     Family("xglm", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
+    Family("bert-generation", **_BERT | dict(stack="decoder", pools="prompt")),
     Family("ctrl", layers="h", attention="multi_head_attention", attention_inputs=("Wq", "Wk", "Wv"),
            attention_norms=("layernorm1",), ffn="ffn.0", ffn_inputs=("",)),
     # fused projections
@@ -314,6 +314,9 @@ _ROWS = (
     Family("dbrx", layers="blocks", attention="norm_attn_norm.attn", attention_inputs=("Wqkv",),
            attention_norms=("norm_attn_norm.norm_1",), ffn="ffn",
            ffn_inputs=("router.layer", "experts.mlp.w1", "experts.mlp.v1")),
+    # the layer looks at the class of `mlp`, so the PIA stands before the shared experts in it; those that read what they
+    # read get what they got, and the first layers have none
+    Family("ernie4_5_vl_moe_text", ffn="mlp.shared_experts"),
     Family("flex_olmo", attention_norms=(), output_norms=POST, ffn_inputs=ROUTED),
     Family("gpt_oss", ffn_inputs=("router", "experts.gate_up_proj"), stacked_axis=-2),
     Family("granitemoe", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
@@ -526,13 +529,13 @@ _ROWS = (
         Family(model_type, decoder="language_model")
         for model_type in (
             "aria", "aya_vision", "blip-2", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni",
-            "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "exaone4_5", "fast_vlm", "fuyu",
-            "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "got_ocr2",
-            "granite4_vision", "hunyuan_vl", "hyperclovax_vision_v2", "instructblip", "instructblipvideo", "internvl",
-            "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next",
-            "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl",
-            "mistral3", "mllama", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni", "ovis2", "paddleocr_vl",
-            "paligemma", "perception_lm", "pp_chart2table", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
+            "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "ernie4_5_vl_moe", "exaone4_5",
+            "fast_vlm", "fuyu", "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm_ocr",
+            "glmga", "got_ocr2", "granite4_vision", "hunyuan_vl", "hyperclovax_vision_v2", "instructblip",
+            "instructblipvideo", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4",
+            "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7",
+            "minimax_m3_vl", "mistral3", "mllama", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni", "ovis2",
+            "paddleocr_vl", "paligemma", "pp_chart2table", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
             "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "step3p7", "unlimited_ocr", "video_llama_3", "video_llava",
             "vipllava",
         )
@@ -689,8 +692,7 @@ def find_layers(model: nn.Module) -> Layers:
                 shared = {id(parameter) for parameter in attention.parameters()}
                 is_needed = not shared <= weights
                 weights |= shared
-            if attentions.ffn_after:
-                is_needed = is_needed or not _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
+            is_needed = is_needed or not _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
             arms.append(Arm(attentions, index, container, index / len(layers), not is_needed))
             is_needed = False
     if not arms:
@@ -700,7 +702,7 @@ def find_layers(model: nn.Module) -> Layers:
 
 def _is_ffn(row: Attentions, layers: Iterable[nn.Module]) -> bool:
     """Whether there is a layer, and it holds a FFN of the row, with or without adapters."""
-    return any(_get(layer, f"{row.ffn}.{name}") is not None for layer in layers for name in row.ffn_inputs)
+    return any(_get(layer, f"{row.ffn}.{name}".rstrip(".")) is not None for layer in layers for name in row.ffn_inputs)
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:

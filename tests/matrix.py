@@ -97,6 +97,7 @@ PARTICULAR: dict[str, dict] = {
     "axk2": DSA,
     "bailing_hybrid": MLA | HYBRID | dict(num_mtp_layers=0),
     "bamba": dict(attn_layer_indices=[0, 2]),
+    "bert-generation": dict(is_decoder=True),
     "blip-2": dict(num_query_tokens=4),
     "chameleon": dict(
         vq_config=dict(embed_dim=8, num_embeddings=4, latent_channels=8, base_channels=32, channel_multiplier=[1, 1]),
@@ -114,11 +115,11 @@ PARTICULAR: dict[str, dict] = {
         ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2, hidden_size=32),
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
     ),
+    "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"] * 2),
+    "deepseek_ocr2_vision": dict(sam_config=SAM, encoder_config=ENCODER | dict(num_key_value_heads=2)),
     "deepseek_v2": MLA,
     "deepseek_v3": MLA,
     "deepseek_v32": DSA,
-    "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"] * 2),
-    "deepseek_ocr2_vision": dict(sam_config=SAM, encoder_config=ENCODER | dict(num_key_value_heads=2)),
     "dots3_note_audio_encoder": dict(
         hidden_size=16, num_attention_heads=2, adapter_input_size=16, adapter_out_dim=32, downsample_hidden_size=8
     ),
@@ -137,6 +138,13 @@ PARTICULAR: dict[str, dict] = {
         | {f"<|visual token {i:06}|>": 70 + i for i in range(16)}
     ),
     "emu3_vqgan": dict(codebook_size=16, embed_dim=4, latent_channels=4, num_attention_heads=1, hidden_size=32),
+    "ernie4_5_vl_moe_text": MROPE
+    | dict(
+        mlp_layer_types=["dense", *["sparse"] * 5],
+        num_hidden_layers=6,
+        moe_intermediate_size=[16, 24],
+        moe_num_shared_experts=1,
+    ),
     "exaone4_5_vision": dict(num_key_value_heads=2),
     "fast_vlm": dict(vision_config=SMALL_TOWER),  # another than its own, which is timm's
     "fuyu": dict(patch_size=4),
@@ -310,10 +318,10 @@ PARTICULAR: dict[str, dict] = {
     "qwen2_vl_vision": dict(hidden_size=32),
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_text": HYBRID,
+    "qwen3_next": HYBRID,
     "qwen3_omni_moe_audio_encoder": HEARING | dict(downsample_hidden_size=8),
     "qwen3_omni_moe_text": MROPE | dict(sliding_window=None),
     "qwen3_omni_moe_thinker": OMNI,
-    "qwen3_next": HYBRID,
     "radio": dict(max_img_size=16, video_temporal_patch_size=2),
     "recurrent_gemma": dict(attention_window_size=16, lru_width=32, block_types=["attention", "recurrent"]),
     "sam_vision_model": dict(global_attn_indexes=[0, 1]),
@@ -474,6 +482,7 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
     "deepseek_vl_hybrid": (4, lambda: pixels() | {"high_res_pixel_values": pixels()["pixel_values"]}),
     "dots3_note": (1, partial(patches, 1)),
     "emu3": (3, lambda: pixels(4) | {"image_sizes": torch.tensor([[2, 4]] * 3)}),
+    "ernie4_5_vl_moe": (1, partial(patches, 1)),
     "exaone4_5": (1, patches),
     "fuyu": (4, rows_of_patches),
     "gemma3": (4, pixels),
@@ -494,12 +503,12 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
     ),
     "hunyuan_vl": (4, partial(patches, 1)),
     "hyperclovax_vision_v2": (1, patches),
-    "idefics2": (4, single_tile),
-    "idefics3": (1, single_tile),
     "idefics": (
         0,  # which are looked at by cross-attentions
         lambda: single_tile() | {"image_attention_mask": torch.ones(3, 11, 1, dtype=torch.long)},
     ),
+    "idefics2": (4, single_tile),
+    "idefics3": (1, single_tile),
     "instructblip": (4, lambda: pixels() | {"qformer_input_ids": torch.ones(3, 4, dtype=torch.long)}),
     "instructblipvideo": (
         4,
@@ -1042,7 +1051,7 @@ def skipping(model_type: str) -> None:
     whole = logits(base, model_type)
     for index in dropped:
         attention = base.get_submodule(layers[index].attention)
-        if model_type in EXAMPLES:  # whose attentions may do more than add to the residual stream
+        if model_type in EXAMPLES or layers[index].row.core:  # it may do more than add to the residual stream
             *_, projection = (m for m in attention.modules() if isinstance(m, nn.Linear))
             projection.register_forward_hook(lambda m, args, output: torch.zeros_like(output))
         else:
@@ -1286,7 +1295,11 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "has the relative positions of all; the first self-attention of decoders with cross-attentions, which says how",
         "long the KV cache is, and those of GLM-MoE-DSA, MiniMax and RecurrentGemma; the attentions of Gemma 3n and",
         "Gemma 4 that share keys and values with others; in Zamba, the first with each set of weights; in Nemotron-H,",
-        "attentions that no FFN follows; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoders.",
+        "attentions that no FFN follows; in ERNIE 4.5 VL, those of layers without shared experts; the cross-attentions of",
+        "IDEFICS; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoders.",
+        "",
+        "Kosmos-2 and 2.5 are tried without padding, which is not exact in transformers; FastVLM with another vision",
+        "tower than its own, which needs timm; DeepSeek-OCR 2 without images, as each would be more than 144 tokens.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models"]
