@@ -314,8 +314,8 @@ _ROWS = (
     Family("dbrx", layers="blocks", attention="norm_attn_norm.attn", attention_inputs=("Wqkv",),
            attention_norms=("norm_attn_norm.norm_1",), ffn="ffn",
            ffn_inputs=("router.layer", "experts.mlp.w1", "experts.mlp.v1")),
-    # the layer looks at the class of `mlp`, so the PIA stands before the shared experts in it; those that read what they
-    # read get what they got, and the first layers have none
+    # the layer looks at the class of `mlp`, so the PIA stands before the shared experts in it, which the first layers
+    # have not; what else reads their input gets what it got
     Family("ernie4_5_vl_moe_text", ffn="mlp.shared_experts"),
     Family("flex_olmo", attention_norms=(), output_norms=POST, ffn_inputs=ROUTED),
     Family("gpt_oss", ffn_inputs=("router", "experts.gate_up_proj"), stacked_axis=-2),

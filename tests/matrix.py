@@ -1295,11 +1295,12 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "has the relative positions of all; the first self-attention of decoders with cross-attentions, which says how",
         "long the KV cache is, and those of GLM-MoE-DSA, MiniMax and RecurrentGemma; the attentions of Gemma 3n and",
         "Gemma 4 that share keys and values with others; in Zamba, the first with each set of weights; in Nemotron-H,",
-        "attentions that no FFN follows; in ERNIE 4.5 VL, those of layers without shared experts; the cross-attentions of",
-        "IDEFICS; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoders.",
+        "attentions that no FFN follows; in ERNIE 4.5 VL, those of layers without shared experts; the cross-attentions",
+        "of IDEFICS; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoders.",
         "",
-        "Kosmos-2 and 2.5 are tried without padding, which is not exact in transformers; FastVLM with another vision",
-        "tower than its own, which needs timm; DeepSeek-OCR 2 without images, as each would be more than 144 tokens.",
+        "Kosmos-2 and 2.5 are tried without padding, which they count as tokens where there is a KV cache; FastVLM",
+        "without images and its own vision tower, which needs timm; DeepSeek-OCR 2 without images, which are at least",
+        "145 tokens each.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models"]
