@@ -1271,7 +1271,7 @@ def kind(model_type: str) -> str:
     """The section of the page that a family belongs to."""
     if model_type in EXAMPLES:
         return EXAMPLES[model_type].section
-    if FAMILIES[model_type].decoder is not None:
+    if FAMILIES[model_type].decoder is not None or model_type in IMAGES:
         return "Vision-language models"
     if any("experts" in name for name in FAMILIES[model_type].ffn_inputs):
         return "Mixtures of experts"
