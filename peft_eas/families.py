@@ -55,9 +55,8 @@ class Attentions:
         context_inputs: The linears that read these.
         mask: The argument with the attention's mask; `""` if it may look at all tokens (BEiT's has position biases).
         shows_keys: Whether the model looks into the cache for keys (Mllama, to know whether there have been images).
-        ffn: The FFN, in a layer.
-        ffn_after: How many layers after that of the attention: 1 where each layer is one of them (Nemotron-H). An
-            attention that no FFN follows is never skipped.
+        ffn: The FFN, in a layer. An attention that none follows is never skipped.
+        ffn_after: How many layers after that of the attention: 1 where each layer is one of them (Nemotron-H).
         ffn_inputs: The linears of the FFN that read its input (`""`: the FFN is that linear), routers and the stacked
             weights of experts included; those that a layer has of them. A `*` stands for the names of experts; of names
             with a `|` between them, the first that a layer has is meant.
@@ -119,8 +118,8 @@ class Family(Attentions):
 
     Attributes:
         model_type: `config.model_type` of the model.
-        decoder: For a vision-language model, the name of its language model; the rest of the row is then looked up by
-            that model's own `model_type`.
+        decoder: For a vision-language model, the name of its language model, or names with a `|` between them, of which
+            the first that it has is meant; the rest of the row is then looked up by that model's own `model_type`.
         also: Further attentions: cross-attentions of these layers, those of other lists.
     """
 
@@ -209,10 +208,11 @@ _ROWS = (
     *(
         Family(model_type)
         for model_type in (
-            "cwm", "diffllama", "doge", "emu3_text_model", "ernie4_5", "gemma", "granite", "granite_docling_text",
-            "granite_swa", "helium", "hunyuan_v1_dense", "hunyuan_vl_text", "llama", "ministral", "ministral3",
-            "mistral", "molmo2_text", "olmo", "paddleocr_vl_text", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3",
-            "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
+            "chameleon", "cwm", "diffllama", "doge", "emu3_text_model", "ernie4_5", "gemma", "granite",
+            "granite4_vision_text", "granite_docling_text", "granite_swa", "helium", "hunyuan_v1_dense",
+            "hunyuan_vl_text", "idefics", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral",
+            "molmo2_text", "olmo", "paddleocr_vl_text", "qwen2", "qwen2_vl_text", "qwen2_5_omni_text",
+            "qwen2_5_vl_text", "qwen3", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
         )
     ),
     # other FFNs, other names
@@ -223,18 +223,26 @@ _ROWS = (
     Family("cosmos3_edge_text", ffn_inputs=("fc1",)),
     Family("hyperclovax"),
     Family("jais2", ffn_inputs=("up_proj",)),
+    *(
+        Family(model_type, attention_norms=SELF_NORM, ffn="ffn", ffn_inputs=("fc1",))
+        for model_type in ("kosmos_2_text_model", "kosmos_2_5_text_model")
+    ),
     Family("modernbert-decoder", attention="attn", attention_norms=("attn_norm",), ffn_inputs=("Wi",)),
     Family("nanochat", ffn_inputs=("fc1",)),
     Family("nemotron", ffn_inputs=("up_proj",)),
     Family("opt", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
     Family("starcoder2", ffn_inputs=("c_fc",)),
     Family("xglm", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
+    Family("bert-generation", **_BERT | dict(stack="decoder", pools="prompt")),
     Family("ctrl", layers="h", attention="multi_head_attention", attention_inputs=("Wq", "Wk", "Wv"),
            attention_norms=("layernorm1",), ffn="ffn.0", ffn_inputs=("",)),
     # fused projections
     Family("glm", ffn_inputs=("gate_up_proj",)),
     Family("persimmon", attention_inputs=("query_key_value",), ffn_inputs=("dense_h_to_4h",)),
-    Family("phi3", attention_inputs=("qkv_proj",), ffn_inputs=("gate_up_proj",)),
+    *(
+        Family(model_type, attention_inputs=("qkv_proj",), ffn_inputs=("gate_up_proj",))
+        for model_type in ("phi3", "phi4_multimodal")
+    ),
     Family("gpt2", layers="h", attention="attn", attention_inputs=("c_attn",), attention_norms=("ln_1",),
            ffn_inputs=("c_fc",)),
     Family("gpt_bigcode", layers="h", attention="attn", attention_inputs=("c_attn",), attention_norms=("ln_1",),
@@ -282,6 +290,7 @@ _ROWS = (
     Family("axk1", attention_inputs=LATENT, ffn_inputs=GATED + ROUTED + SHARED),
     Family("axk2", attention_inputs=INDEXED, ffn_inputs=GATED + ROUTED + SHARED),
     Family("deepseek_v32", attention_inputs=INDEXED, ffn_inputs=GATED + ROUTED + SHARED),
+    Family("dots3_note_text", attention_inputs=(*INDEXED, "g_proj"), ffn_inputs=GATED + ROUTED + SHARED),
     # a layer may take over what the layer before looks at: after a skipped attention, that is what the one before saw
     Family("glm_moe_dsa", attention_inputs=INDEXED, returns=("", "prev_topk_indices"), keeps_first=True,
            ffn_inputs=GATED + ROUTED + SHARED),
@@ -292,8 +301,9 @@ _ROWS = (
     *(
         Family(model_type, ffn_inputs=GATED + ROUTED + SHARED)
         for model_type in (
-            "dots1", "ernie4_5_moe", "exaone_moe", "flint", "glm4_moe", "glm4v_moe_text", "hy_v3", "mellum",
-            "mimo_v2_flash", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_vl_moe_text", "solar_open",
+            "deepseek_ocr2_text", "dots1", "ernie4_5_moe", "exaone_moe", "flint", "glm4_moe", "glm4v_moe_text",
+            "hy_v3", "mellum", "mimo_v2_flash", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_omni_moe_text",
+            "qwen3_vl_moe_text", "solar_open", "unlimited_ocr_text",
         )
     ),
     Family("afmoe", attention_inputs=(*SPLIT, "gate_proj"), output_norms=POST,
@@ -304,6 +314,9 @@ _ROWS = (
     Family("dbrx", layers="blocks", attention="norm_attn_norm.attn", attention_inputs=("Wqkv",),
            attention_norms=("norm_attn_norm.norm_1",), ffn="ffn",
            ffn_inputs=("router.layer", "experts.mlp.w1", "experts.mlp.v1")),
+    # the layer looks at the class of `mlp`, so the PIA stands before the shared experts in it, which the first layers
+    # have not; what else reads their input gets what it got
+    Family("ernie4_5_vl_moe_text", ffn="mlp.shared_experts"),
     Family("flex_olmo", attention_norms=(), output_norms=POST, ffn_inputs=ROUTED),
     Family("gpt_oss", ffn_inputs=("router", "experts.gate_up_proj"), stacked_axis=-2),
     Family("granitemoe", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
@@ -321,6 +334,8 @@ _ROWS = (
            stacked_axis=-2),
     Family("minimax_m3_vl_text", attention_inputs=(*SPLIT, "indexer.q_proj", "indexer.k_proj"),
            ffn_inputs=("gate_up_proj", *ROUTED, "shared_experts.gate_up_proj")),
+    Family("muse_spark_text", attention_inputs=(*SPLIT, "gate_proj"), output_norms=POST,
+           ffn_inputs=(*GATED, "gate", "pre_expert_proj")),
     Family("phimoe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("qwen2_moe", ffn_inputs=(*GATED, *ROUTED, *SHARED, "shared_expert_gate")),
     Family("step3p5", attention_inputs=(*SPLIT, "g_proj"), ffn_inputs=GATED + ROUTED + SHARED),
@@ -514,18 +529,24 @@ _ROWS = (
         Family(model_type, decoder="language_model")
         for model_type in (
             "aria", "aya_vision", "blip-2", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni",
-            "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fuyu", "gemma3", "gemma4", "gemma4_unified", "glm46v",
-            "glm4v", "glm4v_moe", "glm_ocr", "got_ocr2", "hunyuan_vl", "hyperclovax_vision_v2", "instructblip",
+            "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "ernie4_5_vl_moe", "exaone4_5",
+            "fast_vlm", "fuyu", "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm_ocr",
+            "glmga", "got_ocr2", "granite4_vision", "hunyuan_vl", "hyperclovax_vision_v2", "instructblip",
             "instructblipvideo", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4",
             "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7",
-            "minimax_m3_vl", "mistral3", "mllama", "molmo2", "muse_glimmer", "ovis2", "paddleocr_vl", "paligemma",
-            "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "step3p7",
-            "video_llama_3", "video_llava", "vipllava",
+            "minimax_m3_vl", "mistral3", "mllama", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni", "ovis2",
+            "paddleocr_vl", "paligemma", "pp_chart2table", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
+            "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "step3p7", "unlimited_ocr", "video_llama_3", "video_llava",
+            "vipllava",
         )
     ),
     *(
         Family(model_type, decoder="text_model")
-        for model_type in ("granite_docling", "idefics2", "idefics3", "smolvlm")
+        for model_type in ("emu3", "granite_docling", "idefics2", "idefics3", "kosmos-2", "kosmos-2.5", "smolvlm")
+    ),
+    *(  # which older versions of transformers call `model`
+        Family(model_type, decoder="language_model|model")
+        for model_type in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
     ),
 )  # fmt: skip
 
@@ -671,8 +692,7 @@ def find_layers(model: nn.Module) -> Layers:
                 shared = {id(parameter) for parameter in attention.parameters()}
                 is_needed = not shared <= weights
                 weights |= shared
-            if attentions.ffn_after:
-                is_needed = is_needed or not _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
+            is_needed = is_needed or not _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
             arms.append(Arm(attentions, index, container, index / len(layers), not is_needed))
             is_needed = False
     if not arms:
@@ -682,7 +702,7 @@ def find_layers(model: nn.Module) -> Layers:
 
 def _is_ffn(row: Attentions, layers: Iterable[nn.Module]) -> bool:
     """Whether there is a layer, and it holds a FFN of the row, with or without adapters."""
-    return any(_get(layer, f"{row.ffn}.{name}") is not None for layer in layers for name in row.ffn_inputs)
+    return any(_get(layer, f"{row.ffn}.{name}".rstrip(".")) is not None for layer in layers for name in row.ffn_inputs)
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:

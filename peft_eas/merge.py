@@ -83,7 +83,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
         adapters.append(kept)
     eas = {
         "format": modeling_eas.FORMAT,
-        "model_type": model.config.model_type,
+        "model_type": type(model).config_class.model_type,
         "decoder": layers.decoder or None,
         "attentions": forms,
         "by_name": layers.by_name,
@@ -113,10 +113,13 @@ def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
 
 
 def _change_config(model: PreTrainedModel, eas: dict) -> None:
-    """Give `model` a configuration of its own kind; the one it came with may be another model's, too."""
+    """Give `model` a configuration of its own kind; the one it came with may be another model's, too.
+
+    It is over the one that the model's class belongs to: InternLM 3 is a Llama with a configuration of another name.
+    """
     old = model.config
     new = copy.deepcopy(old)
-    new.__class__ = modeling_eas.eas_class(type(old))
+    new.__class__ = modeling_eas.eas_class(type(model).config_class)
     new.eas = eas
     text, skip = new.get_text_config(decoder=True), modeling_eas.skipped(eas)
     is_decoder = not eas["by_name"] and eas["attentions"][0]["pools"] == "prompt"

@@ -326,6 +326,7 @@ class PromptSlot(getattr(cache_utils, "DummyLayer", object)):
     is_croppable = True
     supports_early_init = False
     is_sliding = None  # neither full nor sliding: transformers before 5.23 looks for the first layer of a kind by it
+    _layer_type = None  # and Unlimited-OCR by this
 
     def __init__(self, **kwargs) -> None:
         self.is_initialized = True
@@ -833,15 +834,17 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
 
 
 def outermost(model: nn.Module, suffix: str) -> tuple[str, nn.Module]:
-    """The outermost module of `model` whose name ends with `suffix`, and that name.
+    """The outermost module of `model` whose name ends with `suffix`, and that name; of suffixes with a `|` between
+    them, with the first that there is.
 
     Raises:
         ValueError: if there is none.
     """
-    found = [(name, m) for name, m in model.named_modules() if f".{name}".endswith(f".{suffix}")]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no module {suffix!r}.")
-    return min(found, key=lambda item: item[0].count("."))
+    for end in suffix.split("|"):
+        found = [(name, m) for name, m in model.named_modules() if f".{name}".endswith(f".{end}")]
+        if found:
+            return min(found, key=lambda item: item[0].count("."))
+    raise ValueError(f"{type(model).__name__} has no module {suffix!r}.")
 
 
 def has_module(model: nn.Module, suffix: str) -> bool:

@@ -82,6 +82,14 @@ SMALL_TOWER = dict(
     model_type="clip_vision_model", hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     image_size=4, patch_size=4, projection_dim=32,
 )  # fmt: skip
+SAM = dict(
+    hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4,
+    mlp_dim=24, window_size=2, global_attn_indexes=[1], downsample_channels=[8, 16],
+)  # fmt: skip
+ENCODER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+HEARING = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=16)
+OMNI = dict(video_token_id=97, audio_token_id=96, vision_start_token_id=95)
+KOSMOS = dict(embed_dim=32, layers=NUM_LAYERS, attention_heads=4, layerdrop=0.0)
 # what a family needs besides
 PARTICULAR: dict[str, dict] = {
     "aria": dict(projector_patch_to_query_dict={4: 4}),
@@ -89,7 +97,12 @@ PARTICULAR: dict[str, dict] = {
     "axk2": DSA,
     "bailing_hybrid": MLA | HYBRID | dict(num_mtp_layers=0),
     "bamba": dict(attn_layer_indices=[0, 2]),
+    "bert-generation": dict(is_decoder=True),
     "blip-2": dict(num_query_tokens=4),
+    "chameleon": dict(
+        vq_config=dict(embed_dim=8, num_embeddings=4, latent_channels=8, base_channels=32, channel_multiplier=[1, 1]),
+        vocabulary_map={"<image>": IMAGE_TOKEN} | {f"IMGIMG{letter}Z": 90 + i for i, letter in enumerate("ABCD")},
+    ),
     "cohere_compass_text": dict(
         layer_types=["full_attention", "sliding_attention"] * 2,
         rope_parameters={
@@ -102,10 +115,38 @@ PARTICULAR: dict[str, dict] = {
         ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2, hidden_size=32),
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
     ),
+    "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"] * 2),
+    "deepseek_ocr2_vision": dict(sam_config=SAM, encoder_config=ENCODER | dict(num_key_value_heads=2)),
     "deepseek_v2": MLA,
     "deepseek_v3": MLA,
     "deepseek_v32": DSA,
+    "dots3_note_audio_encoder": dict(
+        hidden_size=16, num_attention_heads=2, adapter_input_size=16, adapter_out_dim=32, downsample_hidden_size=8
+    ),
+    "dots3_note_text": DSA
+    | dict(
+        head_dim=16,
+        layer_types=["indexed_attention", "sliding_attention"] * 2,
+        per_layer_config={1: dict(kv_lora_rank=24), 3: dict(kv_lora_rank=24)},
+        shared_experts_intermediate_size=16,
+    ),
+    "dots3_note_vision_encoder": dict(
+        mlp_layer_types=["dense", "dense"], adapter_in_dim=16, adapter_out_dim=32, spatial_merge_size=2
+    ),
+    "emu3": dict(
+        vocabulary_map={"<image>": IMAGE_TOKEN, "<|extra_200|>": 97}
+        | {f"<|visual token {i:06}|>": 70 + i for i in range(16)}
+    ),
+    "emu3_vqgan": dict(codebook_size=16, embed_dim=4, latent_channels=4, num_attention_heads=1, hidden_size=32),
+    "ernie4_5_vl_moe_text": MROPE
+    | dict(
+        mlp_layer_types=["dense", *["sparse"] * 5],
+        num_hidden_layers=6,
+        moe_intermediate_size=[16, 24],
+        moe_num_shared_experts=1,
+    ),
     "exaone4_5_vision": dict(num_key_value_heads=2),
+    "fast_vlm": dict(vision_config=SMALL_TOWER),  # another than its own, which is timm's
     "fuyu": dict(patch_size=4),
     "gemma3": dict(mm_tokens_per_image=4),
     "gemma3n_text": SHARED_KV | dict(laurel_rank=4, activation_sparsity_pattern=[0.0] * 8),
@@ -132,9 +173,43 @@ PARTICULAR: dict[str, dict] = {
     "glm_moe_dsa": DSA | dict(indexer_types=["full", "shared", "shared", "full"]),
     "glm_ocr_text": MROPE_WHOLE,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
+    "granite4_vision": dict(
+        text_config=dict(
+            model_type="granite",
+            vocab_size=99,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=NUM_LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            eos_token_id=None,
+        ),
+        vision_config=SMALL_TOWER | dict(hidden_size=64, image_size=8),
+        qformer_config=ENCODER
+        | dict(
+            model_type="blip_2_qformer",
+            hidden_size=64,
+            encoder_hidden_size=64,
+            cross_attention_frequency=1,
+            use_qformer_text_input=False,
+        ),
+        image_grid_pinpoints=[[8, 8]],
+        downsample_rate="1/2",
+        deepstack_layer_map=[(1, 0)],
+        spatial_target_layers=[0, 1, 2, 3],
+    ),
     "granite_docling_vision": dict(scale_factor=2, deepstack_visual_indexes=[0]),
     "granitemoehybrid": dict(layer_types=["attention", "mamba"] * 2, shared_intermediate_size=48),
     "hunyuan_vl_text": dict(rope_parameters=MROPE["rope_parameters"] | {"mrope_section": [1, 1, 1, 1]}),
+    "idefics": dict(
+        vision_config=dict(
+            embed_dim=16, image_size=8, patch_size=4, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        ),
+        additional_vocab_size=0,
+        cross_layer_interval=2,
+        alpha_initializer="ones",
+    ),
     "idefics2_perceiver": dict(
         resampler_n_latents=4,
         resampler_n_heads=2,
@@ -148,6 +223,11 @@ PARTICULAR: dict[str, dict] = {
     "jetmoe": dict(kv_channels=8),
     "kimi_k25": dict(projection_hidden_size=16),
     "kimi_linear": MLA | HYBRID | dict(linear_head_dim=8, linear_num_heads=4),
+    "kosmos-2": dict(latent_query_num=4),
+    "kosmos-2.5": dict(latent_query_num=4),
+    "kosmos_2_5_vision_model": dict(patch_embed_hidden_size=12, head_dim=8, max_num_patches=8),
+    "kosmos_2_5_text_model": KOSMOS,
+    "kosmos_2_text_model": KOSMOS,
     "lfm2": dict(full_attn_idxs=[0, 2]),
     "lfm2_moe": CONVOLUTIONS | dict(num_dense_layers=1),
     "lfm3": CONVOLUTIONS,
@@ -185,6 +265,15 @@ PARTICULAR: dict[str, dict] = {
     "molmo2_adapter": dict(vision_feature_layer=[1, 0]),
     "molmo2_vision": dict(image_size=[8, 8], patch_size=4, num_hidden_layers=2),
     "muse_glimmer": dict(out_hidden_size=64, projector_hidden_size=32),
+    "muse_spark": dict(
+        out_hidden_size=64,
+        projector_hidden_size=32,
+        audio_config=dict(
+            patch_sizes=[2], hidden_sizes=[16], depths=[1], num_hidden_layers=1, out_hidden_size=32, conv_kernel_size=3
+        ),
+    ),
+    "muse_spark_text": dict(moe_hidden_size=24, mlp_layer_types=["dense", "sparse"] * 2),
+    "muse_spark_vision": dict(pos_emb_height=2, pos_emb_width=2),
     "nemotron_h": dict(
         layers_block_type=["full_attention", "mlp", "linear_attention", "full_attention", "moe", "full_attention"],
         mamba_num_heads=4,
@@ -193,18 +282,50 @@ PARTICULAR: dict[str, dict] = {
         n_groups=2,
         moe_shared_expert_intermediate_size=16,
     ),
+    "nemotron_h_omni": dict(vision_hidden_size=16, projector_hidden_size=24),
     "olmo_hybrid": HYBRID,
     "ovis2": dict(hidden_size=32, visual_indicator_token_ids=[91, 92, 93, 94, 95]),
     "paddleocr_vl_text": MROPE,
+    "phi4_multimodal": dict(
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+            crop_size=8,
+            image_token_id=IMAGE_TOKEN,
+        ),
+        audio_config=dict(
+            hidden_size=16,
+            intermediate_size=24,
+            num_blocks=1,
+            num_attention_heads=2,
+            ext_pw_out_channel=16,
+            depthwise_separable_out_channel=16,
+            nemo_conv_channels=16,
+            input_size=16,
+            audio_token_id=97,
+        ),
+    ),
     "paligemma": dict(projection_dim=32),
+    "qwen2_5_omni_audio_encoder": HEARING,
+    "qwen2_5_omni_text": MROPE,
+    "qwen2_5_omni_thinker": OMNI,
     "qwen2_5_vl_text": MROPE,
     "qwen2_vl_text": MROPE,
     "qwen2_vl_vision": dict(hidden_size=32),
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_text": HYBRID,
     "qwen3_next": HYBRID,
+    "qwen3_omni_moe_audio_encoder": HEARING | dict(downsample_hidden_size=8),
+    "qwen3_omni_moe_text": MROPE | dict(sliding_window=None),
+    "qwen3_omni_moe_thinker": OMNI,
+    "radio": dict(max_img_size=16, video_temporal_patch_size=2),
     "recurrent_gemma": dict(attention_window_size=16, lru_width=32, block_types=["attention", "recurrent"]),
     "sam_vision_model": dict(global_attn_indexes=[0, 1]),
+    "unlimited_ocr_vision": dict(sam_config=SAM, encoder_config=ENCODER | dict(image_size=4, patch_size=4)),
     "vipllava": dict(vision_feature_layer=[-1, -2]),
     "youtu": MLA,
     "zamba": dict(
@@ -314,10 +435,10 @@ def sized() -> dict:
     return pixels() | {"image_sizes": torch.tensor([[8, 8]] * 3)}
 
 
-def base_and_tile() -> dict:
+def base_and_tile(size: int = 4) -> dict:
     """Each image whole, and once more as its only tile."""
-    values = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(3))
-    return {"pixel_values": values, "image_sizes": torch.tensor([[4, 4]] * 3)}
+    values = torch.randn(3, 2, 3, size, size, generator=torch.Generator().manual_seed(3))
+    return {"pixel_values": values, "image_sizes": torch.tensor([[size, size]] * 3)}
 
 
 def flat_patches() -> dict:
@@ -339,17 +460,29 @@ def padded_patches() -> dict:
     }
 
 
+def images_at(tokens: int) -> torch.Tensor:
+    """Where images are in a prompt."""
+    places = torch.arange(11).expand(3, -1)
+    return ((places >= 4) & (places < 4 + tokens)).long()
+
+
+# with a KV cache, these count padding as tokens in transformers, too
+UNPADDED = ("kosmos-2", "kosmos-2.5")
 # how many tokens an image is, and what says so
 IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
     "aria": (4, lambda: pixels() | {"pixel_mask": torch.ones(3, 8, 8, dtype=torch.bool)}),
     "aya_vision": (1, pixels),
     "blip-2": (4, pixels),
+    "chameleon": (4, partial(pixels, 4)),
     "cohere2_vision": (1, pixels),
     "cohere_compass": (1, patches),
     "cosmos3_edge": (1, partial(patches, 1)),
     "cosmos3_omni": (1, patches),
     "deepseek_vl": (4, pixels),
     "deepseek_vl_hybrid": (4, lambda: pixels() | {"high_res_pixel_values": pixels()["pixel_values"]}),
+    "dots3_note": (1, partial(patches, 1)),
+    "emu3": (3, lambda: pixels(4) | {"image_sizes": torch.tensor([[2, 4]] * 3)}),
+    "ernie4_5_vl_moe": (1, partial(patches, 1)),
     "exaone4_5": (1, patches),
     "fuyu": (4, rows_of_patches),
     "gemma3": (4, pixels),
@@ -361,13 +494,19 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
     "glm4v": (1, patches),
     "glm4v_moe": (1, patches),
     "glm_ocr": (1, patches),
+    "glmga": (1, patches),
     "got_ocr2": (1, pixels),
+    "granite4_vision": (3, partial(base_and_tile, 8)),
     "granite_docling": (
         1,
         lambda: single_tile() | {"pixel_attention_mask": torch.ones(3, 1, dtype=torch.bool)},
     ),
     "hunyuan_vl": (4, partial(patches, 1)),
     "hyperclovax_vision_v2": (1, patches),
+    "idefics": (
+        0,  # which are looked at by cross-attentions
+        lambda: single_tile() | {"image_attention_mask": torch.ones(3, 11, 1, dtype=torch.long)},
+    ),
     "idefics2": (4, single_tile),
     "idefics3": (1, single_tile),
     "instructblip": (4, lambda: pixels() | {"qformer_input_ids": torch.ones(3, 4, dtype=torch.long)}),
@@ -378,6 +517,14 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
     "internvl": (1, pixels),
     "janus": (4, pixels),
     "kimi_k25": (1, flat_patches),
+    "kosmos-2": (4, lambda: pixels() | {"image_embeds_position_mask": images_at(4)}),
+    "kosmos-2.5": (
+        4,
+        lambda: {
+            "flattened_patches": flattened()["flattened_patches"][:, :4],
+            "image_embeds_position_mask": images_at(4),
+        },
+    ),
     "lfm2_vl": (1, padded_patches),
     "lfm3_vl": (1, patches),
     "lighton_ocr": (1, sized),
@@ -390,18 +537,35 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
     "mistral3": (1, sized),
     "mllama": (1, tiles),
     "muse_glimmer": (1, patches),
+    "muse_spark": (1, patches),
+    "nemotron_h_omni": (
+        1,
+        lambda: {"pixel_values": patches(1)["pixel_values"], "image_grid_hw": torch.tensor([[2, 2]] * 3)},
+    ),
     "ovis2": (4, pixels),
     "paddleocr_vl": (1, flat_patches),
     "paligemma": (4, pixels),
+    "phi4_multimodal": (
+        5,
+        lambda: {
+            "image_pixel_values": base_and_tile(8)["pixel_values"],
+            "image_sizes": torch.tensor([[8, 8]] * 3),
+            "image_attention_mask": torch.ones(3, 2, 2, 2, dtype=torch.bool),
+        },
+    ),
+    "pp_chart2table": (1, pixels),
     "qianfan_ocr": (1, pixels),
+    "qwen2_5_omni_thinker": (1, patches),
     "qwen2_5_vl": (1, patches),
     "qwen2_vl": (1, patches),
     "qwen3_5": (1, patches),
     "qwen3_5_moe": (1, patches),
+    "qwen3_omni_moe_thinker": (1, patches),
     "qwen3_vl": (1, patches),
     "qwen3_vl_moe": (1, patches),
     "smolvlm": (1, single_tile),
     "step3p7": (1, pixels),
+    "unlimited_ocr": (3, partial(pixels, 16)),
     "video_llama_3": (1, lambda: patches(1) | {"image_merge_sizes": torch.tensor([2] * 3)}),
     "video_llava": (4, pixels),
     "vipllava": (4, pixels),
@@ -414,7 +578,7 @@ def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
         return EXAMPLES[model_type].inputs()
     ids = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
-    for row in range(3):
+    for row in range(3 if model_type not in UNPADDED else 0):
         mask[row, : 2 * row] = 0
     tokens, make = IMAGES.get(model_type, (0, dict))
     ids[:, 4 : 4 + tokens] = IMAGE_TOKEN
@@ -845,7 +1009,8 @@ def logits(model: nn.Module, model_type: str, inputs: dict | None = None) -> tor
         outputs = model(**inputs)
     if model_type in EXAMPLES:
         return outputs[EXAMPLES[model_type].output]
-    return outputs.logits[inputs["attention_mask"].bool()]
+    found = outputs.logits[inputs["attention_mask"].bool()]
+    return found.masked_fill(found == torch.finfo(found.dtype).min, 0)  # what Chameleon never says
 
 
 def cache_of(model: nn.Module, inputs: dict) -> Cache:
@@ -886,7 +1051,7 @@ def skipping(model_type: str) -> None:
     whole = logits(base, model_type)
     for index in dropped:
         attention = base.get_submodule(layers[index].attention)
-        if model_type in EXAMPLES:  # whose attentions may do more than add to the residual stream
+        if model_type in EXAMPLES or layers[index].row.core:  # it may do more than add to the residual stream
             *_, projection = (m for m in attention.modules() if isinstance(m, nn.Linear))
             projection.register_forward_hook(lambda m, args, output: torch.zeros_like(output))
         else:
@@ -1013,7 +1178,10 @@ def sizes(model_type: str) -> None:
             own = cache
             if isinstance(cache, EncoderDecoderCache):
                 own = cache.cross_attention_cache if row.context else cache.self_attention_cache
-            elements = [0 if getattr(layer, "keys", None) is None else layer.keys.numel() for layer in own.layers]
+            elements = [
+                sum(vars(layer)[name].numel() for name in ("keys", "prefill_keys") if vars(layer).get(name) is not None)
+                for layer in own.layers
+            ]
             arms = {arm.index: key in dropped for key, arm in layers.items() if arm.row == row}
             if row.stack == "decoder":
                 assert all((elements[index] <= 1) == is_dropped for index, is_dropped in arms.items())
@@ -1025,7 +1193,8 @@ def images(model_type: str) -> None:
         return
     model = adapted(model_type)
     inputs = tiny_inputs(model_type)
-    other = inputs | {"pixel_values": inputs["pixel_values"].roll(len(inputs["pixel_values"]) // 3, 0)}
+    name = next(name for name in inputs if "pixel_values" in name or "patches" in name)
+    other = inputs | {name: inputs[name].roll(len(inputs[name]) // 3, 0)}
     told = []
     for given in (inputs, other):
         cache = cache_of(model, given)
@@ -1102,7 +1271,7 @@ def kind(model_type: str) -> str:
     """The section of the page that a family belongs to."""
     if model_type in EXAMPLES:
         return EXAMPLES[model_type].section
-    if FAMILIES[model_type].decoder is not None:
+    if FAMILIES[model_type].decoder is not None or model_type in IMAGES:
         return "Vision-language models"
     if any("experts" in name for name in FAMILIES[model_type].ffn_inputs):
         return "Mixtures of experts"
@@ -1126,7 +1295,12 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "has the relative positions of all; the first self-attention of decoders with cross-attentions, which says how",
         "long the KV cache is, and those of GLM-MoE-DSA, MiniMax and RecurrentGemma; the attentions of Gemma 3n and",
         "Gemma 4 that share keys and values with others; in Zamba, the first with each set of weights; in Nemotron-H,",
-        "attentions that no FFN follows; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoders.",
+        "attentions that no FFN follows; in ERNIE 4.5 VL, those of layers without shared experts; the cross-attentions",
+        "of IDEFICS; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoders.",
+        "",
+        "Kosmos-2 and 2.5 are tried without padding, which they count as tokens where there is a KV cache; FastVLM",
+        "without images and its own vision tower, which needs timm; DeepSeek-OCR 2 without images, which are at least",
+        "145 tokens each.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models"]

@@ -19,6 +19,7 @@ from transformers import (
 
 from peft_eas import FAMILIES, EASCallback, EASConfig, Family, cli, model_card, register_family
 from peft_eas.families import find_layers
+from peft_eas.modeling_eas import outermost
 from peft_eas.trace import TraceError, as_source, check_family, propose_family
 
 # the rest of the matrix is `make supported-models`
@@ -197,6 +198,25 @@ def test_an_attention_without_a_ffn_after_it_is_not_skipped():
     assert {i: arm.is_skippable for i, arm in find_layers(model).items()} == {0: True, 3: True, 5: False}
     with pytest.raises(ValueError, match=r"can be skipped .* are \[0, 3\]"):
         get_peft_model(model, EASConfig(skip_layers=[5]))
+    arms = find_layers(matrix.tiny_model("ernie4_5_vl_moe"))  # whose PIAs stand before the shared experts
+    assert [i for i, arm in arms.items() if not arm.is_skippable] == [0]
+
+
+def test_a_family_that_is_built_as_another_is_merged_as_that():
+    """GLM-GA has no model class of its own: a merged one is a GLM-4.6V, and loads as such."""
+    merged = matrix.adapted("glmga").merge_and_unload()
+    assert type(merged).__name__ == "EASGlm46VForConditionalGeneration"
+    assert merged.config.model_type == "eas_glm46v"
+    assert merged.config.eas["model_type"] == "glm46v"
+    matrix.reloading("glmga")
+
+
+def test_a_language_model_by_several_names():
+    """Transformers has moved that of Qwen-Omni; merged models are loaded wherever it is."""
+    merged = matrix.adapted("qwen2_5_omni_thinker").merge_and_unload()
+    assert merged.config.eas["decoder"] == "language_model|model"
+    with pytest.raises(ValueError, match=r"has no module 'neither\|nor'"):
+        outermost(merged, "neither|nor")
 
 
 @pytest.mark.parametrize("model_type", ["nemotron_h", "zamba", "lxmert"])
