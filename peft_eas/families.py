@@ -527,6 +527,14 @@ _ROWS = (
         Family(model_type, decoder="text_model")
         for model_type in ("granite_docling", "idefics2", "idefics3", "smolvlm")
     ),
+    # audio-language models
+    *(
+        Family(model_type, decoder="language_model")
+        for model_type in (
+            "audioflamingo3", "fun_asr_nano", "glmasr", "granite_speech", "granite_speech_plus",
+            "moss_transcribe_diarize", "musicflamingo", "qwen2_audio", "qwen3_asr", "vibevoice_asr", "voxtral",
+        )
+    ),
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}

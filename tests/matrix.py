@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -44,6 +45,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 from peft_eas import FAMILIES, EASConfig
@@ -51,8 +53,8 @@ from peft_eas.families import find_layers
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "supported-models.md"
 NUM_LAYERS = 4
-IMAGE_TOKEN = 98
-SPECIAL = [*range(90, 99)]  # of images, in some families; not in prompts, and not to be generated
+IMAGE_TOKEN, AUDIO_TOKEN = 98, 97
+SPECIAL = [*range(90, 99)]  # of images and sounds, in some families; not in prompts, and not to be generated
 # by field name, over all configurations that have it
 SIZES = dict(
     vocab_size=99, max_position_embeddings=128, n_positions=128, max_seq_len=128, pad_token_id=0, bos_token_id=1,
@@ -82,6 +84,10 @@ SMALL_TOWER = dict(
     model_type="clip_vision_model", hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     image_size=4, patch_size=4, projection_dim=32,
 )  # fmt: skip
+GRANITE_SPEECH = dict(window_size=2, downsample_rate=1)
+CONFORMER = dict(
+    input_dim=8, hidden_dim=16, num_layers=2, context_size=4, max_pos_emb=4, conv_kernel_size=3, output_dim=4
+)
 # what a family needs besides
 PARTICULAR: dict[str, dict] = {
     "aria": dict(projector_patch_to_query_dict={4: 4}),
@@ -106,6 +112,12 @@ PARTICULAR: dict[str, dict] = {
     "deepseek_v3": MLA,
     "deepseek_v32": DSA,
     "exaone4_5_vision": dict(num_key_value_heads=2),
+    "fun_asr_nano": dict(
+        adaptor_config=dict(
+            hidden_size=32, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1, projector_hidden_size=16
+        )
+    ),
+    "fun_asr_nano_encoder": dict(num_stacked_frames=1, num_timestamp_prediction_layers=1, fsmn_kernel_size=3),
     "fuyu": dict(patch_size=4),
     "gemma3": dict(mm_tokens_per_image=4),
     "gemma3n_text": SHARED_KV | dict(laurel_rank=4, activation_sparsity_pattern=[0.0] * 8),
@@ -129,10 +141,15 @@ PARTICULAR: dict[str, dict] = {
     "glm4_moe_lite": MLA,
     "glm4v_moe_text": MROPE_WHOLE,
     "glm4v_text": MROPE,
+    "glmasr_encoder": dict(intermediate_size=64),
     "glm_moe_dsa": DSA | dict(indexer_types=["full", "shared", "shared", "full"]),
     "glm_ocr_text": MROPE_WHOLE,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
     "granite_docling_vision": dict(scale_factor=2, deepstack_visual_indexes=[0]),
+    "granite_speech": GRANITE_SPEECH,
+    "granite_speech_encoder": CONFORMER,
+    "granite_speech_plus": GRANITE_SPEECH,
+    "granite_speech_plus_encoder": CONFORMER,
     "granitemoehybrid": dict(layer_types=["attention", "mamba"] * 2, shared_intermediate_size=48),
     "hunyuan_vl_text": dict(rope_parameters=MROPE["rope_parameters"] | {"mrope_section": [1, 1, 1, 1]}),
     "idefics2_perceiver": dict(
@@ -202,10 +219,16 @@ PARTICULAR: dict[str, dict] = {
     "qwen2_vl_vision": dict(hidden_size=32),
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_text": HYBRID,
+    "qwen3_asr_encoder": dict(downsample_hidden_size=8),
     "qwen3_next": HYBRID,
     "recurrent_gemma": dict(attention_window_size=16, lru_width=32, block_types=["attention", "recurrent"]),
     "sam_vision_model": dict(global_attn_indexes=[0, 1]),
+    "vibevoice_acoustic_tokenizer_encoder": dict(
+        num_filters=4, downsampling_ratios=[2, 2], depths=[1, 1, 1], vae_std=0.0
+    ),
+    "vibevoice_asr": dict(acoustic_tokenizer_chunk_size=8),
     "vipllava": dict(vision_feature_layer=[-1, -2]),
+    "voxtral_encoder": dict(intermediate_size=64),
     "youtu": MLA,
     "zamba": dict(
         layers_block_type=["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
@@ -224,7 +247,8 @@ TOWER = dict(
     hidden_size=16, embed_dim=16, intermediate_size=24, depth=2, num_hidden_layers=2, num_attention_heads=2,
     num_heads=2, image_size=8, patch_size=4, out_hidden_size=32, encoder_hidden_size=16, projection_dim=32,
     num_position_embeddings=16, output_dim=32, vocab_size=64, num_embeddings=64, base_channels=32,
-    channel_multiplier=[1, 1],
+    channel_multiplier=[1, 1], d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=24,
+    num_mel_bins=8, max_source_positions=8,
 )  # fmt: skip
 
 
@@ -234,7 +258,9 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     settings = _sized(cls, SIZES)
     if "text_config" in cls.sub_configs:
         default = cls()
-        settings = {name: IMAGE_TOKEN for name in ("image_token_id", "image_token_index") if hasattr(default, name)}
+        tokens = {"image": IMAGE_TOKEN, "audio": AUDIO_TOKEN}
+        named = {f"{what}_token_{end}": token for what, token in tokens.items() for end in ("id", "index")}
+        settings = {name: token for name, token in named.items() if hasattr(default, name)}
         for name in cls.sub_configs:
             inner = getattr(default, name)
             if name == "text_config":
@@ -256,8 +282,14 @@ def auto_class(model_type: str) -> type:
     """A vision-language model is also known by its language model alone."""
     if model_type in EXAMPLES:
         return EXAMPLES[model_type].model
-    is_vision_language = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return AutoModelForImageTextToText if is_vision_language else AutoModelForCausalLM
+    for names, auto in (
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText),
+        (MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, AutoModelForMultimodalLM),
+        (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
+    ):
+        if model_type in names:
+            return auto
+    return AutoModelForSeq2SeqLM
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
@@ -408,16 +440,43 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
 }
 
 
+def mel(frames: int, *masks: str, shown: int | None = None, bins_last: bool = False) -> dict:
+    """Sounds as most processors give them, with masks of what is no padding."""
+    values = torch.randn(3, 8, frames, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(3, frames, dtype=torch.long)
+    mask[:, shown or frames :] = 0
+    return {"input_features": values.mT if bins_last else values} | dict.fromkeys(masks, mask)
+
+
+# how many tokens a sound is, and what says so
+SOUNDS: dict[str, tuple[int, Callable[[], dict]]] = {
+    "audioflamingo3": (4, partial(mel, 16, "input_features_mask")),
+    "fun_asr_nano": (4, partial(mel, 4, "input_features_mask", bins_last=True)),
+    "glmasr": (2, partial(mel, 16, "input_features_mask")),
+    "granite_speech": (4, partial(mel, 4, bins_last=True)),
+    "granite_speech_plus": (4, partial(mel, 4, bins_last=True)),
+    "moss_transcribe_diarize": (2, partial(mel, 16, "input_features_mask", "padding_mask")),
+    "musicflamingo": (4, partial(mel, 16, "input_features_mask")),
+    "qwen2_audio": (4, partial(mel, 16, "feature_attention_mask")),
+    "qwen3_asr": (2, partial(mel, 100, "input_features_mask", shown=16)),
+    "vibevoice_asr": (
+        2,
+        lambda: {"input_values": torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(3))},
+    ),
+    "voxtral": (2, partial(mel, 16)),
+}
+
+
 def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
-    """Prompts of three lengths, padded on the left, with an image in each if the family's images are known here."""
+    """Prompts of three lengths, padded on the left, with an image or a sound in each if the family's are known here."""
     if model_type in EXAMPLES:
         return EXAMPLES[model_type].inputs()
     ids = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     for row in range(3):
         mask[row, : 2 * row] = 0
-    tokens, make = IMAGES.get(model_type, (0, dict))
-    ids[:, 4 : 4 + tokens] = IMAGE_TOKEN
+    tokens, make = (IMAGES | SOUNDS).get(model_type, (0, dict))
+    ids[:, 4 : 4 + tokens] = AUDIO_TOKEN if model_type in SOUNDS else IMAGE_TOKEN
     inputs = {"input_ids": ids * mask, "attention_mask": mask, **make()}
     model = auto_class(model_type)._model_mapping[CONFIG_MAPPING[model_type]]
     if model_type == "gemma3" or "mm_token_type_ids" in inspect.signature(model.forward).parameters:
@@ -1020,12 +1079,13 @@ def sizes(model_type: str) -> None:
 
 
 def images(model_type: str) -> None:
-    """The image is part of the prompt: another one changes what a skipped layer is told, and the answer."""
-    if model_type not in IMAGES:
+    """The image, or the sound, is part of the prompt: another one changes what a skipped layer is told."""
+    if model_type not in IMAGES | SOUNDS:
         return
     model = adapted(model_type)
     inputs = tiny_inputs(model_type)
-    other = inputs | {"pixel_values": inputs["pixel_values"].roll(len(inputs["pixel_values"]) // 3, 0)}
+    (name,) = inputs.keys() & {"pixel_values", "input_features", "input_values"}
+    other = inputs | {name: inputs[name].roll(len(inputs[name]) // 3, 0)}
     told = []
     for given in (inputs, other):
         cache = cache_of(model, given)
@@ -1067,7 +1127,7 @@ def whole_models() -> list[str]:
     """Families of this version of transformers that are models of their own; the others are decoders of these."""
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     known -= {"trocr"}  # which is nothing without an encoder
-    known |= EXAMPLES.keys() & CONFIG_MAPPING.keys()
+    known |= (EXAMPLES | SOUNDS).keys() & CONFIG_MAPPING.keys()
     return [model_type for model_type in FAMILIES if model_type in known]
 
 
@@ -1080,7 +1140,7 @@ def applies(name: str, model_type: str) -> bool:
     """Whether there is something to check."""
     if name == "padding":
         return model_type in EXAMPLES and "attention_mask" in tiny_inputs(model_type)
-    return (name != "images" or model_type in IMAGES) and (name != "generation" or generates(model_type))
+    return (name != "images" or model_type in IMAGES | SOUNDS) and (name != "generation" or generates(model_type))
 
 
 def run(model_type: str, checks: dict[str, Callable[[str], None]] = CHECKS) -> dict[str, str]:
@@ -1102,6 +1162,8 @@ def kind(model_type: str) -> str:
     """The section of the page that a family belongs to."""
     if model_type in EXAMPLES:
         return EXAMPLES[model_type].section
+    if model_type in SOUNDS:
+        return "Audio-language models"
     if FAMILIES[model_type].decoder is not None:
         return "Vision-language models"
     if any("experts" in name for name in FAMILIES[model_type].ffn_inputs):
@@ -1129,7 +1191,7 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "attentions that no FFN follows; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoders.",
     ]
     failures = []
-    sections = ["Decoders", "Mixtures of experts", "Vision-language models"]
+    sections = ["Decoders", "Mixtures of experts", "Vision-language models", "Audio-language models"]
     sections += dict.fromkeys(example.section for example in EXAMPLES.values())
     for section in sections:
         rows = {model_type: result for model_type, result in results.items() if kind(model_type) == section}
