@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -36,8 +37,9 @@ class Attentions:
         core: The part of the attention whose input only its linears read, where the attention itself adds its input to
             what that part gives (BERT).
         attention_inputs: The linears of the attention that read its input; those that a layer has of them. Of a
-            cross-attention: those that read the stream which it adds to. None where several layers share an attention's
-            weights: it has no adapter then, and the first that has these weights is never skipped (Zamba).
+            cross-attention: those that read the stream which it adds to. None for an attention without an adapter, as
+            none could be folded: where other than linears read the input, or these linears read something else, too
+            (DeBERTa-v2), or several layers share the weights, whose first is then never skipped (Zamba).
         attention_norms: The norms, in a layer, that only the attention reads; those that a layer has.
         output_norms: The norms, in a layer, that the attention's output goes through; a linear without bias, in Zamba.
         residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT); `""` if
@@ -153,6 +155,13 @@ _VILT = dict(
     stack="encoder", layers="encoder.layer", attention="attention",
     attention_inputs=tuple(f"attention.{name}" for name in QKV), attention_norms=("layernorm_before",), returns=(),
     pools="attended", ffn="intermediate", ffn_inputs=("dense",),
+)  # fmt: skip
+
+
+_AIMV2 = dict(attention="attention", attention_norms=("rms_norm1",), pools="attended", ffn="ffn")
+_WAV2VEC2 = dict(
+    stack="encoder", layers="encoder.layers", attention="attention", attention_norms=(), pools="attended",
+    ffn="feed_forward", ffn_inputs=("intermediate_dense",),
 )  # fmt: skip
 
 
@@ -354,14 +363,17 @@ _ROWS = (
     *(
         Family(model_type, **_BERT)
         for model_type in (
-            "bert", "camembert", "data2vec-text", "electra", "ernie", "rembert", "roberta", "roc_bert", "tapas",
-            "xlm-roberta", "xmod",
+            "bert", "camembert", "data2vec-text", "electra", "ernie", "rembert", "roberta", "roc_bert", "roformer",
+            "tapas", "xlm-roberta", "xmod",
         )
     ),
     *(  # and returns it alone
         Family(model_type, **_BERT | dict(returns=None))
         for model_type in ("layoutlm", "layoutlmv3", "markuplm", "splinter")
     ),
+    Family("deberta", **_BERT | dict(attention_inputs=("self.in_proj",))),
+    Family("deberta-v2", **_BERT | dict(attention_inputs=())),
+    Family("nystromformer", **_BERT | dict(returns=())),
     Family("longformer", **_BERT | dict(attention_inputs=tuple(f"self.{name}" for name in LONG), returns=())),
     *(  # or norms its input
         Family(model_type, **_BERT | dict(residual_norm="")) for model_type in ("megatron-bert", "xlm-roberta-xl")
@@ -375,6 +387,7 @@ _ROWS = (
            attention_inputs=("q_lin", "k_lin", "v_lin"), attention_norms=(), pools="attended", ffn="ffn",
            ffn_inputs=("lin1",)),
     Family("eurobert", stack="encoder", pools="attended"),
+    Family("jina_embeddings_v3", stack="encoder", attention_norms=(), pools="attended", ffn_inputs=("fc1",)),
     *(
         Family(model_type, stack="encoder", attention_norms=(), pools="attended")
         for model_type in ("gte", "nomic_bert")
@@ -382,7 +395,11 @@ _ROWS = (
     Family("modernbert", stack="encoder", attention="attn", attention_inputs=("Wqkv",), attention_norms=("attn_norm",),
            pools="attended", ffn_inputs=("Wi",)),
     # of images
-    *(Family(model_type, **_VIT) for model_type in ("audio-spectrogram-transformer", "deit", "vit", "vit_msn")),
+    *(
+        Family(model_type, **_VIT)
+        for model_type in ("audio-spectrogram-transformer", "deit", "ijepa", "vit", "vit_msn", "vivit")
+    ),
+    *(Family(model_type, **_VILT | dict(returns=None, mask="")) for model_type in ("videomae", "yolos")),
     Family("vit_mae", **_VIT, also=(Attentions(**_VIT | dict(stack="decoder", layers="decoder.decoder_layers")),)),
     Family("beit", **_VIT | dict(mask="")),
     *(
@@ -391,12 +408,18 @@ _ROWS = (
             ("dinov2", "encoder.layer"), ("dinov2_with_registers", "encoder.layer"), ("dinov3_vit", "model.layer")
         )
     ),
+    Family("vjepa2", **_VIT | dict(layers="encoder.layer", attention_inputs=QKV, attention_norms=("norm1",), mask="")),
     # of texts and images, one each
     *(
         Family(model_type, **_clip("text", "text_model.encoder.layers"),
                also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),))
         for model_type in ("clip", "metaclip_2", "owlv2", "owlvit", "siglip", "siglip2")
     ),
+    Family("xclip", **_clip("text", "text_model.encoder.layers"),
+           also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),
+                 Attentions(**_clip("frames", "mit.encoder.layers")))),
+    Family("aimv2", **_AIMV2 | dict(stack="text", layers="text_model.encoder.layers"),
+           also=(Attentions(**_AIMV2 | dict(stack="vision", layers="vision_model.encoder.layers")),)),
     *(
         Family(f"{model_type}_{stack}_model", **_clip(stack, "encoder.layers"))
         for model_type in ("clip", "metaclip_2", "siglip", "siglip2")
@@ -409,12 +432,26 @@ _ROWS = (
             ("altclip", "text_model.roberta.encoder.layers"), ("chinese_clip", "text_model.encoder.layer")
         )
     ),
+    *(  # with another tower for images or sounds
+        Family(model_type, **_BERT | dict(stack="text", layers="text_model.encoder.layer", returns=None))
+        for model_type in ("align", "clap")
+    ),
+    *(Family(model_type, decoder="text_model") for model_type in ("modernvbert", "vision-text-dual-encoder")),
     # of sounds
     *(
-        Family(model_type, stack="encoder", layers="encoder.layers", attention="attention", attention_norms=(),
-               pools="attended", ffn="feed_forward", ffn_inputs=("intermediate_dense",))
-        for model_type in ("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2")
+        Family(model_type, **_WAV2VEC2)
+        for model_type in ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2")
     ),
+    # the first has the relative positions of all, and gates of them read the input
+    Family("wavlm", **_WAV2VEC2 | dict(attention_inputs=(), returns=("", "position_bias"), keeps_first=True)),
+    # there may be rotations before the linears
+    *(
+        Family(model_type, **_WAV2VEC2 | dict(attention="self_attn", attention_inputs=(), attention_norms=SELF_NORM,
+                                              ffn="ffn2"))
+        for model_type in ("wav2vec2-bert", "wav2vec2-conformer")
+    ),
+    Family("parakeet_ctc", stack="encoder", layers="encoder.layers", attention_norms=("norm_self_att",),
+           pools="attended", ffn="feed_forward2", ffn_inputs=("linear1",)),
     # fusion of texts and images
     Family("vilt", **_VILT),
     Family("flava", **_VILT | dict(stack="text", layers="text_model.encoder.layer"),
@@ -668,7 +705,9 @@ def find_layers(model: nn.Module) -> Layers:
             continue  # a tower alone
         inner, layers = outermost(decoder, attentions.layers)
         container = containers[attentions.layers] = f"{name}.{inner}".strip(".")
-        is_needed, weights = attentions.keeps_first, set()
+        is_needed, seen = attentions.keeps_first, set()
+        there = filter(None, (_get(layer, attentions.attention) for layer in layers))
+        times = Counter(id(parameter) for attention in there for parameter in attention.parameters())
         for index, layer in enumerate(layers):
             attention = _get(layer, attentions.attention)
             if attention is None or (attentions.has and not hasattr(attention, attentions.has)):
@@ -676,9 +715,9 @@ def find_layers(model: nn.Module) -> Layers:
             if attentions.keeps_if:
                 is_needed = is_needed or getattr(attention, attentions.keeps_if)
             if not attentions.attention_inputs:
-                shared = {id(parameter) for parameter in attention.parameters()}
-                is_needed = not shared <= weights
-                weights |= shared
+                own = {id(parameter) for parameter in attention.parameters()}
+                is_needed = is_needed or (not own <= seen and max(map(times.get, own)) > 1)
+                seen |= own
             if attentions.ffn_after:
                 is_needed = is_needed or not _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
             arms.append(Arm(attentions, index, container, index / len(layers), not is_needed))

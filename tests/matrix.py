@@ -553,6 +553,15 @@ def words() -> dict:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+def pictured_words(tokens: int) -> dict:
+    """Texts behind so many tokens of an image."""
+    given = words()
+    return {
+        "input_ids": torch.cat([torch.full((3, tokens), IMAGE_TOKEN), given["input_ids"]], dim=1),
+        "attention_mask": torch.cat([torch.ones(3, tokens).long(), given["attention_mask"]], dim=1),
+    }
+
+
 def answers() -> torch.Tensor:
     return torch.randint(5, 90, (3, 4), generator=torch.Generator().manual_seed(4))
 
@@ -568,11 +577,7 @@ def sounds() -> dict:
 
 def pictured_sources() -> dict:
     """Texts behind the five tokens of an image."""
-    given = sources()
-    return given | pixels(16) | {
-        "input_ids": torch.cat([torch.full((3, 5), IMAGE_TOKEN), given["input_ids"]], dim=1),
-        "attention_mask": torch.cat([torch.ones(3, 5).long(), given["attention_mask"]], dim=1),
-    }  # fmt: skip
+    return sources() | pictured_words(5) | pixels(16)
 
 
 def flattened() -> dict:
@@ -613,10 +618,28 @@ def padded_patches() -> dict:
     return {"pixel_values": values * seen[..., None], "pixel_attention_mask": seen, "spatial_shapes": shapes}
 
 
+def frames(count: int) -> dict:
+    """Short films."""
+    return {"pixel_values": torch.randn(3, count, 3, 16, 16, generator=torch.Generator().manual_seed(3))}
+
+
+def heard() -> dict:
+    """Sounds of three lengths, one row a frame."""
+    mask = (torch.arange(16) < torch.tensor([[16], [12], [8]])).long()
+    return {"input_features": mel(16)["input_features"].mT * mask[..., None], "attention_mask": mask}
+
+
 def waves(samples: int = 400) -> dict:
     return {"input_values": torch.randn(3, samples, generator=torch.Generator().manual_seed(3))}
 
 
+CONFORMER_SIZES = dict(
+    hidden_size=32, num_hidden_layers=NUM_LAYERS, num_attention_heads=4, intermediate_size=48, layerdrop=0.0,
+)  # fmt: skip
+SMALL_EFFICIENTNET = dict(
+    image_size=32, width_coefficient=0.25, depth_coefficient=0.25, in_channels=[8, 8], out_channels=[8, 8],
+    kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1], expand_ratios=[1, 2], hidden_dim=16,
+)  # fmt: skip
 CLASSES = {"labels": torch.tensor([0, 1, 2])}
 ENDS = dict(bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, mask_token_id=3)
 
@@ -631,11 +654,11 @@ def _sees(config: type, model: type = AutoModelForImageClassification, **setting
     return Example("Encoders", model, make, partial(pixels, 16), CLASSES)
 
 
-def _hears(config: type) -> Example:
+def _hears(config: type, **settings) -> Example:
     make = partial(
         config, **{k: v for k, v in TEXT.items() if k != "max_position_embeddings"}, num_labels=3, conv_dim=(16, 16),
         conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2, classifier_proj_size=16, apply_spec_augment=False,
+        num_conv_pos_embedding_groups=2, classifier_proj_size=16, apply_spec_augment=False, **settings,
     )  # fmt: skip
     return Example("Encoders", AutoModelForAudioClassification, make, waves, CLASSES)
 
@@ -662,12 +685,18 @@ EXAMPLES: dict[str, Example] = {
     "roberta": _classifies(transformers.RobertaConfig),
     "xlm-roberta": _classifies(transformers.XLMRobertaConfig),
     "data2vec-text": _classifies(transformers.Data2VecTextConfig),
+    "deberta": _classifies(transformers.DebertaConfig, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "deberta-v2": _classifies(
+        transformers.DebertaV2Config, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True,
+        position_buckets=4, norm_rel_ebd="layer_norm", conv_kernel_size=0, position_biased_input=False,
+    ),
     "distilbert": _classifies(
         transformers.DistilBertConfig, dim=32, n_layers=NUM_LAYERS, n_heads=4, hidden_dim=48
     ),
     "esm": _classifies(transformers.EsmConfig, mask_token_id=3),
     "eurobert": _classifies(transformers.EuroBertConfig, num_key_value_heads=2, **ENDS),
     "gte": _classifies(lambda **settings: transformers.GteConfig(**settings)),  # which older versions lack
+    "jina_embeddings_v3": _classifies(lambda **settings: transformers.JinaEmbeddingsV3Config(**settings)),
     "layoutlm": _classifies(transformers.LayoutLMConfig, boxed_words, max_2d_position_embeddings=64),
     "layoutlmv3": _classifies(
         transformers.LayoutLMv3Config, lambda: boxed_words() | pixels(16), max_2d_position_embeddings=64,
@@ -679,9 +708,14 @@ EXAMPLES: dict[str, Example] = {
     "modernbert": _classifies(transformers.ModernBertConfig, **ENDS),
     "mpnet": _classifies(transformers.MPNetConfig),
     "nomic_bert": _classifies(transformers.NomicBertConfig),
+    "nystromformer": _classifies(  # whose convolutions read padding
+        transformers.NystromformerConfig, lambda: {"input_ids": words()["input_ids"]}, num_landmarks=7,
+        segment_means_seq_len=7, conv_kernel_size=3,
+    ),
     "rembert": _classifies(transformers.RemBertConfig),
     "roberta-prelayernorm": _classifies(transformers.RobertaPreLayerNormConfig),
     "roc_bert": _classifies(transformers.RoCBertConfig),
+    "roformer": _classifies(transformers.RoFormerConfig),
     "splinter": Example(
         "Encoders", AutoModelForQuestionAnswering, partial(transformers.SplinterConfig, **TEXT),
         words, {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([1, 2, 2])}, "start_logits",
@@ -702,6 +736,12 @@ EXAMPLES: dict[str, Example] = {
         "Encoders", AutoModel, partial(transformers.DINOv3ViTConfig, **VISION, num_register_tokens=1),
         partial(pixels, 16), None, "last_hidden_state",
     ),
+    "ijepa": _sees(transformers.IJepaConfig),
+    "videomae": Example(
+        "Encoders", transformers.VideoMAEForVideoClassification,
+        partial(transformers.VideoMAEConfig, **VISION, num_frames=2, tubelet_size=1, num_labels=3),
+        partial(frames, 2), CLASSES,
+    ),
     "vit": _sees(transformers.ViTConfig),
     "vit_mae": Example(
         "Encoders", transformers.ViTMAEForPreTraining,
@@ -712,18 +752,102 @@ EXAMPLES: dict[str, Example] = {
         lambda: pixels(16) | {"noise": torch.rand(3, 4, generator=torch.Generator().manual_seed(5))}, {},
     ),
     "vit_msn": _sees(transformers.ViTMSNConfig),
+    "vivit": Example(
+        "Encoders", transformers.VivitForVideoClassification,
+        partial(transformers.VivitConfig, **VISION, num_frames=4, tubelet_size=[2, 8, 8], num_labels=3),
+        partial(frames, 4), CLASSES,
+    ),
+    "vjepa2": Example(
+        "Encoders", transformers.VJEPA2ForVideoClassification,
+        partial(
+            transformers.VJEPA2Config, **VISION | dict(hidden_size=48), crop_size=16, frames_per_clip=2, tubelet_size=1,
+            num_pooler_layers=1, num_labels=3, pred_hidden_size=24, pred_num_attention_heads=2,
+            pred_num_hidden_layers=1,
+        ),
+        lambda: {"pixel_values_videos": frames(2)["pixel_values"]}, CLASSES,
+    ),
+    "yolos": Example(
+        "Encoders", AutoModel, partial(transformers.YolosConfig, **VISION | dict(image_size=[16, 16])),
+        partial(pixels, 16), None, "last_hidden_state",
+    ),
     "data2vec-audio": _hears(transformers.Data2VecAudioConfig),
     "hubert": _hears(transformers.HubertConfig),
+    "sew": _hears(transformers.SEWConfig, layerdrop=0.0),
     "unispeech": _hears(transformers.UniSpeechConfig),
     "unispeech-sat": _hears(transformers.UniSpeechSatConfig),
     "wav2vec2": _hears(transformers.Wav2Vec2Config),
+    "wav2vec2-bert": Example(
+        "Encoders", AutoModelForAudioClassification,
+        partial(transformers.Wav2Vec2BertConfig, **CONFORMER_SIZES, feature_projection_input_dim=8, num_labels=3),
+        heard, CLASSES,
+    ),
+    "wav2vec2-conformer": _hears(
+        transformers.Wav2Vec2ConformerConfig, position_embeddings_type="rotary", conv_depthwise_kernel_size=3,
+        layerdrop=0.0,
+    ),
+    "wavlm": _hears(transformers.WavLMConfig, num_buckets=8, max_bucket_distance=16, layerdrop=0.0),
+    "parakeet_ctc": Example(
+        "Encoders", transformers.ParakeetForCTC,
+        lambda: transformers.ParakeetCTCConfig(
+            vocab_size=9, pad_token_id=8,
+            encoder_config=dict(
+                **CONFORMER_SIZES, num_mel_bins=8, subsampling_factor=2,
+                subsampling_conv_channels=4, conv_kernel_size=3, max_position_embeddings=40,
+            ),
+        ),
+        heard, {"labels": torch.tensor([[1, 2], [3, 4], [5, 6]])},
+    ),
+    "aimv2": dataclasses.replace(_matches(transformers.Aimv2Config), labels=None),
+    "align": Example(
+        "Fusion of texts and images", AutoModel,
+        lambda: transformers.AlignConfig(text_config=TEXT, vision_config=SMALL_EFFICIENTNET, projection_dim=8),
+        lambda: words() | pixels(32), {"return_loss": True}, "text_embeds",
+    ),
     "altclip": _matches(transformers.AltCLIPConfig, dict(project_dim=16, pad_token_id=0)),
     "chinese_clip": _matches(transformers.ChineseCLIPConfig),
+    "clap": Example(
+        "Fusion of texts and images", AutoModel,
+        lambda: transformers.ClapConfig(
+            text_config=TEXT | dict(projection_dim=16), projection_dim=16,
+            audio_config=dict(
+                window_size=2, num_mel_bins=8, spec_size=16, num_classes=3, hidden_size=16, depths=[1, 1],
+                num_attention_heads=[2, 2], num_hidden_layers=2, patch_embeds_hidden_size=8, projection_dim=16,
+            ),
+        ),
+        lambda: words() | {"input_features": pixels(8)["pixel_values"][:, :1]}, {"return_loss": True}, "text_embeds",
+    ),
     "clip": _matches(transformers.CLIPConfig, dict(eos_token_id=98)),
     "metaclip_2": _matches(transformers.MetaClip2Config, dict(eos_token_id=98)),
     "owlv2": _matches(transformers.Owlv2Config),
     "owlvit": _matches(transformers.OwlViTConfig),
     "siglip": _matches(transformers.SiglipConfig, dict(projection_size=32)),
+    "modernvbert": Example(
+        "Fusion of texts and images", transformers.ModernVBertForSequenceClassification,
+        lambda: transformers.ModernVBertConfig(
+            text_config=TEXT | ENDS, vision_config=VISION, pixel_shuffle_factor=2, image_token_id=IMAGE_TOKEN,
+            num_labels=3,
+        ),
+        lambda: pictured_words(1) | {"pixel_values": pixels(16)["pixel_values"][:, None]}, CLASSES,
+    ),
+    "vision-text-dual-encoder": Example(
+        "Fusion of texts and images", transformers.VisionTextDualEncoderModel,
+        lambda: transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+            transformers.ViTConfig(**VISION), transformers.BertConfig(**TEXT), projection_dim=16
+        ),
+        lambda: words() | pixels(16), {"return_loss": True}, "text_embeds",
+    ),
+    "xclip": Example(
+        "Fusion of texts and images", AutoModel,
+        lambda: transformers.XCLIPConfig(
+            text_config=TEXT | ENDS,
+            vision_config=VISION | dict(
+                num_frames=2, mit_hidden_size=16, mit_intermediate_size=24, mit_num_hidden_layers=3,
+                mit_num_attention_heads=2,
+            ),
+            projection_dim=16, prompt_num_attention_heads=2,
+        ),
+        lambda: words() | frames(2), {"return_loss": True}, "logits_per_video",
+    ),
     "flava": Example(
         "Fusion of texts and images", AutoModel,
         lambda: transformers.FlavaConfig(
@@ -945,7 +1069,7 @@ def skipping(model_type: str) -> None:
     whole = logits(base, model_type)
     for index in dropped:
         attention = base.get_submodule(layers[index].attention)
-        if model_type in EXAMPLES:  # whose attentions may do more than add to the residual stream
+        if layers[index].row.core:  # the attention adds its input itself
             *_, projection = (m for m in attention.modules() if isinstance(m, nn.Linear))
             projection.register_forward_hook(lambda m, args, output: torch.zeros_like(output))
         else:
@@ -1099,7 +1223,7 @@ def padding(model_type: str) -> None:
     if (
         model_type not in EXAMPLES
         or "attention_mask" not in inputs
-        or EXAMPLES[model_type].output == "logits_per_image"
+        or EXAMPLES[model_type].output.startswith("logits_per_")
     ):
         return
     mask = inputs["attention_mask"]
@@ -1109,7 +1233,7 @@ def padding(model_type: str) -> None:
     assert length < mask.shape[1]
     alone |= {
         name: alone[name][:, :length]
-        for name in ("input_ids", "attention_mask", "bbox", "flattened_patches")
+        for name in ("input_ids", "attention_mask", "bbox", "flattened_patches", "input_features")
         if name in alone
     }
     model = adapted(model_type)
@@ -1184,11 +1308,13 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "A family that is not here: see [Families](usage.md#families).",
         "",
         "Of models that have layers without attention, the attentions of the others are skipped; of vision-language",
-        "models, those of the language model. Left alone are the first attention of each list of T5 and its kin, which",
-        "has the relative positions of all; the first self-attention of decoders with cross-attentions, which says how",
-        "long the KV cache is, and those of GLM-MoE-DSA, MiniMax and RecurrentGemma; the attentions of Gemma 3n and",
-        "Gemma 4 that share keys and values with others; in Zamba, the first with each set of weights; in Nemotron-H,",
-        "attentions that no FFN follows; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoders.",
+        "and audio-language models, those of the language model. Left alone are the first attention of each list of T5",
+        "and its kin, which has the relative positions of all; the first self-attention of decoders with",
+        "cross-attentions, which says how long the KV cache is, and those of GLM-MoE-DSA, MiniMax and RecurrentGemma;",
+        "the attentions of Gemma 3n and Gemma 4 that share keys and values with others; in Zamba, the first with each",
+        "set of weights; in Nemotron-H, attentions that no FFN follows; the first of WavLM, which has the relative",
+        "positions of all; the vision towers of ALIGN, BridgeTower, Florence-2, ModernVBERT, vision-encoder-decoders",
+        "and vision-text-dual-encoders, and the audio tower of CLAP.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models", "Audio-language models"]
