@@ -192,10 +192,10 @@ _T5_CROSS = dict(
 
 _UMT5 = dict(returns=("",), mask="attention_mask")
 _NLLB = dict(ffn="ffn", ffn_inputs=("fc1", "router.classifier", "experts.*.fc1"))
-_MOONSHINE = dict(layers="decoder.layers", pools="nothing", ffn_inputs=("fc1",))
+_MOONSHINE = dict(layers="decoder.layers", keeps_first=True, pools="nothing", ffn_inputs=("fc1",))
 _T5GEMMA = dict(
     layers="decoder.layers", attention_norms=("pre_self_attn_layernorm",), output_norms=("post_self_attn_layernorm",),
-    pools="nothing",
+    keeps_first=True, pools="nothing",
 )  # fmt: skip
 
 
@@ -528,16 +528,17 @@ _ROWS = (
                  Attentions(**_bart_cross(("cross_attention_layer_norm",)) | _NLLB
                             | dict(attention="cross_attention")))),
     # with the layers of decoders
-    Family("moonshine", **_MOONSHINE | dict(stack="encoder", layers="encoder.layers", pools="attended"),
+    Family("moonshine", **_MOONSHINE
+           | dict(stack="encoder", layers="encoder.layers", keeps_first=False, pools="attended"),
            also=(Attentions(**_MOONSHINE),
                  Attentions(**_MOONSHINE | dict(attention="encoder_attn", attention_inputs=("q_proj",),
-                                                attention_norms=POST, context="key_value_states",
+                                                attention_norms=POST, keeps_first=False, context="key_value_states",
                                                 context_inputs=("k_proj", "v_proj"), pools="attended")))),
-    Family("t5gemma", **_T5GEMMA | dict(stack="encoder", layers="encoder.layers", pools="attended"),
+    Family("t5gemma", **_T5GEMMA | dict(stack="encoder", layers="encoder.layers", keeps_first=False, pools="attended"),
            also=(Attentions(**_T5GEMMA),
                  Attentions(**_T5GEMMA | dict(attention="cross_attn", attention_inputs=("q_proj",),
                                               attention_norms=("pre_cross_attn_layernorm",),
-                                              output_norms=("post_cross_attn_layernorm",),
+                                              output_norms=("post_cross_attn_layernorm",), keeps_first=False,
                                               context="encoder_hidden_states", context_inputs=("k_proj", "v_proj"),
                                               pools="attended")))),
     # around one of these

@@ -1033,15 +1033,18 @@ def logits(model: nn.Module, model_type: str, inputs: dict | None = None) -> tor
 
 def cache_of(model: nn.Module, inputs: dict) -> Cache:
     """What a forward leaves in the KV cache; in one of ours if the outputs have none (RecurrentGemma)."""
-    # to ask again for what is the default is an error in the encoder of Switch Transformers
-    asked = {} if getattr(model.config, "use_cache", False) else {"use_cache": True}
-    outputs = model(**inputs, **asked)
+    outputs = model(**inputs, **asking(model))
     outputs = getattr(outputs, "language_model_outputs", outputs)
     if "past_key_values" in outputs:
         return outputs.past_key_values
     cache = DynamicCache(config=model.config)
     model(**inputs, use_cache=True, past_key_values=cache)
     return cache
+
+
+def asking(model: nn.Module) -> dict[str, bool]:
+    """For a cache; to ask again for what is the default is an error in the encoder of Switch Transformers."""
+    return {} if getattr(model.config, "use_cache", False) else {"use_cache": True}
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -1117,8 +1120,20 @@ def generation(model_type: str) -> None:
         settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=SPECIAL)
         expected = model.generate(**inputs, use_cache=False, **settings)
         assert torch.equal(model.generate(**inputs, **settings), expected)
+        if "decoder_input_ids" in tiny_inputs(model_type):
+            read_in_two(model, model_type)
         if isinstance(model, PeftModel):
             model = model.merge_and_unload()
+
+
+def read_in_two(model: nn.Module, model_type: str) -> None:
+    """A decoder that goes on from its cache gives what it gives at once."""
+    whole, inputs = logits(model, model_type), tiny_inputs(model_type)
+    ids = inputs.pop("decoder_input_ids")
+    with torch.no_grad():
+        cache = model(**inputs, decoder_input_ids=ids[:, :2], **asking(model)).past_key_values
+        rest = model(**inputs, decoder_input_ids=ids[:, 2:], past_key_values=cache, **asking(model)).logits
+    assert_close(rest, whole[:, 2:])
 
 
 def training(model_type: str) -> None:
