@@ -163,6 +163,11 @@ _WAV2VEC2 = dict(
     stack="encoder", layers="encoder.layers", attention="attention", attention_norms=(), pools="attended",
     ffn="feed_forward", ffn_inputs=("intermediate_dense",),
 )  # fmt: skip
+_CONFORMER = _WAV2VEC2 | dict(attention="self_attn", attention_inputs=(), attention_norms=SELF_NORM, ffn="ffn2")
+_PARAKEET = dict(
+    stack="encoder", layers="encoder.layers", attention_norms=("norm_self_att",), pools="attended",
+    ffn="feed_forward2", ffn_inputs=("linear1",),
+)  # fmt: skip
 
 
 _ZAMBA = dict(
@@ -193,6 +198,12 @@ _T5_CROSS = dict(
 _UMT5 = dict(returns=("",), mask="attention_mask")
 _NLLB = dict(ffn="ffn", ffn_inputs=("fc1", "router.classifier", "experts.*.fc1"))
 _MOONSHINE = dict(layers="decoder.layers", keeps_first=True, pools="nothing", ffn_inputs=("fc1",))
+_MOONSHINE_CROSS = _MOONSHINE | dict(
+    attention="encoder_attn", attention_inputs=("q_proj",), attention_norms=POST, keeps_first=False,
+    context="key_value_states", context_inputs=("k_proj", "v_proj"), pools="attended",
+)  # fmt: skip
+_SEAMLESS = dict(layers="text_decoder.layers", ffn="ffn", ffn_inputs=("fc1",))
+_SPEECHT5 = dict(layers="wrapped_decoder.layers", ffn="feed_forward", ffn_inputs=("intermediate_dense",))
 _T5GEMMA = dict(
     layers="decoder.layers", attention_norms=("pre_self_attn_layernorm",), output_norms=("post_self_attn_layernorm",),
     keeps_first=True, pools="nothing",
@@ -445,13 +456,8 @@ _ROWS = (
     # the first has the relative positions of all, and gates of them read the input
     Family("wavlm", **_WAV2VEC2 | dict(attention_inputs=(), returns=("", "position_bias"), keeps_first=True)),
     # there may be rotations before the linears
-    *(
-        Family(model_type, **_WAV2VEC2 | dict(attention="self_attn", attention_inputs=(), attention_norms=SELF_NORM,
-                                              ffn="ffn2"))
-        for model_type in ("wav2vec2-bert", "wav2vec2-conformer")
-    ),
-    Family("parakeet_ctc", stack="encoder", layers="encoder.layers", attention_norms=("norm_self_att",),
-           pools="attended", ffn="feed_forward2", ffn_inputs=("linear1",)),
+    *(Family(model_type, **_CONFORMER) for model_type in ("wav2vec2-bert", "wav2vec2-conformer")),
+    Family("parakeet_ctc", **_PARAKEET),
     # fusion of texts and images
     Family("vilt", **_VILT),
     Family("flava", **_VILT | dict(stack="text", layers="text_model.encoder.layer"),
@@ -492,8 +498,14 @@ _ROWS = (
         Family(model_type, **_t5("encoder", f"layer.1.{ffn}"),
                also=(Attentions(**_t5("decoder", f"layer.2.{ffn}")),
                      Attentions(**_t5("decoder", f"layer.2.{ffn}") | _T5_CROSS)))
-        for model_type, ffn in (("t5", "DenseReluDense"), ("mt5", "DenseReluDense"), ("switch_transformers", "mlp"))
+        for model_type, ffn in (("t5", "DenseReluDense"), ("mt5", "DenseReluDense"), ("switch_transformers", "mlp"),
+                                ("udop", "DenseReluDense"))
     ),
+    # keys and values are made of sums of the input, too; attentions that look at neighbours alone are left alone
+    Family("longt5", **_t5("encoder", "layer.1.DenseReluDense")
+           | dict(attention="layer.0.TransientGlobalSelfAttention", attention_inputs=(), returns=("position_bias",)),
+           also=(Attentions(**_t5("decoder", "layer.2.DenseReluDense")),
+                 Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _T5_CROSS))),
     Family("umt5", **_t5("encoder", "layer.1.DenseReluDense") | _UMT5 | dict(keeps_first=False),
            also=(Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _UMT5),
                  Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _T5_CROSS | _UMT5
@@ -527,13 +539,31 @@ _ROWS = (
            also=(Attentions(**_bart("decoder", SELF_NORM) | _NLLB),
                  Attentions(**_bart_cross(("cross_attention_layer_norm",)) | _NLLB
                             | dict(attention="cross_attention")))),
+    *(  # whose encoders look at blocks
+        Family(model_type, **_bart("decoder", SELF_NORM),
+               also=(Attentions(**_bart_cross(("encoder_attn_layer_norm",))),))
+        for model_type in ("bigbird_pegasus", "pegasus_x")
+    ),
+    *(
+        Family(model_type, **_bart("encoder", SELF_NORM) | _SEAMLESS | dict(layers="text_encoder.layers"),
+               also=(Attentions(**_CONFORMER | dict(stack="speech", layers="speech_encoder.encoder.layers")),
+                     Attentions(**_bart("decoder", SELF_NORM) | _SEAMLESS),
+                     Attentions(**_bart_cross(("cross_attention_layer_norm",)) | _SEAMLESS
+                                | dict(attention="cross_attention", context="encoder_hidden_states"))))
+        for model_type in ("seamless_m4t", "seamless_m4t_v2")
+    ),
+    Family("speecht5", **_WAV2VEC2 | dict(layers="wrapped_encoder.layers"),
+           also=(Attentions(**_bart("decoder") | _SPEECHT5), Attentions(**_bart_cross() | _SPEECHT5))),
     # with the layers of decoders
     Family("moonshine", **_MOONSHINE
            | dict(stack="encoder", layers="encoder.layers", keeps_first=False, pools="attended"),
-           also=(Attentions(**_MOONSHINE),
-                 Attentions(**_MOONSHINE | dict(attention="encoder_attn", attention_inputs=("q_proj",),
-                                                attention_norms=POST, keeps_first=False, context="key_value_states",
-                                                context_inputs=("k_proj", "v_proj"), pools="attended")))),
+           also=(Attentions(**_MOONSHINE), Attentions(**_MOONSHINE_CROSS))),
+    *(
+        Family(model_type, **_PARAKEET,
+               also=(Attentions(**_MOONSHINE),
+                     Attentions(**_MOONSHINE_CROSS | dict(context="encoder_hidden_states"))))
+        for model_type in ("canary", "cohere_asr")
+    ),
     Family("t5gemma", **_T5GEMMA | dict(stack="encoder", layers="encoder.layers", keeps_first=False, pools="attended"),
            also=(Attentions(**_T5GEMMA),
                  Attentions(**_T5GEMMA | dict(attention="cross_attn", attention_inputs=("q_proj",),
@@ -543,7 +573,7 @@ _ROWS = (
                                               pools="attended")))),
     # around one of these
     Family("florence2", decoder="language_model"),
-    Family("vision-encoder-decoder", decoder="decoder"),
+    *(Family(f"{source}encoder-decoder", decoder="decoder") for source in ("", "speech-", "vision-")),
     # vision-language models
     Family("mllama_text_model", keeps_first=True, shows_keys=True,
            also=(Attentions(attention="cross_attn", attention_inputs=("q_proj",), context="cross_attention_states",
@@ -689,7 +719,10 @@ def find_layers(model: nn.Module) -> Layers:
     if row.decoder is not None:
         name, decoder = outermost(model, row.decoder)
         family = _row(decoder)
-    has_encoder = any(row.pools == "attended" and not row.context for row in family.attentions)
+    # it may be one of several towers; one that is alone and should have an encoder is something else
+    present = [kind for kind in family.attentions if not family.also or has_module(decoder, kind.layers)]
+    kinds = family.attentions if row.decoder is None else present
+    has_encoder = any(kind.pools == "attended" and not kind.context for kind in kinds)
     if has_encoder and getattr(decoder.config, "is_decoder", False):
         raise ValueError(
             f"{type(model).__name__} has `is_decoder=True`, but EAS knows models of type {family.model_type!r} only as "
@@ -701,9 +734,7 @@ def find_layers(model: nn.Module) -> Layers:
             "`chunk_size_feed_forward=0`."
         )
     containers, arms = {}, []
-    for attentions in family.attentions:
-        if family.also and not has_module(decoder, attentions.layers):
-            continue  # a tower alone
+    for attentions in present:
         inner, layers = outermost(decoder, attentions.layers)
         container = containers[attentions.layers] = f"{name}.{inner}".strip(".")
         is_needed, seen = attentions.keeps_first, set()

@@ -530,8 +530,8 @@ class Example:
         output: What of the model's output is compared.
         task: PEFT's type of the task.
         unused: Parameters that this task has no use for, and no gradients (a regular expression).
-        checkpoints: Whether adapters can be trained with gradient checkpointing; BLIP changes its embeddings in place,
-            which then is an error in transformers with LoRA, too.
+        checkpoints: Whether adapters can be trained with gradient checkpointing; BLIP and UDOP change their embeddings
+            in place, which then is an error in transformers with LoRA, too.
     """
 
     section: str
@@ -636,6 +636,14 @@ def waves(samples: int = 400) -> dict:
 CONFORMER_SIZES = dict(
     hidden_size=32, num_hidden_layers=NUM_LAYERS, num_attention_heads=4, intermediate_size=48, layerdrop=0.0,
 )  # fmt: skip
+PARAKEET = dict(
+    **CONFORMER_SIZES, num_mel_bins=8, subsampling_factor=2, subsampling_conv_channels=4, conv_kernel_size=3,
+    max_position_embeddings=40,
+)  # fmt: skip
+LISTENER = dict(
+    hidden_size=32, num_hidden_layers=NUM_LAYERS, num_attention_heads=4, num_key_value_heads=4, intermediate_size=48,
+    max_position_embeddings=40, pad_token_id=0,
+)  # fmt: skip
 SMALL_EFFICIENTNET = dict(
     image_size=32, width_coefficient=0.25, depth_coefficient=0.25, in_channels=[8, 8], out_channels=[8, 8],
     kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1], expand_ratios=[1, 2], hidden_dim=16,
@@ -675,6 +683,24 @@ def _matches(config: type, text: dict | None = None, **settings) -> Example:
 def _translates(config: type, **sizes) -> Example:
     make = partial(config, **sizes or SEQ2SEQ)
     return Example("Encoder-decoders", AutoModelForSeq2SeqLM, make, sources, {"labels": answers()}, task="SEQ_2_SEQ_LM")
+
+
+def _interprets(config: type, model: type, inputs: Callable[[], dict]) -> Example:
+    sizes = {k: v for k, v in SEQ2SEQ.items() if k != "d_model"} | dict(
+        hidden_size=32, speech_encoder_layers=NUM_LAYERS, speech_encoder_attention_heads=4,
+        speech_encoder_intermediate_size=48, feature_projection_input_dim=8, speech_encoder_layerdrop=0.0,
+        t2u_encoder_layers=1, t2u_decoder_layers=1, t2u_encoder_ffn_dim=48, t2u_decoder_ffn_dim=48,
+        t2u_encoder_attention_heads=4, t2u_decoder_attention_heads=4, conv_depthwise_kernel_size=3,
+        encoder_layerdrop=0.0, decoder_layerdrop=0.0,
+    )  # fmt: skip
+    return Example("Encoder-decoders", model, partial(config, **sizes), inputs, {"labels": answers()})
+
+
+def _transcribes(config: Callable[[], PreTrainedConfig]) -> Example:
+    return Example(
+        "Encoder-decoders", AutoModelForSpeechSeq2Seq, config, lambda: heard() | {"decoder_input_ids": answers()},
+        {"labels": answers()},
+    )  # fmt: skip
 
 
 EXAMPLES: dict[str, Example] = {
@@ -790,10 +816,7 @@ EXAMPLES: dict[str, Example] = {
         "Encoders", transformers.ParakeetForCTC,
         lambda: transformers.ParakeetCTCConfig(
             vocab_size=9, pad_token_id=8,
-            encoder_config=dict(
-                **CONFORMER_SIZES, num_mel_bins=8, subsampling_factor=2,
-                subsampling_conv_channels=4, conv_kernel_size=3, max_position_embeddings=40,
-            ),
+            encoder_config=PARAKEET,
         ),
         heard, {"labels": torch.tensor([[1, 2], [3, 4], [5, 6]])},
     ),
@@ -902,6 +925,10 @@ EXAMPLES: dict[str, Example] = {
         lambda: words() | pixels(16), {"labels": torch.tensor([0, 1, 0])},
     ),
     "t5": _translates(transformers.T5Config, **T5, feed_forward_proj="relu"),
+    "longt5": _translates(
+        transformers.LongT5Config, **T5, encoder_attention_type="transient-global", local_radius=3,
+        global_block_size=2,
+    ),
     "mt5": _translates(transformers.MT5Config, **T5),
     "umt5": _translates(transformers.UMT5Config, **T5),
     "switch_transformers": _translates(
@@ -909,6 +936,7 @@ EXAMPLES: dict[str, Example] = {
         num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, expert_capacity=8,
     ),
     "bart": _translates(transformers.BartConfig),
+    "bigbird_pegasus": _translates(transformers.BigBirdPegasusConfig, **SEQ2SEQ, attention_type="original_full"),
     "blenderbot": _translates(transformers.BlenderbotConfig),
     "blenderbot-small": _translates(transformers.BlenderbotSmallConfig),
     "led": _translates(
@@ -923,8 +951,20 @@ EXAMPLES: dict[str, Example] = {
         expert_capacity=8,
     ),
     "pegasus": _translates(transformers.PegasusConfig),
+    "pegasus_x": _translates(transformers.PegasusXConfig, **SEQ2SEQ, num_global_tokens=2, block_size=4),
     "plbart": _translates(transformers.PLBartConfig),
     "m2m_100": _translates(transformers.M2M100Config),
+    "seamless_m4t": _interprets(transformers.SeamlessM4TConfig, transformers.SeamlessM4TForTextToText, sources),
+    "seamless_m4t_v2": _interprets(  # in which convolutions read padding
+        transformers.SeamlessM4Tv2Config, transformers.SeamlessM4Tv2ForSpeechToText,
+        lambda: {"input_features": heard()["input_features"], "decoder_input_ids": answers()},
+    ),
+    "udop": Example(
+        "Encoder-decoders", transformers.UdopForConditionalGeneration,
+        partial(transformers.UdopConfig, **T5, max_2d_position_embeddings=64, image_size=16, patch_size=8),
+        lambda: sources() | {"bbox": boxed_words()["bbox"] / 64}, {"labels": answers()}, task="SEQ_2_SEQ_LM",
+        checkpoints=False,
+    ),
     "t5gemma": Example(
         "Encoder-decoders", AutoModelForSeq2SeqLM,
         lambda: transformers.T5GemmaConfig(encoder=GEMMA, decoder=GEMMA, vocab_size=99, eos_token_id=None),
@@ -968,6 +1008,45 @@ EXAMPLES: dict[str, Example] = {
             decoder_start_token_id=2, pad_token_id=0,
         ),
         lambda: pixels(16) | {"decoder_input_ids": answers()}, {"labels": answers()},
+    ),
+    "speech-encoder-decoder": Example(
+        "Encoder-decoders", transformers.SpeechEncoderDecoderModel,
+        lambda: transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(
+            _hears(transformers.Wav2Vec2Config, layerdrop=0.0).config(), transformers.MBartConfig(**SEQ2SEQ),
+            decoder_start_token_id=2, pad_token_id=0,
+        ),
+        lambda: waves() | {"decoder_input_ids": answers()}, {"labels": answers()},
+    ),
+    "encoder-decoder": Example(
+        "Encoder-decoders", transformers.EncoderDecoderModel,
+        lambda: transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+            transformers.BertConfig(**TEXT), transformers.BartConfig(**SEQ2SEQ), decoder_start_token_id=2,
+            pad_token_id=0,
+        ),
+        sources, {"labels": answers()},
+    ),
+    "speecht5": Example(
+        "Encoder-decoders", transformers.SpeechT5ForSpeechToText,
+        lambda: transformers.SpeechT5Config(
+            **{k: v for k, v in SEQ2SEQ.items() if k not in ("d_model", "max_position_embeddings")}, hidden_size=32,
+            conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, max_text_positions=40,
+            max_speech_positions=80, encoder_layerdrop=0.0, decoder_layerdrop=0.0, apply_spec_augment=False,
+        ),
+        lambda: waves() | {"decoder_input_ids": answers()}, {"labels": answers()},
+    ),
+    "canary": _transcribes(
+        lambda: transformers.CanaryConfig(
+            encoder_config=PARAKEET, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+            decoder_start_token_id=2,
+            decoder_config=LISTENER | dict(vocab_size=99, bos_token_id=1, eos_token_id=None, head_dim=8),
+        )
+    ),
+    "cohere_asr": _transcribes(
+        lambda: transformers.CohereAsrConfig(
+            encoder_config=PARAKEET, **LISTENER, vocab_size=99, bos_token_id=1, eos_token_id=None,
+            decoder_start_token_id=2, head_dim=8,
+        )
     ),
     "moonshine": Example(
         "Encoder-decoders", AutoModelForSpeechSeq2Seq,
@@ -1328,8 +1407,9 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "cross-attentions, which says how long the KV cache is, and those of GLM-MoE-DSA, MiniMax and RecurrentGemma;",
         "the attentions of Gemma 3n and Gemma 4 that share keys and values with others; in Zamba, the first with each",
         "set of weights; in Nemotron-H, attentions that no FFN follows; the first of WavLM, which has the relative",
-        "positions of all; the vision towers of ALIGN, BridgeTower, Florence-2, ModernVBERT, vision-encoder-decoders",
-        "and vision-text-dual-encoders, and the audio tower of CLAP.",
+        "positions of all; the vision towers of ALIGN, BridgeTower, Florence-2, ModernVBERT and",
+        "vision-text-dual-encoders, and the audio tower of CLAP; the encoders of BigBird-Pegasus, Pegasus-X, LongT5",
+        "with local attentions, and of models that are an encoder and a decoder of other families.",
     ]
     failures = []
     sections = ["Decoders", "Mixtures of experts", "Vision-language models", "Audio-language models"]
