@@ -374,8 +374,8 @@ _ROWS = (
     *(
         Family(model_type, **_BERT)
         for model_type in (
-            "bert", "camembert", "data2vec-text", "electra", "ernie", "rembert", "roberta", "roc_bert", "roformer",
-            "tapas", "xlm-roberta", "xmod",
+            "bert", "camembert", "data2vec-text", "dpr", "electra", "ernie", "rembert", "roberta", "roc_bert",
+            "roformer", "tapas", "xlm-roberta", "xmod",
         )
     ),
     *(  # and returns it alone

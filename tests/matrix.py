@@ -706,6 +706,10 @@ def _transcribes(config: Callable[[], PreTrainedConfig]) -> Example:
 EXAMPLES: dict[str, Example] = {
     "bert": _classifies(transformers.BertConfig),
     "camembert": _classifies(transformers.CamembertConfig),
+    "dpr": Example(
+        "Encoders", transformers.DPRQuestionEncoder, partial(transformers.DPRConfig, **TEXT), words, None,
+        "pooler_output",
+    ),
     "electra": _classifies(transformers.ElectraConfig),
     "ernie": _classifies(transformers.ErnieConfig),
     "roberta": _classifies(transformers.RobertaConfig),
