@@ -457,7 +457,7 @@ _ROWS = (
     Family("wavlm", **_WAV2VEC2 | dict(attention_inputs=(), returns=("", "position_bias"), keeps_first=True)),
     # there may be rotations before the linears
     *(Family(model_type, **_CONFORMER) for model_type in ("wav2vec2-bert", "wav2vec2-conformer")),
-    Family("parakeet_ctc", **_PARAKEET),
+    *(Family(model_type, **_PARAKEET) for model_type in ("parakeet_ctc", "parakeet_tdt")),
     # fusion of texts and images
     Family("vilt", **_VILT),
     Family("flava", **_VILT | dict(stack="text", layers="text_model.encoder.layer"),

@@ -648,6 +648,7 @@ SMALL_EFFICIENTNET = dict(
     image_size=32, width_coefficient=0.25, depth_coefficient=0.25, in_channels=[8, 8], out_channels=[8, 8],
     kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1], expand_ratios=[1, 2], hidden_dim=16,
 )  # fmt: skip
+CALLED = torch.tensor([[1, 2], [3, 4], [5, 6]])
 CLASSES = {"labels": torch.tensor([0, 1, 2])}
 ENDS = dict(bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, mask_token_id=3)
 
@@ -818,11 +819,16 @@ EXAMPLES: dict[str, Example] = {
     "wavlm": _hears(transformers.WavLMConfig, num_buckets=8, max_bucket_distance=16, layerdrop=0.0),
     "parakeet_ctc": Example(
         "Encoders", transformers.ParakeetForCTC,
-        lambda: transformers.ParakeetCTCConfig(
-            vocab_size=9, pad_token_id=8,
-            encoder_config=PARAKEET,
+        lambda: transformers.ParakeetCTCConfig(vocab_size=9, pad_token_id=8, encoder_config=PARAKEET),
+        heard, {"labels": CALLED},
+    ),
+    "parakeet_tdt": Example(
+        "Encoders", transformers.ParakeetForTDT,
+        lambda: transformers.ParakeetTDTConfig(
+            vocab_size=9, pad_token_id=0, encoder_config=PARAKEET, decoder_hidden_size=16, num_decoder_layers=1,
+            blank_token_id=8, durations=[0, 1],
         ),
-        heard, {"labels": torch.tensor([[1, 2], [3, 4], [5, 6]])},
+        lambda: heard() | {"decoder_input_ids": nn.functional.pad(CALLED, (1, 0), value=8)}, {"labels": CALLED},
     ),
     "aimv2": dataclasses.replace(_matches(transformers.Aimv2Config), labels=None),
     "align": Example(
