@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -163,6 +165,7 @@ _WAV2VEC2 = dict(
     stack="encoder", layers="encoder.layers", attention="attention", attention_norms=(), pools="attended",
     ffn="feed_forward", ffn_inputs=("intermediate_dense",),
 )  # fmt: skip
+_WAV2VECS = ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2")
 _CONFORMER = _WAV2VEC2 | dict(attention="self_attn", attention_inputs=(), attention_norms=SELF_NORM, ffn="ffn2")
 _PARAKEET = dict(
     stack="encoder", layers="encoder.layers", attention_norms=("norm_self_att",), pools="attended",
@@ -449,10 +452,7 @@ _ROWS = (
     ),
     *(Family(model_type, decoder="text_model") for model_type in ("modernvbert", "vision-text-dual-encoder")),
     # of sounds
-    *(
-        Family(model_type, **_WAV2VEC2)
-        for model_type in ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2")
-    ),
+    *(Family(model_type, **_WAV2VEC2) for model_type in _WAV2VECS),
     # the first has the relative positions of all, and gates of them read the input
     Family("wavlm", **_WAV2VEC2 | dict(attention_inputs=(), returns=("", "position_bias"), keeps_first=True)),
     # there may be rotations before the linears
@@ -605,7 +605,20 @@ _ROWS = (
     ),
 )  # fmt: skip
 
+# how earlier versions of transformers build some: by the version that doesn't any more
+_EARLIER = {
+    "5.16": tuple(Family(model_type, **_WAV2VEC2 | dict(returns=("", ""))) for model_type in _WAV2VECS),
+    "5.18": tuple(
+        Family(model_type, **_VILT | dict(attention_norms=("norm1",), returns=None, mask="", ffn="mlp",
+                                          ffn_inputs=("fc1", "weights_in")))
+        for model_type in ("dinov2", "dinov2_with_registers")
+    ),
+}  # fmt: skip
+
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
+for _version, _rows in _EARLIER.items():
+    if Version(transformers.__version__) < Version(_version):
+        FAMILIES |= {family.model_type: family for family in _rows}
 
 
 def register_family(family: Family) -> None:
