@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -36,8 +39,9 @@ class Attentions:
         core: The part of the attention whose input only its linears read, where the attention itself adds its input to
             what that part gives (BERT).
         attention_inputs: The linears of the attention that read its input; those that a layer has of them. Of a
-            cross-attention: those that read the stream which it adds to. None where several layers share an attention's
-            weights: it has no adapter then, and the first that has these weights is never skipped (Zamba).
+            cross-attention: those that read the stream which it adds to. None for an attention without an adapter, as
+            none could be folded: where other than linears read the input, or these linears read something else, too
+            (DeBERTa-v2), or several layers share the weights, whose first is then never skipped (Zamba).
         attention_norms: The norms, in a layer, that only the attention reads; those that a layer has.
         output_norms: The norms, in a layer, that the attention's output goes through; a linear without bias, in Zamba.
         residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT); `""` if
@@ -155,6 +159,19 @@ _VILT = dict(
 )  # fmt: skip
 
 
+_AIMV2 = dict(attention="attention", attention_norms=("rms_norm1",), pools="attended", ffn="ffn")
+_WAV2VEC2 = dict(
+    stack="encoder", layers="encoder.layers", attention="attention", attention_norms=(), pools="attended",
+    ffn="feed_forward", ffn_inputs=("intermediate_dense",),
+)  # fmt: skip
+_WAV2VECS = ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2")
+_CONFORMER = _WAV2VEC2 | dict(attention="self_attn", attention_inputs=(), attention_norms=SELF_NORM, ffn="ffn2")
+_PARAKEET = dict(
+    stack="encoder", layers="encoder.layers", attention_norms=("norm_self_att",), pools="attended",
+    ffn="feed_forward2", ffn_inputs=("linear1",),
+)  # fmt: skip
+
+
 _ZAMBA = dict(
     attention_inputs=(), attention_norms=(), output_norms=("linear",), returns=None, ffn="mamba_decoder.mamba",
     ffn_inputs=("in_proj",), ffn_masks_input=True,
@@ -182,10 +199,16 @@ _T5_CROSS = dict(
 
 _UMT5 = dict(returns=("",), mask="attention_mask")
 _NLLB = dict(ffn="ffn", ffn_inputs=("fc1", "router.classifier", "experts.*.fc1"))
-_MOONSHINE = dict(layers="decoder.layers", pools="nothing", ffn_inputs=("fc1",))
+_MOONSHINE = dict(layers="decoder.layers", keeps_first=True, pools="nothing", ffn_inputs=("fc1",))
+_MOONSHINE_CROSS = _MOONSHINE | dict(
+    attention="encoder_attn", attention_inputs=("q_proj",), attention_norms=POST, keeps_first=False,
+    context="key_value_states", context_inputs=("k_proj", "v_proj"), pools="attended",
+)  # fmt: skip
+_SEAMLESS = dict(layers="text_decoder.layers", ffn="ffn", ffn_inputs=("fc1",))
+_SPEECHT5 = dict(layers="wrapped_decoder.layers", ffn="feed_forward", ffn_inputs=("intermediate_dense",))
 _T5GEMMA = dict(
     layers="decoder.layers", attention_norms=("pre_self_attn_layernorm",), output_norms=("post_self_attn_layernorm",),
-    pools="nothing",
+    keeps_first=True, pools="nothing",
 )  # fmt: skip
 
 
@@ -369,14 +392,17 @@ _ROWS = (
     *(
         Family(model_type, **_BERT)
         for model_type in (
-            "bert", "camembert", "data2vec-text", "electra", "ernie", "rembert", "roberta", "roc_bert", "tapas",
-            "xlm-roberta", "xmod",
+            "bert", "camembert", "data2vec-text", "dpr", "electra", "ernie", "rembert", "roberta", "roc_bert",
+            "roformer", "tapas", "xlm-roberta", "xmod",
         )
     ),
     *(  # and returns it alone
         Family(model_type, **_BERT | dict(returns=None))
         for model_type in ("layoutlm", "layoutlmv3", "markuplm", "splinter")
     ),
+    Family("deberta", **_BERT | dict(attention_inputs=("self.in_proj",))),
+    Family("deberta-v2", **_BERT | dict(attention_inputs=())),
+    Family("nystromformer", **_BERT | dict(returns=())),
     Family("longformer", **_BERT | dict(attention_inputs=tuple(f"self.{name}" for name in LONG), returns=())),
     *(  # or norms its input
         Family(model_type, **_BERT | dict(residual_norm="")) for model_type in ("megatron-bert", "xlm-roberta-xl")
@@ -390,6 +416,7 @@ _ROWS = (
            attention_inputs=("q_lin", "k_lin", "v_lin"), attention_norms=(), pools="attended", ffn="ffn",
            ffn_inputs=("lin1",)),
     Family("eurobert", stack="encoder", pools="attended"),
+    Family("jina_embeddings_v3", stack="encoder", attention_norms=(), pools="attended", ffn_inputs=("fc1",)),
     *(
         Family(model_type, stack="encoder", attention_norms=(), pools="attended")
         for model_type in ("gte", "nomic_bert")
@@ -397,7 +424,11 @@ _ROWS = (
     Family("modernbert", stack="encoder", attention="attn", attention_inputs=("Wqkv",), attention_norms=("attn_norm",),
            pools="attended", ffn_inputs=("Wi",)),
     # of images
-    *(Family(model_type, **_VIT) for model_type in ("audio-spectrogram-transformer", "deit", "vit", "vit_msn")),
+    *(
+        Family(model_type, **_VIT)
+        for model_type in ("audio-spectrogram-transformer", "deit", "ijepa", "vit", "vit_msn", "vivit")
+    ),
+    *(Family(model_type, **_VILT | dict(returns=None, mask="")) for model_type in ("videomae", "yolos")),
     Family("vit_mae", **_VIT, also=(Attentions(**_VIT | dict(stack="decoder", layers="decoder.decoder_layers")),)),
     Family("beit", **_VIT | dict(mask="")),
     *(
@@ -406,12 +437,18 @@ _ROWS = (
             ("dinov2", "encoder.layer"), ("dinov2_with_registers", "encoder.layer"), ("dinov3_vit", "model.layer")
         )
     ),
+    Family("vjepa2", **_VIT | dict(layers="encoder.layer", attention_inputs=QKV, attention_norms=("norm1",), mask="")),
     # of texts and images, one each
     *(
         Family(model_type, **_clip("text", "text_model.encoder.layers"),
                also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),))
         for model_type in ("clip", "metaclip_2", "owlv2", "owlvit", "siglip", "siglip2")
     ),
+    Family("xclip", **_clip("text", "text_model.encoder.layers"),
+           also=(Attentions(**_clip("vision", "vision_model.encoder.layers")),
+                 Attentions(**_clip("frames", "mit.encoder.layers")))),
+    Family("aimv2", **_AIMV2 | dict(stack="text", layers="text_model.encoder.layers"),
+           also=(Attentions(**_AIMV2 | dict(stack="vision", layers="vision_model.encoder.layers")),)),
     *(
         Family(f"{model_type}_{stack}_model", **_clip(stack, "encoder.layers"))
         for model_type in ("clip", "metaclip_2", "siglip", "siglip2")
@@ -424,12 +461,18 @@ _ROWS = (
             ("altclip", "text_model.roberta.encoder.layers"), ("chinese_clip", "text_model.encoder.layer")
         )
     ),
-    # of sounds
-    *(
-        Family(model_type, stack="encoder", layers="encoder.layers", attention="attention", attention_norms=(),
-               pools="attended", ffn="feed_forward", ffn_inputs=("intermediate_dense",))
-        for model_type in ("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2")
+    *(  # with another tower for images or sounds
+        Family(model_type, **_BERT | dict(stack="text", layers="text_model.encoder.layer", returns=None))
+        for model_type in ("align", "clap")
     ),
+    *(Family(model_type, decoder="text_model") for model_type in ("modernvbert", "vision-text-dual-encoder")),
+    # of sounds
+    *(Family(model_type, **_WAV2VEC2) for model_type in _WAV2VECS),
+    # the first has the relative positions of all, and gates of them read the input
+    Family("wavlm", **_WAV2VEC2 | dict(attention_inputs=(), returns=("", "position_bias"), keeps_first=True)),
+    # there may be rotations before the linears
+    *(Family(model_type, **_CONFORMER) for model_type in ("wav2vec2-bert", "wav2vec2-conformer")),
+    *(Family(model_type, **_PARAKEET) for model_type in ("parakeet_ctc", "parakeet_tdt")),
     # fusion of texts and images
     Family("vilt", **_VILT),
     Family("flava", **_VILT | dict(stack="text", layers="text_model.encoder.layer"),
@@ -470,8 +513,14 @@ _ROWS = (
         Family(model_type, **_t5("encoder", f"layer.1.{ffn}"),
                also=(Attentions(**_t5("decoder", f"layer.2.{ffn}")),
                      Attentions(**_t5("decoder", f"layer.2.{ffn}") | _T5_CROSS)))
-        for model_type, ffn in (("t5", "DenseReluDense"), ("mt5", "DenseReluDense"), ("switch_transformers", "mlp"))
+        for model_type, ffn in (("t5", "DenseReluDense"), ("mt5", "DenseReluDense"), ("switch_transformers", "mlp"),
+                                ("udop", "DenseReluDense"))
     ),
+    # keys and values are made of sums of the input, too; attentions that look at neighbours alone are left alone
+    Family("longt5", **_t5("encoder", "layer.1.DenseReluDense")
+           | dict(attention="layer.0.TransientGlobalSelfAttention", attention_inputs=(), returns=("position_bias",)),
+           also=(Attentions(**_t5("decoder", "layer.2.DenseReluDense")),
+                 Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _T5_CROSS))),
     Family("umt5", **_t5("encoder", "layer.1.DenseReluDense") | _UMT5 | dict(keeps_first=False),
            also=(Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _UMT5),
                  Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _T5_CROSS | _UMT5
@@ -505,22 +554,41 @@ _ROWS = (
            also=(Attentions(**_bart("decoder", SELF_NORM) | _NLLB),
                  Attentions(**_bart_cross(("cross_attention_layer_norm",)) | _NLLB
                             | dict(attention="cross_attention")))),
+    *(  # whose encoders look at blocks
+        Family(model_type, **_bart("decoder", SELF_NORM),
+               also=(Attentions(**_bart_cross(("encoder_attn_layer_norm",))),))
+        for model_type in ("bigbird_pegasus", "pegasus_x")
+    ),
+    *(
+        Family(model_type, **_bart("encoder", SELF_NORM) | _SEAMLESS | dict(layers="text_encoder.layers"),
+               also=(Attentions(**_CONFORMER | dict(stack="speech", layers="speech_encoder.encoder.layers")),
+                     Attentions(**_bart("decoder", SELF_NORM) | _SEAMLESS),
+                     Attentions(**_bart_cross(("cross_attention_layer_norm",)) | _SEAMLESS
+                                | dict(attention="cross_attention", context="encoder_hidden_states"))))
+        for model_type in ("seamless_m4t", "seamless_m4t_v2")
+    ),
+    Family("speecht5", **_WAV2VEC2 | dict(layers="wrapped_encoder.layers"),
+           also=(Attentions(**_bart("decoder") | _SPEECHT5), Attentions(**_bart_cross() | _SPEECHT5))),
     # with the layers of decoders
-    Family("moonshine", **_MOONSHINE | dict(stack="encoder", layers="encoder.layers", pools="attended"),
-           also=(Attentions(**_MOONSHINE),
-                 Attentions(**_MOONSHINE | dict(attention="encoder_attn", attention_inputs=("q_proj",),
-                                                attention_norms=POST, context="key_value_states",
-                                                context_inputs=("k_proj", "v_proj"), pools="attended")))),
-    Family("t5gemma", **_T5GEMMA | dict(stack="encoder", layers="encoder.layers", pools="attended"),
+    Family("moonshine", **_MOONSHINE
+           | dict(stack="encoder", layers="encoder.layers", keeps_first=False, pools="attended"),
+           also=(Attentions(**_MOONSHINE), Attentions(**_MOONSHINE_CROSS))),
+    *(
+        Family(model_type, **_PARAKEET,
+               also=(Attentions(**_MOONSHINE),
+                     Attentions(**_MOONSHINE_CROSS | dict(context="encoder_hidden_states"))))
+        for model_type in ("canary", "cohere_asr")
+    ),
+    Family("t5gemma", **_T5GEMMA | dict(stack="encoder", layers="encoder.layers", keeps_first=False, pools="attended"),
            also=(Attentions(**_T5GEMMA),
                  Attentions(**_T5GEMMA | dict(attention="cross_attn", attention_inputs=("q_proj",),
                                               attention_norms=("pre_cross_attn_layernorm",),
-                                              output_norms=("post_cross_attn_layernorm",),
+                                              output_norms=("post_cross_attn_layernorm",), keeps_first=False,
                                               context="encoder_hidden_states", context_inputs=("k_proj", "v_proj"),
                                               pools="attended")))),
     # around one of these
     Family("florence2", decoder="language_model"),
-    Family("vision-encoder-decoder", decoder="decoder"),
+    *(Family(f"{source}encoder-decoder", decoder="decoder") for source in ("", "speech-", "vision-")),
     # vision-language models
     Family("mllama_text_model", keeps_first=True, shows_keys=True,
            also=(Attentions(attention="cross_attn", attention_inputs=("q_proj",), context="cross_attention_states",
@@ -548,9 +616,30 @@ _ROWS = (
         Family(model_type, decoder="language_model|model")
         for model_type in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
     ),
+    # audio-language models
+    *(
+        Family(model_type, decoder="language_model")
+        for model_type in (
+            "audioflamingo3", "fun_asr_nano", "glmasr", "granite_speech", "granite_speech_plus",
+            "moss_transcribe_diarize", "musicflamingo", "qwen2_audio", "qwen3_asr", "vibevoice_asr", "voxtral",
+        )
+    ),
 )  # fmt: skip
 
+# how earlier versions of transformers build some: by the version that doesn't any more
+_EARLIER = {
+    "5.16": tuple(Family(model_type, **_WAV2VEC2 | dict(returns=("", ""))) for model_type in _WAV2VECS),
+    "5.18": tuple(
+        Family(model_type, **_VILT | dict(attention_norms=("norm1",), returns=None, mask="", ffn="mlp",
+                                          ffn_inputs=("fc1", "weights_in")))
+        for model_type in ("dinov2", "dinov2_with_registers")
+    ),
+}  # fmt: skip
+
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
+for _version, _rows in _EARLIER.items():
+    if Version(transformers.__version__) < Version(_version):
+        FAMILIES |= {family.model_type: family for family in _rows}
 
 
 def register_family(family: Family) -> None:
@@ -664,7 +753,10 @@ def find_layers(model: nn.Module) -> Layers:
     if row.decoder is not None:
         name, decoder = outermost(model, row.decoder)
         family = _row(decoder)
-    has_encoder = any(row.pools == "attended" and not row.context for row in family.attentions)
+    # it may be one of several towers; one that is alone and should have an encoder is something else
+    present = [kind for kind in family.attentions if not family.also or has_module(decoder, kind.layers)]
+    kinds = family.attentions if row.decoder is None else present
+    has_encoder = any(kind.pools == "attended" and not kind.context for kind in kinds)
     if has_encoder and getattr(decoder.config, "is_decoder", False):
         raise ValueError(
             f"{type(model).__name__} has `is_decoder=True`, but EAS knows models of type {family.model_type!r} only as "
@@ -676,12 +768,12 @@ def find_layers(model: nn.Module) -> Layers:
             "`chunk_size_feed_forward=0`."
         )
     containers, arms = {}, []
-    for attentions in family.attentions:
-        if family.also and not has_module(decoder, attentions.layers):
-            continue  # a tower alone
+    for attentions in present:
         inner, layers = outermost(decoder, attentions.layers)
         container = containers[attentions.layers] = f"{name}.{inner}".strip(".")
-        is_needed, weights = attentions.keeps_first, set()
+        is_needed, seen = attentions.keeps_first, set()
+        there = filter(None, (_get(layer, attentions.attention) for layer in layers))
+        times = Counter(id(parameter) for attention in there for parameter in attention.parameters())
         for index, layer in enumerate(layers):
             attention = _get(layer, attentions.attention)
             if attention is None or (attentions.has and not hasattr(attention, attentions.has)):
@@ -689,9 +781,9 @@ def find_layers(model: nn.Module) -> Layers:
             if attentions.keeps_if:
                 is_needed = is_needed or getattr(attention, attentions.keeps_if)
             if not attentions.attention_inputs:
-                shared = {id(parameter) for parameter in attention.parameters()}
-                is_needed = not shared <= weights
-                weights |= shared
+                own = {id(parameter) for parameter in attention.parameters()}
+                is_needed = is_needed or (not own <= seen and max(map(times.get, own)) > 1)
+                seen |= own
             is_needed = is_needed or not _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
             arms.append(Arm(attentions, index, container, index / len(layers), not is_needed))
             is_needed = False
@@ -702,7 +794,8 @@ def find_layers(model: nn.Module) -> Layers:
 
 def _is_ffn(row: Attentions, layers: Iterable[nn.Module]) -> bool:
     """Whether there is a layer, and it holds a FFN of the row, with or without adapters."""
-    return any(_get(layer, f"{row.ffn}.{name}".rstrip(".")) is not None for layer in layers for name in row.ffn_inputs)
+    names = [name.partition("*")[0] for given in row.ffn_inputs for name in given.split("|")]
+    return any(_get(layer, f"{row.ffn}.{name}".rstrip(".")) is not None for layer in layers for name in names)
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:

@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -44,6 +45,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 from peft_eas import FAMILIES, EASConfig
@@ -51,8 +53,8 @@ from peft_eas.families import find_layers
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "supported-models.md"
 NUM_LAYERS = 4
-IMAGE_TOKEN = 98
-SPECIAL = [*range(90, 99)]  # of images, in some families; not in prompts, and not to be generated
+IMAGE_TOKEN, AUDIO_TOKEN = 98, 97
+SPECIAL = [*range(90, 99)]  # of images and sounds, in some families; not in prompts, and not to be generated
 # by field name, over all configurations that have it
 SIZES = dict(
     vocab_size=99, max_position_embeddings=128, n_positions=128, max_seq_len=128, pad_token_id=0, bos_token_id=1,
@@ -90,6 +92,10 @@ ENCODER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_at
 HEARING = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=16)
 OMNI = dict(video_token_id=97, audio_token_id=96, vision_start_token_id=95)
 KOSMOS = dict(embed_dim=32, layers=NUM_LAYERS, attention_heads=4, layerdrop=0.0)
+GRANITE_SPEECH = dict(window_size=2, downsample_rate=1)
+CONFORMER = dict(
+    input_dim=8, hidden_dim=16, num_layers=2, context_size=4, max_pos_emb=4, conv_kernel_size=3, output_dim=4
+)
 # what a family needs besides
 PARTICULAR: dict[str, dict] = {
     "aria": dict(projector_patch_to_query_dict={4: 4}),
@@ -147,6 +153,12 @@ PARTICULAR: dict[str, dict] = {
     ),
     "exaone4_5_vision": dict(num_key_value_heads=2),
     "fast_vlm": dict(vision_config=SMALL_TOWER),  # another than its own, which is timm's
+    "fun_asr_nano": dict(
+        adaptor_config=dict(
+            hidden_size=32, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1, projector_hidden_size=16
+        )
+    ),
+    "fun_asr_nano_encoder": dict(num_stacked_frames=1, num_timestamp_prediction_layers=1, fsmn_kernel_size=3),
     "fuyu": dict(patch_size=4),
     "gemma3": dict(mm_tokens_per_image=4),
     "gemma3n_text": SHARED_KV | dict(laurel_rank=4, activation_sparsity_pattern=[0.0] * 8),
@@ -170,6 +182,7 @@ PARTICULAR: dict[str, dict] = {
     "glm4_moe_lite": MLA,
     "glm4v_moe_text": MROPE_WHOLE,
     "glm4v_text": MROPE,
+    "glmasr_encoder": dict(intermediate_size=64),
     "glm_moe_dsa": DSA | dict(indexer_types=["full", "shared", "shared", "full"]),
     "glm_ocr_text": MROPE_WHOLE,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
@@ -200,6 +213,10 @@ PARTICULAR: dict[str, dict] = {
         spatial_target_layers=[0, 1, 2, 3],
     ),
     "granite_docling_vision": dict(scale_factor=2, deepstack_visual_indexes=[0]),
+    "granite_speech": GRANITE_SPEECH,
+    "granite_speech_encoder": CONFORMER,
+    "granite_speech_plus": GRANITE_SPEECH,
+    "granite_speech_plus_encoder": CONFORMER,
     "granitemoehybrid": dict(layer_types=["attention", "mamba"] * 2, shared_intermediate_size=48),
     "hunyuan_vl_text": dict(rope_parameters=MROPE["rope_parameters"] | {"mrope_section": [1, 1, 1, 1]}),
     "idefics": dict(
@@ -318,6 +335,7 @@ PARTICULAR: dict[str, dict] = {
     "qwen2_vl_vision": dict(hidden_size=32),
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_text": HYBRID,
+    "qwen3_asr_encoder": dict(downsample_hidden_size=8),
     "qwen3_next": HYBRID,
     "qwen3_omni_moe_audio_encoder": HEARING | dict(downsample_hidden_size=8),
     "qwen3_omni_moe_text": MROPE | dict(sliding_window=None),
@@ -326,7 +344,12 @@ PARTICULAR: dict[str, dict] = {
     "recurrent_gemma": dict(attention_window_size=16, lru_width=32, block_types=["attention", "recurrent"]),
     "sam_vision_model": dict(global_attn_indexes=[0, 1]),
     "unlimited_ocr_vision": dict(sam_config=SAM, encoder_config=ENCODER | dict(image_size=4, patch_size=4)),
+    "vibevoice_acoustic_tokenizer_encoder": dict(
+        num_filters=4, downsampling_ratios=[2, 2], depths=[1, 1, 1], vae_std=0.0
+    ),
+    "vibevoice_asr": dict(acoustic_tokenizer_chunk_size=8),
     "vipllava": dict(vision_feature_layer=[-1, -2]),
+    "voxtral_encoder": dict(intermediate_size=64),
     "youtu": MLA,
     "zamba": dict(
         layers_block_type=["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
@@ -345,7 +368,8 @@ TOWER = dict(
     hidden_size=16, embed_dim=16, intermediate_size=24, depth=2, num_hidden_layers=2, num_attention_heads=2,
     num_heads=2, image_size=8, patch_size=4, out_hidden_size=32, encoder_hidden_size=16, projection_dim=32,
     num_position_embeddings=16, output_dim=32, vocab_size=64, num_embeddings=64, base_channels=32,
-    channel_multiplier=[1, 1],
+    channel_multiplier=[1, 1], d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=24,
+    num_mel_bins=8, max_source_positions=8,
 )  # fmt: skip
 
 
@@ -355,7 +379,9 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     settings = _sized(cls, SIZES)
     if "text_config" in cls.sub_configs:
         default = cls()
-        settings = {name: IMAGE_TOKEN for name in ("image_token_id", "image_token_index") if hasattr(default, name)}
+        tokens = {"image": IMAGE_TOKEN, "audio": AUDIO_TOKEN}
+        named = {f"{what}_token_{end}": token for what, token in tokens.items() for end in ("id", "index")}
+        settings = {name: token for name, token in named.items() if hasattr(default, name)}
         for name in cls.sub_configs:
             inner = getattr(default, name)
             if name == "text_config":
@@ -377,8 +403,14 @@ def auto_class(model_type: str) -> type:
     """A vision-language model is also known by its language model alone."""
     if model_type in EXAMPLES:
         return EXAMPLES[model_type].model
-    is_vision_language = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return AutoModelForImageTextToText if is_vision_language else AutoModelForCausalLM
+    for names, auto in (
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText),
+        (MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, AutoModelForMultimodalLM),
+        (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
+    ):
+        if model_type in names:
+            return auto
+    return AutoModelForSeq2SeqLM
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
@@ -572,16 +604,43 @@ IMAGES: dict[str, tuple[int, Callable[[], dict]]] = {
 }
 
 
+def mel(frames: int, *masks: str, shown: int | None = None, bins_last: bool = False) -> dict:
+    """Sounds as most processors give them, with masks of what is no padding."""
+    values = torch.randn(3, 8, frames, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(3, frames, dtype=torch.long)
+    mask[:, shown or frames :] = 0
+    return {"input_features": values.mT if bins_last else values} | dict.fromkeys(masks, mask)
+
+
+# how many tokens a sound is, and what says so
+SOUNDS: dict[str, tuple[int, Callable[[], dict]]] = {
+    "audioflamingo3": (4, partial(mel, 16, "input_features_mask")),
+    "fun_asr_nano": (4, partial(mel, 4, "input_features_mask", bins_last=True)),
+    "glmasr": (2, partial(mel, 16, "input_features_mask")),
+    "granite_speech": (4, partial(mel, 4, bins_last=True)),
+    "granite_speech_plus": (4, partial(mel, 4, bins_last=True)),
+    "moss_transcribe_diarize": (2, partial(mel, 16, "input_features_mask", "padding_mask")),
+    "musicflamingo": (4, partial(mel, 16, "input_features_mask")),
+    "qwen2_audio": (4, partial(mel, 16, "feature_attention_mask")),
+    "qwen3_asr": (2, partial(mel, 100, "input_features_mask", shown=16)),
+    "vibevoice_asr": (
+        2,
+        lambda: {"input_values": torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(3))},
+    ),
+    "voxtral": (2, partial(mel, 16)),
+}
+
+
 def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
-    """Prompts of three lengths, padded on the left, with an image in each if the family's images are known here."""
+    """Prompts of three lengths, padded on the left, with an image or a sound in each if the family's are known here."""
     if model_type in EXAMPLES:
         return EXAMPLES[model_type].inputs()
     ids = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     for row in range(3 if model_type not in UNPADDED else 0):
         mask[row, : 2 * row] = 0
-    tokens, make = IMAGES.get(model_type, (0, dict))
-    ids[:, 4 : 4 + tokens] = IMAGE_TOKEN
+    tokens, make = (IMAGES | SOUNDS).get(model_type, (0, dict))
+    ids[:, 4 : 4 + tokens] = AUDIO_TOKEN if model_type in SOUNDS else IMAGE_TOKEN
     inputs = {"input_ids": ids * mask, "attention_mask": mask, **make()}
     model = auto_class(model_type)._model_mapping[CONFIG_MAPPING[model_type]]
     if model_type == "gemma3" or "mm_token_type_ids" in inspect.signature(model.forward).parameters:
@@ -635,8 +694,8 @@ class Example:
         output: What of the model's output is compared.
         task: PEFT's type of the task.
         unused: Parameters that this task has no use for, and no gradients (a regular expression).
-        checkpoints: Whether adapters can be trained with gradient checkpointing; BLIP changes its embeddings in place,
-            which then is an error in transformers with LoRA, too.
+        checkpoints: Whether adapters can be trained with gradient checkpointing; BLIP and UDOP change their embeddings
+            in place, which then is an error in transformers with LoRA, too.
     """
 
     section: str
@@ -658,6 +717,15 @@ def words() -> dict:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+def pictured_words(tokens: int) -> dict:
+    """Texts behind so many tokens of an image."""
+    given = words()
+    return {
+        "input_ids": torch.cat([torch.full((3, tokens), IMAGE_TOKEN), given["input_ids"]], dim=1),
+        "attention_mask": torch.cat([torch.ones(3, tokens).long(), given["attention_mask"]], dim=1),
+    }
+
+
 def answers() -> torch.Tensor:
     return torch.randint(5, 90, (3, 4), generator=torch.Generator().manual_seed(4))
 
@@ -673,11 +741,7 @@ def sounds() -> dict:
 
 def pictured_sources() -> dict:
     """Texts behind the five tokens of an image."""
-    given = sources()
-    return given | pixels(16) | {
-        "input_ids": torch.cat([torch.full((3, 5), IMAGE_TOKEN), given["input_ids"]], dim=1),
-        "attention_mask": torch.cat([torch.ones(3, 5).long(), given["attention_mask"]], dim=1),
-    }  # fmt: skip
+    return sources() | pictured_words(5) | pixels(16)
 
 
 def flattened() -> dict:
@@ -718,10 +782,37 @@ def padded_patches() -> dict:
     return {"pixel_values": values * seen[..., None], "pixel_attention_mask": seen, "spatial_shapes": shapes}
 
 
+def frames(count: int) -> dict:
+    """Short films."""
+    return {"pixel_values": torch.randn(3, count, 3, 16, 16, generator=torch.Generator().manual_seed(3))}
+
+
+def heard() -> dict:
+    """Sounds of three lengths, one row a frame."""
+    mask = (torch.arange(16) < torch.tensor([[16], [12], [8]])).long()
+    return {"input_features": mel(16)["input_features"].mT * mask[..., None], "attention_mask": mask}
+
+
 def waves(samples: int = 400) -> dict:
     return {"input_values": torch.randn(3, samples, generator=torch.Generator().manual_seed(3))}
 
 
+CONFORMER_SIZES = dict(
+    hidden_size=32, num_hidden_layers=NUM_LAYERS, num_attention_heads=4, intermediate_size=48, layerdrop=0.0,
+)  # fmt: skip
+PARAKEET = dict(
+    **CONFORMER_SIZES, num_mel_bins=8, subsampling_factor=2, subsampling_conv_channels=4, conv_kernel_size=3,
+    max_position_embeddings=40,
+)  # fmt: skip
+LISTENER = dict(
+    hidden_size=32, num_hidden_layers=NUM_LAYERS, num_attention_heads=4, num_key_value_heads=4, intermediate_size=48,
+    max_position_embeddings=40, pad_token_id=0,
+)  # fmt: skip
+SMALL_EFFICIENTNET = dict(
+    image_size=32, width_coefficient=0.25, depth_coefficient=0.25, in_channels=[8, 8], out_channels=[8, 8],
+    kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1], expand_ratios=[1, 2], hidden_dim=16,
+)  # fmt: skip
+CALLED = torch.tensor([[1, 2], [3, 4], [5, 6]])
 CLASSES = {"labels": torch.tensor([0, 1, 2])}
 ENDS = dict(bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, mask_token_id=3)
 
@@ -736,11 +827,11 @@ def _sees(config: type, model: type = AutoModelForImageClassification, **setting
     return Example("Encoders", model, make, partial(pixels, 16), CLASSES)
 
 
-def _hears(config: type) -> Example:
+def _hears(config: type, **settings) -> Example:
     make = partial(
         config, **{k: v for k, v in TEXT.items() if k != "max_position_embeddings"}, num_labels=3, conv_dim=(16, 16),
         conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2, classifier_proj_size=16, apply_spec_augment=False,
+        num_conv_pos_embedding_groups=2, classifier_proj_size=16, apply_spec_augment=False, **settings,
     )  # fmt: skip
     return Example("Encoders", AutoModelForAudioClassification, make, waves, CLASSES)
 
@@ -759,20 +850,48 @@ def _translates(config: type, **sizes) -> Example:
     return Example("Encoder-decoders", AutoModelForSeq2SeqLM, make, sources, {"labels": answers()}, task="SEQ_2_SEQ_LM")
 
 
+def _interprets(config: type, model: type, inputs: Callable[[], dict]) -> Example:
+    sizes = {k: v for k, v in SEQ2SEQ.items() if k != "d_model"} | dict(
+        hidden_size=32, speech_encoder_layers=NUM_LAYERS, speech_encoder_attention_heads=4,
+        speech_encoder_intermediate_size=48, feature_projection_input_dim=8, speech_encoder_layerdrop=0.0,
+        t2u_encoder_layers=1, t2u_decoder_layers=1, t2u_encoder_ffn_dim=48, t2u_decoder_ffn_dim=48,
+        t2u_encoder_attention_heads=4, t2u_decoder_attention_heads=4, conv_depthwise_kernel_size=3,
+        encoder_layerdrop=0.0, decoder_layerdrop=0.0,
+    )  # fmt: skip
+    return Example("Encoder-decoders", model, partial(config, **sizes), inputs, {"labels": answers()})
+
+
+def _transcribes(config: Callable[[], PreTrainedConfig]) -> Example:
+    return Example(
+        "Encoder-decoders", AutoModelForSpeechSeq2Seq, config, lambda: heard() | {"decoder_input_ids": answers()},
+        {"labels": answers()},
+    )  # fmt: skip
+
+
 EXAMPLES: dict[str, Example] = {
     "bert": _classifies(transformers.BertConfig),
     "camembert": _classifies(transformers.CamembertConfig),
+    "dpr": Example(
+        "Encoders", transformers.DPRQuestionEncoder, partial(transformers.DPRConfig, **TEXT), words, None,
+        "pooler_output",
+    ),
     "electra": _classifies(transformers.ElectraConfig),
     "ernie": _classifies(transformers.ErnieConfig),
     "roberta": _classifies(transformers.RobertaConfig),
     "xlm-roberta": _classifies(transformers.XLMRobertaConfig),
     "data2vec-text": _classifies(transformers.Data2VecTextConfig),
+    "deberta": _classifies(transformers.DebertaConfig, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "deberta-v2": _classifies(
+        transformers.DebertaV2Config, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True,
+        position_buckets=4, norm_rel_ebd="layer_norm", conv_kernel_size=0, position_biased_input=False,
+    ),
     "distilbert": _classifies(
         transformers.DistilBertConfig, dim=32, n_layers=NUM_LAYERS, n_heads=4, hidden_dim=48
     ),
     "esm": _classifies(transformers.EsmConfig, mask_token_id=3),
     "eurobert": _classifies(transformers.EuroBertConfig, num_key_value_heads=2, **ENDS),
     "gte": _classifies(lambda **settings: transformers.GteConfig(**settings)),  # which older versions lack
+    "jina_embeddings_v3": _classifies(lambda **settings: transformers.JinaEmbeddingsV3Config(**settings)),
     "layoutlm": _classifies(transformers.LayoutLMConfig, boxed_words, max_2d_position_embeddings=64),
     "layoutlmv3": _classifies(
         transformers.LayoutLMv3Config, lambda: boxed_words() | pixels(16), max_2d_position_embeddings=64,
@@ -784,9 +903,14 @@ EXAMPLES: dict[str, Example] = {
     "modernbert": _classifies(transformers.ModernBertConfig, **ENDS),
     "mpnet": _classifies(transformers.MPNetConfig),
     "nomic_bert": _classifies(transformers.NomicBertConfig),
+    "nystromformer": _classifies(  # whose convolutions read padding
+        transformers.NystromformerConfig, lambda: {"input_ids": words()["input_ids"]}, num_landmarks=7,
+        segment_means_seq_len=7, conv_kernel_size=3,
+    ),
     "rembert": _classifies(transformers.RemBertConfig),
     "roberta-prelayernorm": _classifies(transformers.RobertaPreLayerNormConfig),
     "roc_bert": _classifies(transformers.RoCBertConfig),
+    "roformer": _classifies(transformers.RoFormerConfig),
     "splinter": Example(
         "Encoders", AutoModelForQuestionAnswering, partial(transformers.SplinterConfig, **TEXT),
         words, {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([1, 2, 2])}, "start_logits",
@@ -807,6 +931,12 @@ EXAMPLES: dict[str, Example] = {
         "Encoders", AutoModel, partial(transformers.DINOv3ViTConfig, **VISION, num_register_tokens=1),
         partial(pixels, 16), None, "last_hidden_state",
     ),
+    "ijepa": _sees(transformers.IJepaConfig),
+    "videomae": Example(
+        "Encoders", transformers.VideoMAEForVideoClassification,
+        partial(transformers.VideoMAEConfig, **VISION, num_frames=2, tubelet_size=1, num_labels=3),
+        partial(frames, 2), CLASSES,
+    ),
     "vit": _sees(transformers.ViTConfig),
     "vit_mae": Example(
         "Encoders", transformers.ViTMAEForPreTraining,
@@ -817,18 +947,104 @@ EXAMPLES: dict[str, Example] = {
         lambda: pixels(16) | {"noise": torch.rand(3, 4, generator=torch.Generator().manual_seed(5))}, {},
     ),
     "vit_msn": _sees(transformers.ViTMSNConfig),
+    "vivit": Example(
+        "Encoders", transformers.VivitForVideoClassification,
+        partial(transformers.VivitConfig, **VISION, num_frames=4, tubelet_size=[2, 8, 8], num_labels=3),
+        partial(frames, 4), CLASSES,
+    ),
+    "vjepa2": Example(
+        "Encoders", transformers.VJEPA2ForVideoClassification,
+        partial(
+            transformers.VJEPA2Config, **VISION | dict(hidden_size=48), crop_size=16, frames_per_clip=2, tubelet_size=1,
+            num_pooler_layers=1, num_labels=3, pred_hidden_size=24, pred_num_attention_heads=2,
+            pred_num_hidden_layers=1,
+        ),
+        lambda: {"pixel_values_videos": frames(2)["pixel_values"]}, CLASSES,
+    ),
+    "yolos": Example(
+        "Encoders", AutoModel, partial(transformers.YolosConfig, **VISION | dict(image_size=[16, 16])),
+        partial(pixels, 16), None, "last_hidden_state",
+    ),
     "data2vec-audio": _hears(transformers.Data2VecAudioConfig),
     "hubert": _hears(transformers.HubertConfig),
+    "sew": _hears(transformers.SEWConfig, layerdrop=0.0),
     "unispeech": _hears(transformers.UniSpeechConfig),
     "unispeech-sat": _hears(transformers.UniSpeechSatConfig),
     "wav2vec2": _hears(transformers.Wav2Vec2Config),
+    "wav2vec2-bert": Example(
+        "Encoders", AutoModelForAudioClassification,
+        partial(transformers.Wav2Vec2BertConfig, **CONFORMER_SIZES, feature_projection_input_dim=8, num_labels=3),
+        heard, CLASSES,
+    ),
+    "wav2vec2-conformer": _hears(
+        transformers.Wav2Vec2ConformerConfig, position_embeddings_type="rotary", conv_depthwise_kernel_size=3,
+        layerdrop=0.0,
+    ),
+    "wavlm": _hears(transformers.WavLMConfig, num_buckets=8, max_bucket_distance=16, layerdrop=0.0),
+    "parakeet_ctc": Example(
+        "Encoders", transformers.ParakeetForCTC,
+        lambda: transformers.ParakeetCTCConfig(vocab_size=9, pad_token_id=8, encoder_config=PARAKEET),
+        heard, {"labels": CALLED},
+    ),
+    "parakeet_tdt": Example(
+        "Encoders", transformers.ParakeetForTDT,
+        lambda: transformers.ParakeetTDTConfig(
+            vocab_size=9, pad_token_id=0, encoder_config=PARAKEET, decoder_hidden_size=16, num_decoder_layers=1,
+            blank_token_id=8, durations=[0, 1],
+        ),
+        lambda: heard() | {"decoder_input_ids": nn.functional.pad(CALLED, (1, 0), value=8)}, {"labels": CALLED},
+    ),
+    "aimv2": dataclasses.replace(_matches(transformers.Aimv2Config), labels=None),
+    "align": Example(
+        "Fusion of texts and images", AutoModel,
+        lambda: transformers.AlignConfig(text_config=TEXT, vision_config=SMALL_EFFICIENTNET, projection_dim=8),
+        lambda: words() | pixels(32), {"return_loss": True}, "text_embeds",
+    ),
     "altclip": _matches(transformers.AltCLIPConfig, dict(project_dim=16, pad_token_id=0)),
     "chinese_clip": _matches(transformers.ChineseCLIPConfig),
+    "clap": Example(
+        "Fusion of texts and images", AutoModel,
+        lambda: transformers.ClapConfig(
+            text_config=TEXT | dict(projection_dim=16), projection_dim=16,
+            audio_config=dict(
+                window_size=2, num_mel_bins=8, spec_size=16, num_classes=3, hidden_size=16, depths=[1, 1],
+                num_attention_heads=[2, 2], num_hidden_layers=2, patch_embeds_hidden_size=8, projection_dim=16,
+            ),
+        ),
+        lambda: words() | {"input_features": pixels(8)["pixel_values"][:, :1]}, {"return_loss": True}, "text_embeds",
+    ),
     "clip": _matches(transformers.CLIPConfig, dict(eos_token_id=98)),
     "metaclip_2": _matches(transformers.MetaClip2Config, dict(eos_token_id=98)),
     "owlv2": _matches(transformers.Owlv2Config),
     "owlvit": _matches(transformers.OwlViTConfig),
     "siglip": _matches(transformers.SiglipConfig, dict(projection_size=32)),
+    "modernvbert": Example(
+        "Fusion of texts and images", transformers.ModernVBertForSequenceClassification,
+        lambda: transformers.ModernVBertConfig(
+            text_config=TEXT | ENDS, vision_config=VISION, pixel_shuffle_factor=2, image_token_id=IMAGE_TOKEN,
+            num_labels=3,
+        ),
+        lambda: pictured_words(1) | {"pixel_values": pixels(16)["pixel_values"][:, None]}, CLASSES,
+    ),
+    "vision-text-dual-encoder": Example(
+        "Fusion of texts and images", transformers.VisionTextDualEncoderModel,
+        lambda: transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+            transformers.ViTConfig(**VISION), transformers.BertConfig(**TEXT), projection_dim=16
+        ),
+        lambda: words() | pixels(16), {"return_loss": True}, "text_embeds",
+    ),
+    "xclip": Example(
+        "Fusion of texts and images", AutoModel,
+        lambda: transformers.XCLIPConfig(
+            text_config=TEXT | ENDS,
+            vision_config=VISION | dict(
+                num_frames=2, mit_hidden_size=16, mit_intermediate_size=24, mit_num_hidden_layers=3,
+                mit_num_attention_heads=2,
+            ),
+            projection_dim=16, prompt_num_attention_heads=2,
+        ),
+        lambda: words() | frames(2), {"return_loss": True}, "logits_per_video",
+    ),
     "flava": Example(
         "Fusion of texts and images", AutoModel,
         lambda: transformers.FlavaConfig(
@@ -883,6 +1099,10 @@ EXAMPLES: dict[str, Example] = {
         lambda: words() | pixels(16), {"labels": torch.tensor([0, 1, 0])},
     ),
     "t5": _translates(transformers.T5Config, **T5, feed_forward_proj="relu"),
+    "longt5": _translates(
+        transformers.LongT5Config, **T5, encoder_attention_type="transient-global", local_radius=3,
+        global_block_size=2,
+    ),
     "mt5": _translates(transformers.MT5Config, **T5),
     "umt5": _translates(transformers.UMT5Config, **T5),
     "switch_transformers": _translates(
@@ -890,6 +1110,7 @@ EXAMPLES: dict[str, Example] = {
         num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, expert_capacity=8,
     ),
     "bart": _translates(transformers.BartConfig),
+    "bigbird_pegasus": _translates(transformers.BigBirdPegasusConfig, **SEQ2SEQ, attention_type="original_full"),
     "blenderbot": _translates(transformers.BlenderbotConfig),
     "blenderbot-small": _translates(transformers.BlenderbotSmallConfig),
     "led": _translates(
@@ -904,8 +1125,20 @@ EXAMPLES: dict[str, Example] = {
         expert_capacity=8,
     ),
     "pegasus": _translates(transformers.PegasusConfig),
+    "pegasus_x": _translates(transformers.PegasusXConfig, **SEQ2SEQ, num_global_tokens=2, block_size=4),
     "plbart": _translates(transformers.PLBartConfig),
     "m2m_100": _translates(transformers.M2M100Config),
+    "seamless_m4t": _interprets(transformers.SeamlessM4TConfig, transformers.SeamlessM4TForTextToText, sources),
+    "seamless_m4t_v2": _interprets(  # in which convolutions read padding
+        transformers.SeamlessM4Tv2Config, transformers.SeamlessM4Tv2ForSpeechToText,
+        lambda: {"input_features": heard()["input_features"], "decoder_input_ids": answers()},
+    ),
+    "udop": Example(
+        "Encoder-decoders", transformers.UdopForConditionalGeneration,
+        partial(transformers.UdopConfig, **T5, max_2d_position_embeddings=64, image_size=16, patch_size=8),
+        lambda: sources() | {"bbox": boxed_words()["bbox"] / 64}, {"labels": answers()}, task="SEQ_2_SEQ_LM",
+        checkpoints=False,
+    ),
     "t5gemma": Example(
         "Encoder-decoders", AutoModelForSeq2SeqLM,
         lambda: transformers.T5GemmaConfig(encoder=GEMMA, decoder=GEMMA, vocab_size=99, eos_token_id=None),
@@ -949,6 +1182,45 @@ EXAMPLES: dict[str, Example] = {
             decoder_start_token_id=2, pad_token_id=0,
         ),
         lambda: pixels(16) | {"decoder_input_ids": answers()}, {"labels": answers()},
+    ),
+    "speech-encoder-decoder": Example(
+        "Encoder-decoders", transformers.SpeechEncoderDecoderModel,
+        lambda: transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(
+            _hears(transformers.Wav2Vec2Config, layerdrop=0.0).config(), transformers.MBartConfig(**SEQ2SEQ),
+            decoder_start_token_id=2, pad_token_id=0,
+        ),
+        lambda: waves() | {"decoder_input_ids": answers()}, {"labels": answers()},
+    ),
+    "encoder-decoder": Example(
+        "Encoder-decoders", transformers.EncoderDecoderModel,
+        lambda: transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+            transformers.BertConfig(**TEXT), transformers.BartConfig(**SEQ2SEQ), decoder_start_token_id=2,
+            pad_token_id=0,
+        ),
+        sources, {"labels": answers()},
+    ),
+    "speecht5": Example(
+        "Encoder-decoders", transformers.SpeechT5ForSpeechToText,
+        lambda: transformers.SpeechT5Config(
+            **{k: v for k, v in SEQ2SEQ.items() if k not in ("d_model", "max_position_embeddings")}, hidden_size=32,
+            conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, max_text_positions=40,
+            max_speech_positions=80, encoder_layerdrop=0.0, decoder_layerdrop=0.0, apply_spec_augment=False,
+        ),
+        lambda: waves() | {"decoder_input_ids": answers()}, {"labels": answers()},
+    ),
+    "canary": _transcribes(
+        lambda: transformers.CanaryConfig(
+            encoder_config=PARAKEET, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+            decoder_start_token_id=2,
+            decoder_config=LISTENER | dict(vocab_size=99, bos_token_id=1, eos_token_id=None, head_dim=8),
+        )
+    ),
+    "cohere_asr": _transcribes(
+        lambda: transformers.CohereAsrConfig(
+            encoder_config=PARAKEET, **LISTENER, vocab_size=99, bos_token_id=1, eos_token_id=None,
+            decoder_start_token_id=2, head_dim=8,
+        )
     ),
     "moonshine": Example(
         "Encoder-decoders", AutoModelForSpeechSeq2Seq,
@@ -1015,15 +1287,18 @@ def logits(model: nn.Module, model_type: str, inputs: dict | None = None) -> tor
 
 def cache_of(model: nn.Module, inputs: dict) -> Cache:
     """What a forward leaves in the KV cache; in one of ours if the outputs have none (RecurrentGemma)."""
-    # to ask again for what is the default is an error in the encoder of Switch Transformers
-    asked = {} if getattr(model.config, "use_cache", False) else {"use_cache": True}
-    outputs = model(**inputs, **asked)
+    outputs = model(**inputs, **asking(model))
     outputs = getattr(outputs, "language_model_outputs", outputs)
     if "past_key_values" in outputs:
         return outputs.past_key_values
     cache = DynamicCache(config=model.config)
     model(**inputs, use_cache=True, past_key_values=cache)
     return cache
+
+
+def asking(model: nn.Module) -> dict[str, bool]:
+    """For a cache; to ask again for what is the default is an error in the encoder of Switch Transformers."""
+    return {} if getattr(model.config, "use_cache", False) else {"use_cache": True}
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -1051,7 +1326,7 @@ def skipping(model_type: str) -> None:
     whole = logits(base, model_type)
     for index in dropped:
         attention = base.get_submodule(layers[index].attention)
-        if model_type in EXAMPLES or layers[index].row.core:  # it may do more than add to the residual stream
+        if layers[index].row.core:  # the attention adds its input itself
             *_, projection = (m for m in attention.modules() if isinstance(m, nn.Linear))
             projection.register_forward_hook(lambda m, args, output: torch.zeros_like(output))
         else:
@@ -1099,8 +1374,20 @@ def generation(model_type: str) -> None:
         settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=SPECIAL)
         expected = model.generate(**inputs, use_cache=False, **settings)
         assert torch.equal(model.generate(**inputs, **settings), expected)
+        if "decoder_input_ids" in tiny_inputs(model_type):
+            read_in_two(model, model_type)
         if isinstance(model, PeftModel):
             model = model.merge_and_unload()
+
+
+def read_in_two(model: nn.Module, model_type: str) -> None:
+    """A decoder that goes on from its cache gives what it gives at once."""
+    whole, inputs = logits(model, model_type), tiny_inputs(model_type)
+    ids = inputs.pop("decoder_input_ids")
+    with torch.no_grad():
+        cache = model(**inputs, decoder_input_ids=ids[:, :2], **asking(model)).past_key_values
+        rest = model(**inputs, decoder_input_ids=ids[:, 2:], past_key_values=cache, **asking(model)).logits
+    assert_close(rest, whole[:, 2:])
 
 
 def training(model_type: str) -> None:
@@ -1188,12 +1475,13 @@ def sizes(model_type: str) -> None:
 
 
 def images(model_type: str) -> None:
-    """The image is part of the prompt: another one changes what a skipped layer is told, and the answer."""
-    if model_type not in IMAGES:
+    """The image, or the sound, is part of the prompt: another one changes what a skipped layer is told."""
+    if model_type not in IMAGES | SOUNDS:
         return
     model = adapted(model_type)
     inputs = tiny_inputs(model_type)
-    name = next(name for name in inputs if "pixel_values" in name or "patches" in name)
+    seen = ("pixel_values", "patches", "input_features", "input_values")
+    name = next(name for name in inputs if any(part in name for part in seen))
     other = inputs | {name: inputs[name].roll(len(inputs[name]) // 3, 0)}
     told = []
     for given in (inputs, other):
@@ -1208,7 +1496,7 @@ def padding(model_type: str) -> None:
     if (
         model_type not in EXAMPLES
         or "attention_mask" not in inputs
-        or EXAMPLES[model_type].output == "logits_per_image"
+        or EXAMPLES[model_type].output.startswith("logits_per_")
     ):
         return
     mask = inputs["attention_mask"]
@@ -1218,7 +1506,7 @@ def padding(model_type: str) -> None:
     assert length < mask.shape[1]
     alone |= {
         name: alone[name][:, :length]
-        for name in ("input_ids", "attention_mask", "bbox", "flattened_patches")
+        for name in ("input_ids", "attention_mask", "bbox", "flattened_patches", "input_features")
         if name in alone
     }
     model = adapted(model_type)
@@ -1236,7 +1524,7 @@ def whole_models() -> list[str]:
     """Families of this version of transformers that are models of their own; the others are decoders of these."""
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     known -= {"trocr"}  # which is nothing without an encoder
-    known |= EXAMPLES.keys() & CONFIG_MAPPING.keys()
+    known |= (EXAMPLES | SOUNDS).keys() & CONFIG_MAPPING.keys()
     return [model_type for model_type in FAMILIES if model_type in known]
 
 
@@ -1249,7 +1537,7 @@ def applies(name: str, model_type: str) -> bool:
     """Whether there is something to check."""
     if name == "padding":
         return model_type in EXAMPLES and "attention_mask" in tiny_inputs(model_type)
-    return (name != "images" or model_type in IMAGES) and (name != "generation" or generates(model_type))
+    return (name != "images" or model_type in IMAGES | SOUNDS) and (name != "generation" or generates(model_type))
 
 
 def run(model_type: str, checks: dict[str, Callable[[str], None]] = CHECKS) -> dict[str, str]:
@@ -1271,6 +1559,8 @@ def kind(model_type: str) -> str:
     """The section of the page that a family belongs to."""
     if model_type in EXAMPLES:
         return EXAMPLES[model_type].section
+    if model_type in SOUNDS:
+        return "Audio-language models"
     if FAMILIES[model_type].decoder is not None or model_type in IMAGES:
         return "Vision-language models"
     if any("experts" in name for name in FAMILIES[model_type].ffn_inputs):
@@ -1291,19 +1581,22 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "A family that is not here: see [Families](usage.md#families).",
         "",
         "Of models that have layers without attention, the attentions of the others are skipped; of vision-language",
-        "models, those of the language model. Left alone are the first attention of each list of T5 and its kin, which",
-        "has the relative positions of all; the first self-attention of decoders with cross-attentions, which says how",
-        "long the KV cache is, and those of GLM-MoE-DSA, MiniMax and RecurrentGemma; the attentions of Gemma 3n and",
-        "Gemma 4 that share keys and values with others; in Zamba, the first with each set of weights; in Nemotron-H,",
-        "attentions that no FFN follows; in ERNIE 4.5 VL, those of layers without shared experts; the cross-attentions",
-        "of IDEFICS; the vision towers of BridgeTower, Florence-2 and vision-encoder-decoders.",
+        "and audio-language models, those of the language model. Left alone are the first attention of each list of",
+        "T5 and its kin, which has the relative positions of all; the first self-attention of decoders with",
+        "cross-attentions, which says how long the KV cache is, and those of GLM-MoE-DSA, MiniMax and RecurrentGemma;",
+        "the attentions of Gemma 3n and Gemma 4 that share keys and values with others; in Zamba, the first with each",
+        "set of weights; in Nemotron-H, attentions that no FFN follows; in ERNIE 4.5 VL, those of layers without",
+        "shared experts; the cross-attentions of IDEFICS; the first of WavLM, which has the relative positions of",
+        "all; the vision towers of ALIGN, BridgeTower, Florence-2, ModernVBERT and vision-text-dual-encoders, and the",
+        "audio tower of CLAP; the encoders of BigBird-Pegasus, Pegasus-X, LongT5 with local attentions, and of models",
+        "that are an encoder and a decoder of other families.",
         "",
         "Kosmos-2 and 2.5 are tried without padding, which they count as tokens where there is a KV cache; FastVLM",
         "without images and its own vision tower, which needs timm; DeepSeek-OCR 2 without images, which are at least",
         "145 tokens each.",
     ]
     failures = []
-    sections = ["Decoders", "Mixtures of experts", "Vision-language models"]
+    sections = ["Decoders", "Mixtures of experts", "Vision-language models", "Audio-language models"]
     sections += dict.fromkeys(example.section for example in EXAMPLES.values())
     for section in sections:
         rows = {model_type: result for model_type, result in results.items() if kind(model_type) == section}

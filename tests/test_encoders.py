@@ -246,6 +246,13 @@ def test_encoders_as_decoders_are_refused():
             get_peft_model(model, EASConfig())
 
 
+def test_attentions_whose_adapter_could_not_be_folded_have_none():
+    """DeBERTa-v2's project positions, too: skipped as others are, the first included."""
+    model = matrix.adapted("deberta-v2", skip_layers=[0, 2])
+    adapted = {name.split(".eas_")[0] for name, _ in model.named_parameters() if ".eas_" in name}
+    assert sorted(adapted) == [f"base_model.model.deberta.encoder.layer.{i}.intermediate" for i in (0, 2)]
+
+
 def test_contexts_of_encoders_are_not_frozen():
     with pytest.raises(ValueError, match="propagation='none'"):
         matrix.adapted("bart").freeze_context([])
