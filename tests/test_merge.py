@@ -207,6 +207,14 @@ def test_merging_before_a_set_is_chosen_warns():
         model.merge_and_unload()
 
 
+def test_merging_again_gives_the_merged_model():
+    model, inputs = adapted(), tiny.inputs("llama")
+    merged = model.merge_and_unload()
+    expected = merged(**inputs).logits
+    assert model.merge_and_unload() is model.unload() is merged
+    assert torch.equal(merged(**inputs).logits, expected)
+
+
 def test_merge_of_a_named_adapter():
     inputs = tiny.inputs("llama")
     model = adapted()
