@@ -227,6 +227,9 @@ def _train(args: argparse.Namespace) -> None:
         router=args.router,
         task_type="CAUSAL_LM",
     )
+    for_search = [name for name in ("search_data", "search_steps", "warm_start") if getattr(args, name) is not None]
+    if args.skip_layers and for_search:
+        raise UsageError(f"`--skip-layers` names the set, but `--{for_search[0].replace('_', '-')}` is for a search.")
     tokenizer = _load_tokenizer(args.model)
     given = {name: getattr(args, name) for name in ("data", "search_data", "eval_data") if getattr(args, name)}
     data = {name: _examples(value, tokenizer, args.max_length) for name, value in given.items()}
@@ -392,7 +395,7 @@ def _about_adapter(folder: Path) -> dict[str, Any]:
     if config.peft_type != EASType.EAS:
         raise UsageError(f"{folder} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
     sizes, gates = _tensors(folder)
-    indices = [_layer_of(name) for name in gates]
+    indices = sorted(map(_layer_of, gates))
     by_name = len(set(indices)) < len(indices)
     skip = [name.removesuffix(".eas_skip") if by_name else _layer_of(name) for name, gate in gates.items() if gate]
     about = {
@@ -488,6 +491,7 @@ def _examples(
     """Tokenised examples, with labels that are -100 for the prompt; the longest are cut at the end."""
     try:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise UsageError("reading data needs the package `datasets`: pip install 'peft_eas[cli]'.") from None
     kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -497,7 +501,10 @@ def _examples(
     if path.is_file():
         if path.suffix not in kinds:
             raise UsageError(f"{data} is no {', '.join(kinds)} file.")
-        rows = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        try:
+            rows = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        except (DatasetsError, StopIteration) as error:  # the latter for an empty file
+            raise UsageError(f"{data} can't be read: {error.__cause__ or 'it is empty'}") from None
     else:
         rows = load_dataset(data, split="train")
     columns = set(rows.column_names)
@@ -505,9 +512,13 @@ def _examples(
         raise UsageError(f"{data} has the columns {sorted(columns)}, but needs `prompt` and `completion`, or `text`.")
     if not len(rows):
         raise UsageError(f"{data} has no rows.")
+    names = ("prompt", "completion") if {"prompt", "completion"} <= columns else ("text",)
     examples = []
-    for row in rows if count is None else rows.select(range(min(count, len(rows)))):
-        if "completion" in row and "prompt" in row:
+    for number, row in enumerate(rows if count is None else rows.select(range(min(count, len(rows)))), start=1):
+        for name in names:
+            if not isinstance(row[name], str):
+                raise UsageError(f"{data}: `{name}` of row {number} is no text, but {str(row[name])[:60]!r}.")
+        if len(names) == 2:
             prompt = tokenizer(row["prompt"]).input_ids
             answer = tokenizer(row["completion"], add_special_tokens=False).input_ids
         else:
@@ -557,16 +568,18 @@ def _layer_of(name: str) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
+    return int(text)
 
 
 def _num_skip(text: str) -> int | float | str:
     if text == "auto":
         return text
-    return float(text) if "." in text or "e" in text.lower() else int(text)
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a count, a fraction, or auto, got {text}") from None
 
 
 if __name__ == "__main__":

@@ -806,7 +806,13 @@ def _get(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def _row(model: nn.Module) -> Family:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if hasattr(config, "eas"):
+        raise ValueError(
+            f"{type(model).__name__} was merged by peft_eas already, and can't get EAS again: use the base model, or "
+            "train another adapter, such as LoRA, on the merged one."
+        )
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     raise ValueError(

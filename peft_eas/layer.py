@@ -634,7 +634,7 @@ def inputs_of(module: nn.Module, arm: Arm, is_ffn: bool) -> tuple[tuple[str, ...
     """Names of what reads the input of an attention or a FFN, and the size of that input; `(), 0` if it has no adapter.
 
     Raises:
-        ValueError: if it has none of what the family's row names.
+        ValueError: if it has none of what the family's row names, or another tuner's adapter on some of it.
     """
     named = arm.row.ffn_inputs if is_ffn else arm.row.attention_inputs
     if not named:
@@ -646,6 +646,12 @@ def inputs_of(module: nn.Module, arm: Arm, is_ffn: bool) -> tuple[tuple[str, ...
             f"{type(module).__name__} of layer {arm.index} has none of {', '.join(named)}, which the family's row "
             "names as what reads its input."
         )
+    for name in names:
+        if isinstance(_get(module, name), BaseTunerLayer):
+            raise ValueError(
+                f"{name} of layer {arm.index} has an adapter of another kind ({type(_get(module, name)).__module__}), "
+                "which folding would lose: merge or unload that one first."
+            )
     return names, _in_features(_get(module, names[0]), arm.row.stacked_axis)
 
 

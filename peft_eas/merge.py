@@ -120,6 +120,7 @@ def _change_config(model: PreTrainedModel, eas: dict) -> None:
     old = model.config
     new = copy.deepcopy(old)
     new.__class__ = modeling_eas.eas_class(type(model).config_class)
+    new.model_type = type(new).model_type  # one that was read from a file has it in the instance, too
     new.eas = eas
     text, skip = new.get_text_config(decoder=True), modeling_eas.skipped(eas)
     is_decoder = not eas["by_name"] and eas["attentions"][0]["pools"] == "prompt"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -303,6 +304,15 @@ class EASModel(BaseTuner):
         print(moved)
         return moved
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:  # PEFT would ignore it
+            raise ValueError(
+                "`adapter_names`: the rows of a batch can't go through different EAS adapters, since each skips "
+                "attentions of its own. Choose one by `set_adapter`."
+            )
+        yield
+
     # Merging ----------------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -361,6 +371,8 @@ class EASModel(BaseTuner):
         adapter_names: list[str] | None = None,
         requantize: bool = False,
     ) -> nn.Module:
+        if not any(isinstance(module, EASLayer) for module in self.model.modules()):
+            return self.model  # merged or unloaded before
         plan = requantiser = None
         if merge:  # refuses before anything is changed
             names = self.active_adapters if adapter_names is None else adapter_names

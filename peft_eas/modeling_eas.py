@@ -55,11 +55,12 @@ class _Local(threading.local):
 
 
 class _Generation:
-    """One call of `generate`: how many tokens its prompt has, and whether its first forward has been."""
+    """One call of `generate`: how many tokens its prompt has, and whether its first forward has been, in this call or,
+    for an assistant, which is called again and again, in an earlier one."""
 
-    def __init__(self, prompt_length: int) -> None:
+    def __init__(self, prompt_length: int, is_assistant: bool) -> None:
         self.prompt_length = prompt_length
-        self.started = False
+        self.started = is_assistant
 
 
 _local = _Local()
@@ -93,8 +94,9 @@ def generation(args: tuple, kwargs: dict) -> Iterator[None]:
     given = kwargs.get("inputs_embeds")
     if given is None:
         given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    is_assistant = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
     before = _local.generations
-    _local.generations = (*before, _Generation(1 if given is None else given.shape[1]))
+    _local.generations = (*before, _Generation(1 if given is None else given.shape[1], is_assistant))
     try:
         yield
     finally:
@@ -179,8 +181,7 @@ class PromptBoundary:
             return
         # Inside of `generate`, several tokens after the first forward are drafts to be verified; so are those of an
         # assistant, whose own `generate` runs inside of another.
-        generations = _local.generations
-        are_drafts = len(generations) > 1 or (generations and generations[0].started)
+        are_drafts = _local.generations and _local.generations[-1].started
         if length > 1 and not are_drafts:
             raise ValueError(
                 f"{_SUBJECT} was read already by this KV cache, and {length} more tokens come at once. If they belong "

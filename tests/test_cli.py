@@ -194,15 +194,31 @@ def test_inspect(base, adapter, tmp_path, capsys):
         assert [i for i, mark in enumerate(drawn) if mark == "."] == about["skip_layers"]
 
 
+def test_inspect_lists_layers_in_order(tmp_path, capsys):
+    base = tiny.model("llama", changes=dict(num_hidden_layers=11))
+    get_peft_model(base, EASConfig(skip_layers=[2, 10])).save_pretrained(tmp_path)
+    about = json.loads(_said(capsys, "inspect", tmp_path, "--json"))
+    assert (about["skip_layers"], about["attentions"]) == ([2, 10], list(range(11)))
+
+
 def test_what_the_user_can_put_right_is_said_in_one_line(base, data, adapter, tmp_path, capsys):
     assert "There is no file" in fails(capsys, "score", base, tmp_path / "none.jsonl")
     assert "none" in fails(capsys, "score", tmp_path / "none", data)
     (tmp_path / "odd.jsonl").write_text('{"question": "w1"}\n')
     assert "has the columns ['question']" in fails(capsys, "score", base, tmp_path / "odd.jsonl")
+    for odd, said in (
+        ("", "it is empty"),
+        ('{"text": "w1"}\n{"text"', "JSON"),
+        ('{"text": "w1"}\n{"text": null}\n', "`text` of row 2 is no text, but 'None'"),
+        ('{"prompt": "w1", "completion": 1}\n', "`completion` of row 1 is no text, but '1'"),
+    ):
+        (tmp_path / "odd.jsonl").write_text(odd)
+        assert said in fails(capsys, "score", base, tmp_path / "odd.jsonl")
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     train = ["train", base, tmp_path / "text.jsonl", "--output_dir", tmp_path / "out"]
     assert "without a prompt" in fails(capsys, *train)
     assert "`max_loss_increase`" in fails(capsys, *train, "--num-skip", "auto")
+    assert "`--warm-start` is for a search" in fails(capsys, *train, "--skip-layers", "1", "--warm-start", "loss")
     assert "['--no_such_option', '1']" in fails(capsys, *train, "--no_such_option", "1")
     assert "adapter_config.json" in fails(capsys, "merge", tmp_path / "none", tmp_path / "out")
     assert "There is no folder" in fails(capsys, "inspect", tmp_path / "none")

@@ -73,6 +73,8 @@ def test_assisted_decoding(state):
     inputs = tiny.inputs("llama", rows=1)
     expected = generate(model, inputs, use_cache=False)
     assert torch.equal(generate(model, inputs, assistant_model=assistant), expected)
+    base = tiny.model("llama")  # the other way round, with a model that knows nothing of prompts
+    assert torch.equal(generate(base, inputs, assistant_model=model), generate(base, inputs))
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -185,6 +185,15 @@ def test_the_configuration_of_other_models_is_left_alone():
     assert {type(m.config).__name__ for m in merged.modules() if hasattr(m, "config")} == {"EASLlamaConfig"}
 
 
+def test_a_merged_model_says_what_it_is_and_gets_no_eas_again(tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)  # with a `model_type` of its own in the configuration
+    merged = adapted(base=base).merge_and_unload()
+    assert merged.config.model_type == "eas_llama"
+    with pytest.raises(ValueError, match="EASLlamaForCausalLM was merged by peft_eas already"):
+        get_peft_model(merged, EASConfig(skip_layers=[1]))
+
+
 def test_nothing_to_strip_gives_the_base_class():
     merged = get_peft_model(tiny.model("llama"), EASConfig(skip_layers=[], use_bias=False)).merge_and_unload()
     assert type(merged).__name__ == "LlamaForCausalLM"
@@ -196,6 +205,14 @@ def test_merging_before_a_set_is_chosen_warns():
     assert model.skip_layers == []
     with pytest.warns(UserWarning, match="no set has been chosen"):
         model.merge_and_unload()
+
+
+def test_merging_again_gives_the_merged_model():
+    model, inputs = adapted(), tiny.inputs("llama")
+    merged = model.merge_and_unload()
+    expected = merged(**inputs).logits
+    assert model.merge_and_unload() is model.unload() is merged
+    assert torch.equal(merged(**inputs).logits, expected)
 
 
 def test_merge_of_a_named_adapter():

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import (
+    LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -105,6 +106,17 @@ def test_adapters_are_not_combined():
         model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="can't be combined"):
         model.merge_and_unload(adapter_names=["default", "other"])
+    inputs = tiny.inputs("llama", rows=2)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="rows of a batch"):
+            call(**inputs, adapter_names=["default", "other"])
+
+
+@pytest.mark.parametrize("target", ["q_proj", "up_proj"])
+def test_linears_with_another_tuners_adapter_are_refused(target):
+    base = get_peft_model(tiny.model("llama"), LoraConfig(target_modules=[target])).base_model.model
+    with pytest.raises(ValueError, match=rf"{target} of layer 0 has an adapter of another kind \(peft.tuners.lora"):
+        get_peft_model(base, EASConfig(skip_layers=[0]))
 
 
 def test_trainable_parameters_are_those_in_use():
