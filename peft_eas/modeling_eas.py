@@ -151,7 +151,10 @@ class PromptBoundary:
             return None
         mask = _not_padding(inputs.get("attention_mask"), batch, length, tokens.device)
         if _is_packed(inputs, mask):
-            raise ValueError(f"{_SUBJECT} can't be told from its neighbours in a packed row. {_WAYS_OUT}")
+            raise ValueError(
+                f"{_SUBJECT} can't be told from its neighbours in a packed row. Ways out: rows that are not packed; or "
+                "a model with `propagation='none'` and `router='static'`."
+            )
         if explicit is not None:
             return _checked(explicit.to(mask.device).bool() & mask)
         labels = inputs.get("labels") if self.generative else None
