@@ -377,6 +377,8 @@ class EASModel(BaseTuner):
         if merge:  # refuses before anything is changed
             names = self.active_adapters if adapter_names is None else adapter_names
             check_single(names)
+            if not names or names[0] not in self.peft_config:
+                raise ValueError(f"There is no adapter {list(names)} to merge: name one of {list(self.peft_config)}.")
             all_wrappers = self._prepare_merge(names, safe_merge)
             if requantize:
                 requantiser = Requantiser(self.model)

@@ -55,12 +55,21 @@ class _Local(threading.local):
 
 
 class _Generation:
-    """One call of `generate`: how many tokens its prompt has, and whether its first forward has been, in this call or,
-    for an assistant, which is called again and again, in an earlier one."""
+    """One call of `generate`.
 
-    def __init__(self, prompt_length: int, is_assistant: bool) -> None:
+    Args:
+        prompt_length: How many tokens its prompt has.
+        is_assistant: Whether it is one of many that draft for another `generate`.
+        is_guided: Whether a second sequence is read beside, for classifier-free guidance.
+
+    Attributes:
+        started: Whether the first forward has been, in this call or, for an assistant, in an earlier one.
+    """
+
+    def __init__(self, prompt_length: int, is_assistant: bool, is_guided: bool) -> None:
         self.prompt_length = prompt_length
         self.started = is_assistant
+        self.is_guided = is_guided
 
 
 _local = _Local()
@@ -94,9 +103,15 @@ def generation(args: tuple, kwargs: dict) -> Iterator[None]:
     given = kwargs.get("inputs_embeds")
     if given is None:
         given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    is_assistant = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
+    config = kwargs.get("generation_config")
+    guidance = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
+    entered = _Generation(
+        prompt_length=1 if given is None else given.shape[1],
+        is_assistant=bool(getattr(config, "is_assistant", False)),
+        is_guided=guidance not in (None, 1),
+    )
     before = _local.generations
-    _local.generations = (*before, _Generation(1 if given is None else given.shape[1], is_assistant))
+    _local.generations = (*before, entered)
     try:
         yield
     finally:
@@ -167,13 +182,21 @@ class PromptBoundary:
                 f"taken for a prompt. {_WAYS_OUT}"
             )
         if _local.generations:
-            prompt_length = _local.generations[-1].prompt_length
-            if length < prompt_length:
+            generation = _local.generations[-1]
+            if generation.is_guided and not inputs.get("use_cache"):
                 raise ValueError(
-                    f"{_SUBJECT} must be read in one forward, but the first one has {length} of its {prompt_length} "
-                    f"tokens (chunked prefill, say): set `prefill_chunk_size=None`. {_WAYS_OUT}"
+                    f"{_SUBJECT} can't be told from the one that guides it (`guidance_scale`) without a KV cache: set "
+                    "`use_cache=True`."
                 )
-            mask = mask & (torch.arange(length, device=mask.device) < prompt_length)
+            if generation.is_guided and generation.started:
+                return mask  # all of the other sequence's, whose cache is made by this forward
+            if length < generation.prompt_length:
+                raise ValueError(
+                    f"{_SUBJECT} must be read in one forward, but the first one has {length} of its "
+                    f"{generation.prompt_length} tokens (chunked prefill, say): set `prefill_chunk_size=None`. "
+                    f"{_WAYS_OUT}"
+                )
+            mask = mask & (torch.arange(length, device=mask.device) < generation.prompt_length)
         return mask
 
     @staticmethod

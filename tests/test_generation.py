@@ -78,6 +78,31 @@ def test_assisted_decoding(state):
 
 
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("length", [None, 4, 20])
+@pytest.mark.parametrize("settings", [dict(), dict(router="prompt")], ids=str)
+def test_classifier_free_guidance(state, length, settings):
+    """Both sequences have a prompt of their own; by hand: without caches, and with masks."""
+    model = adapted("llama", [0, 3], state, **settings)
+    ids = tiny.inputs("llama", rows=1, padding=None)["input_ids"]
+    other = ids[:, -1:] if length is None else tiny.inputs("llama", rows=1, padding=None, seed=5)["input_ids"]
+    other = other.repeat(1, 3)[:, : length or 1]
+    negative = {} if length is None else dict(negative_prompt_ids=other)
+    actual = generate(model, dict(input_ids=ids), guidance_scale=1.5, **negative)
+    starts, sequences = [ids.shape[1], other.shape[1]], [ids, other]
+    for _ in range(9):
+        scores = []
+        for start, sequence in zip(starts, sequences, strict=True):
+            with torch.no_grad(), prompt_mask(torch.arange(sequence.shape[1])[None] < start):
+                scores.append(model(sequence).logits[:, -1].log_softmax(-1))
+        guided = scores[1] + 1.5 * (scores[0] - scores[1])
+        guided[:, tiny.IMAGE_TOKEN] = -torch.inf
+        sequences = [torch.cat([sequence, guided.argmax(-1)[:, None]], dim=1) for sequence in sequences]
+    assert torch.equal(actual, sequences[0])
+    with pytest.raises(ValueError, match="use_cache=True"):
+        generate(model, dict(input_ids=ids), guidance_scale=1.5, use_cache=False, **negative)
+
+
+@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_left_padded_row_gives_what_it_gives_alone(family, state):
     model, inputs = adapted(family, [0, 3], state), tiny.inputs(family)

@@ -215,6 +215,15 @@ def test_merging_again_gives_the_merged_model():
     assert torch.equal(merged(**inputs).logits, expected)
 
 
+@pytest.mark.parametrize("names", [["none"], []])
+def test_merge_of_no_adapter_is_refused(names):
+    model, inputs = adapted(), tiny.inputs("llama")
+    expected = model(**inputs).logits
+    with pytest.raises(ValueError, match=r"name one of \['default'\]"):
+        model.merge_and_unload(adapter_names=names)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
 def test_merge_of_a_named_adapter():
     inputs = tiny.inputs("llama")
     model = adapted()
