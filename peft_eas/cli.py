@@ -408,10 +408,11 @@ def _about_adapter(folder: Path) -> dict[str, Any]:
     }
     if (folder / REPORT).exists():
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        about["search"] = (
-            f"{len(report['rounds'])} rounds from step {report['warmup']} to {report['settle']}, "
-            f"{report['ignored']} candidates ignored; see {REPORT} and search.png"
-        )
+        if report["skip_layers"] == about["skip_layers"]:  # and not of an earlier training into this folder
+            about["search"] = (
+                f"{len(report['rounds'])} rounds from step {report['warmup']} to {report['settle']}, "
+                f"{report['ignored']} candidates ignored; see {REPORT} and search.png"
+            )
     return about
 
 
@@ -529,6 +530,12 @@ def _examples(
             examples.append({"input_ids": ids, "labels": ([-100] * len(prompt) + answer)[:max_length]})
     if not examples:
         raise UsageError(f"No prompt in {data} leaves room for its completion within {max_length} tokens.")
+    if len(examples) < number:
+        print(
+            f"{data}: {number - len(examples)} of {number} rows left out, whose prompts leave no room for a completion "
+            f"within {max_length} tokens.",
+            file=sys.stderr,
+        )
     return examples
 
 

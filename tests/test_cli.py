@@ -236,13 +236,25 @@ def test_what_the_user_can_put_right_is_said_in_one_line(base, data, adapter, tm
         assert stopped.value.code == 2
 
 
-def test_text_without_prompts_trains_without_propagation(base, tmp_path, capsys):
+def test_text_without_prompts_trains_without_propagation(base, adapter, tmp_path, capsys):
     (tmp_path / "text.csv").write_text("text\n" + "".join(f"w{i} w{2 * i} w{i + 1}\n" for i in range(12)))
     options = "--propagation none --skip-layers 1 4 --max_steps 2 --report_to none --use_cpu --learning_rate 0.002"
     command = ["train", str(base), str(tmp_path / "text.csv"), "--output_dir", str(tmp_path / "out")]
     assert cli.main([*command, *options.split()]) == 0
     assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out").skip_layers == [1, 4]
     assert not (tmp_path / "out" / "report.json").exists()
+    capsys.readouterr()
+    # that of an earlier training into the folder is not this one's
+    (tmp_path / "out" / "report.json").write_text((adapter / "report.json").read_text())
+    assert "search" not in json.loads(_said(capsys, "inspect", tmp_path / "out", "--json"))
+    assert "search" in json.loads(_said(capsys, "inspect", adapter, "--json"))
+
+
+def test_rows_that_are_left_out_are_counted(base, tmp_path, capsys):
+    rows = [{"prompt": "w1 " * n, "completion": "w2"} for n in (2, 9, 3, 12)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["score", str(base), str(tmp_path / "long.jsonl"), "--max-length", "6"]) == 0
+    assert "2 of 4 rows left out" in capsys.readouterr().err
 
 
 def test_help_has_examples(capsys):

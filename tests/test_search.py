@@ -618,8 +618,9 @@ def test_wrong_settings(wrong):
 def test_what_can_not_be_searched(tmp_path, caplog):
     with pytest.raises(ValueError, match="with an EAS adapter"):
         trainer(tmp_path, tiny.model("llama"), callbacks=[EASCallback()])
-    with pytest.raises(ValueError, match="not streamed"):
-        run(tmp_path, fresh(), dict(search_dataset=iter([1])))
+    for wrong in (iter([1]), {"a": dataset(4)}, "reviews.jsonl"):
+        with pytest.raises(ValueError, match=rf"with this {type(wrong).__name__}.*not streamed"):
+            run(tmp_path, fresh(), dict(search_dataset=wrong))
     with pytest.raises(ValueError, match="prepare it like the training set"):
         run(tmp_path, fresh(), dict(search_dataset=dataset(4).rename_columns({"input_ids": "a", "labels": "b"})))
     with pytest.raises(ValueError, match=r"no scores of layers \[3, 4, 5\]"):

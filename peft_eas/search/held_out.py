@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class HeldOut:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or not len(dataset):
+        is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not is_indexed or isinstance(dataset, (str, Mapping)) or not len(dataset):
             raise ValueError(
                 f"Candidates can't be scored with this {type(dataset).__name__}, which has no length, no index or no "
                 "example: give `EASCallback(search_dataset=...)` a dataset that is not streamed, a few hundred "
