@@ -182,21 +182,21 @@ class PromptBoundary:
                 f"taken for a prompt. {_WAYS_OUT}"
             )
         if _local.generations:
-            generation = _local.generations[-1]
-            if generation.is_guided and not inputs.get("use_cache"):
+            entered = _local.generations[-1]
+            if entered.is_guided and not inputs.get("use_cache"):
                 raise ValueError(
                     f"{_SUBJECT} can't be told from the one that guides it (`guidance_scale`) without a KV cache: set "
                     "`use_cache=True`."
                 )
-            if generation.is_guided and generation.started:
+            if entered.is_guided and entered.started:
                 return mask  # all of the other sequence's, whose cache is made by this forward
-            if length < generation.prompt_length:
+            if length < entered.prompt_length:
                 raise ValueError(
                     f"{_SUBJECT} must be read in one forward, but the first one has {length} of its "
-                    f"{generation.prompt_length} tokens (chunked prefill, say): set `prefill_chunk_size=None`. "
+                    f"{entered.prompt_length} tokens (chunked prefill, say): set `prefill_chunk_size=None`. "
                     f"{_WAYS_OUT}"
                 )
-            mask = mask & (torch.arange(length, device=mask.device) < generation.prompt_length)
+            mask = mask & (torch.arange(length, device=mask.device) < entered.prompt_length)
         return mask
 
     @staticmethod
