@@ -505,7 +505,8 @@ def _examples(
         try:
             rows = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
         except (DatasetsError, StopIteration) as error:  # the latter for an empty file
-            raise UsageError(f"{data} can't be read: {error.__cause__ or 'it is empty'}") from None
+            reason = error.__cause__ if path.stat().st_size else "it is empty"
+            raise UsageError(f"{data} can't be read: {reason or error}") from None
     else:
         rows = load_dataset(data, split="train")
     columns = set(rows.column_names)

@@ -331,7 +331,7 @@ _ROWS = (
     ),
     Family("afmoe", attention_inputs=(*SPLIT, "gate_proj"), output_norms=POST,
            ffn_inputs=(*GATED, "router.gate", "experts.gate_up_proj", *SHARED)),
-    Family("aria_text", ffn_inputs=("router", "experts.gate_up_proj", *SHARED), stacked_axis=-2),
+    Family("aria_text", ffn_inputs=("router", "experts.gate_up_proj|experts.fc1.weight", *SHARED), stacked_axis=-2),
     Family("beam", attention_inputs=(*SPLIT, "gate_proj"), output_norms=POST, ffn_inputs=GATED + ROUTED),
     Family("cohere2_moe", attention_norms=(), ffn_inputs=GATED + ROUTED + SHARED),
     Family("dbrx", layers="blocks", attention="norm_attn_norm.attn", attention_inputs=("Wqkv",),

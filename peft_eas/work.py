@@ -80,5 +80,6 @@ def on_meta(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _built(cls: type[PreTrainedModel], config: object, like: PreTrainedModel) -> PreTrainedModel:
-    with torch.device("meta"):  # other attentions look at the mask's values
-        return cls._from_config(config, dtype=like.dtype, attn_implementation="eager")
+    # other attentions look at the mask's values; other experts may run without values, and are not counted
+    with torch.device("meta"):
+        return cls._from_config(config, dtype=like.dtype, attn_implementation="eager", experts_implementation="eager")

@@ -348,7 +348,7 @@ PARTICULAR: dict[str, dict] = {
         num_filters=4, downsampling_ratios=[2, 2], depths=[1, 1, 1], vae_std=0.0
     ),
     "vibevoice_asr": dict(acoustic_tokenizer_chunk_size=8),
-    "vipllava": dict(vision_feature_layer=[-1, -2]),
+    "vipllava": dict(vision_feature_layer=[-1, -2], vision_feature_layers=[-1, -2]),  # its name depends on the version
     "voxtral_encoder": dict(intermediate_size=64),
     "youtu": MLA,
     "zamba": dict(
@@ -1333,7 +1333,7 @@ def skipping(model_type: str) -> None:
             attention.register_forward_hook(lambda m, args, output: _dropped(layers.family.adds_residual, args, output))
     expected = logits(base, model_type)
     model = get_peft_model(tiny_model(model_type), EASConfig(skip_layers=dropped)).eval()
-    assert_close(logits(model, model_type), expected, 1e-6)
+    assert_close(logits(model, model_type), expected, 1e-5)
     assert (expected - whole).abs().max() > 1e-3, "the attentions do nothing"
 
 

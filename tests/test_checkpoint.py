@@ -232,6 +232,7 @@ def test_another_tuner_on_top_has_the_base_models_defaults(config):
 
 
 def test_compiled(merged):
+    tiny.skip_unless_compiled()
     inputs = tiny.inputs("llama")
     expected = merged(**inputs).logits
     compiled = torch.compile(merged, fullgraph=True)  # inductor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -124,3 +125,11 @@ def shake(peft_model, seed: int = 2, scale: float = 0.1) -> None:
         for name, parameter in peft_model.named_parameters():
             if "eas_" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+
+
+def skip_unless_compiled() -> None:
+    """Skip a test of `torch.compile` where it can't compile the base model, either."""
+    try:
+        torch.compile(model("llama"), backend="eager", fullgraph=True)(**inputs("llama"))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        pytest.skip(f"torch {torch.__version__} can't compile the base model: {str(error)[:80]}")
