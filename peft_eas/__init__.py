@@ -15,6 +15,7 @@ from .families import FAMILIES, Attentions, Family, register_family
 from .model import EASModel
 from .modeling_eas import prompt_mask
 from .search import EASCallback, plot_search, score_attentions
+from .stand_in import initialize_eas_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "EASType",
     "Family",
     "export",
+    "initialize_eas_weights",
     "model_card",
     "plot_search",
     "prompt_mask",

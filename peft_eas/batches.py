@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .families import Attentions
+
 
 def inputs_of(batch: dict, device: torch.device) -> dict:
     """A batch as the arguments of a forward that keeps no cache."""
@@ -26,6 +28,25 @@ def kept_tokens(batch: dict, device: torch.device) -> torch.Tensor:
     mask = batch.get("attention_mask")
     given = batch["inputs_embeds"] if batch.get("input_ids") is None else batch["input_ids"]
     return torch.ones(given.shape[:2], dtype=torch.bool, device=device) if mask is None else mask.bool().to(device)
+
+
+def counted_tokens(batch: dict, row: Attentions, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """Which tokens of a stream of `shape (B, T)` say something of an attention of this kind, `(B, T)`.
+
+    Those that are no padding; of a causal attention, without the first of a sequence, which looks at itself alone.
+    """
+    masks = [batch.get("attention_mask")]
+    if row.stack == "decoder" and row.pools != "prompt":  # it has an encoder, and its tokens are the labels
+        labels = batch.get("labels")
+        masks = [batch.get("decoder_attention_mask"), None if labels is None else labels != -100]
+    fitting = [m for m in masks if isinstance(m, torch.Tensor) and m.shape == shape]
+    kept = fitting[0].bool().to(device) if fitting else torch.ones(shape, dtype=torch.bool, device=device)
+    if row.context or row.pools == "attended":
+        return kept
+    positions = batch.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.shape == shape:
+        return kept & (positions.to(device) > 0)
+    return kept & (kept.cumsum(dim=1) > 1)
 
 
 @contextmanager

@@ -45,6 +45,9 @@ class EASConfig(PeftConfig):
         router (`"static"` or `"prompt"`): Weights of the two up-projection branches: learned constants, or the paper's
             function of the prompt. Only `"static"` folds into the weights.
         propagation (`"prompt"` or `"none"`): Whether a PIA adds the mean of the prompt's tokens (the paper's) or not.
+        stand_in (`"mean"` or `"zero"`): What a skipped attention leaves: a vector for each, which is trained, and which
+            an `EASCallback` or `initialize_eas_weights` starts at the mean of what the attention added to the residual
+            stream; or nothing.
         temperature (`float`): Temperature of the softmax of `router="prompt"`.
         dropout (`float`): Dropout probability of the adapters' inputs while training.
         scaling (`float`): Factor `s` of the adapters' output.
@@ -78,6 +81,7 @@ class EASConfig(PeftConfig):
     groups: int = field(default=2, metadata={"help": "Blocks of the block-diagonal up-projections."})
     router: str = field(default="static", metadata={"help": "'static' or 'prompt': weights of the two branches."})
     propagation: str = field(default="prompt", metadata={"help": "'prompt' or 'none': what a PIA adds to its tokens."})
+    stand_in: str = field(default="mean", metadata={"help": "'mean' or 'zero': what a skipped attention leaves."})
     temperature: float = field(default=10.0, metadata={"help": "Temperature of router='prompt'."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapters' inputs."})
     scaling: float = field(default=1.0, metadata={"help": "Factor of the adapters' output."})
@@ -106,6 +110,7 @@ class EASConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be a multiple of `groups`={self.groups}, got {rank}.")
         _check_choice("router", self.router, ("static", "prompt"))
         _check_choice("propagation", self.propagation, ("prompt", "none"))
+        _check_choice("stand_in", self.stand_in, ("mean", "zero"))
         _check_number("temperature", self.temperature, lambda v: v > 0, "a number above 0")
         _check_number("dropout", self.dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
         _check_number("scaling", self.scaling, lambda v: v != 0, "a finite number other than 0")
@@ -149,6 +154,11 @@ class EASConfig(PeftConfig):
                 "give one of the two."
             )
 
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """What a saved adapter says of itself; those of 0.1.0 had no stand-ins."""
+        return super().check_kwargs(**{"stand_in": "zero"} | kwargs)
+
     def count_to_skip(self, num_attentions: int) -> int:
         """Number of attentions to skip in a model that has `num_attentions` of them; with a budget, while searching."""
         if self.skip_layers is not None:
@@ -163,7 +173,7 @@ class EASConfig(PeftConfig):
             validate_repo_id(base)
         except ValueError:  # a folder, or nothing
             base = None
-        kept = ("r", "r_pia", "groups", "router", "propagation", "scaling", "use_bias")
+        kept = ("r", "r_pia", "groups", "router", "propagation", "stand_in", "scaling", "use_bias")
         return {"base_model": None if base and os.path.isdir(base) else base} | {k: getattr(self, k) for k in kept}
 
     def settle(self, skip_layers: Iterable[int | str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+from torch import nn
+
 from .layer import EASLayer, Wrappers
 
 
@@ -58,11 +60,12 @@ class SkipGates:
             for index, (attention, _) in self.wrappers.items():
                 attention.gates[self.adapter_name] = before[index]
 
-    def idle(self) -> Iterator[EASLayer]:
-        """The modules whose adapter a training forward would not use now."""
+    def idle_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that a training forward would not use now."""
         for attention, pias in self.wrappers.values():
             skips = attention.drawn.get(self.adapter_name, attention.gates[self.adapter_name])
-            yield from [attention] if skips else pias
+            for wrapper in (attention, *pias):
+                yield from wrapper.parameters_of(self.adapter_name, wrapper.idle_names(skips))
 
     def touch_idle(self, touch: bool) -> None:
         """Let idle adapters have gradients of zero instead of none, see `EASLayer.touch_idle`."""
@@ -70,13 +73,17 @@ class SkipGates:
             wrapper.touch_idle = touch
 
     def drop_idle(self) -> None:
-        """Delete the parameters of idle adapters."""
-        for wrapper in self.idle():
-            wrapper.drop_adapter(self.adapter_name)
+        """Delete the parameters that the set which is skipped has no use for."""
+        for attention, pias in self.wrappers.values():
+            for wrapper in (attention, *pias):
+                wrapper.drop_parameters(self.adapter_name, wrapper.idle_names(attention.gates[self.adapter_name]))
 
     def are_complete(self) -> bool:
-        """Whether every layer has both its adapter and its PIA."""
-        return all(wrapper.has_adapter(self.adapter_name) for wrapper in self._all() if wrapper.inputs)
+        """Whether every layer has both its adapter and its PIA, and a stand-in if it is to have one."""
+        has_adapters = all(wrapper.has_adapter(self.adapter_name) for wrapper in self._all() if wrapper.inputs)
+        stand_ins = [attention.eas_stand_in for attention, _ in self.wrappers.values()]
+        counts = sum(self.adapter_name in stand_in for stand_in in stand_ins)
+        return has_adapters and counts in (0, len(stand_ins))
 
     def _all(self) -> Iterator[EASLayer]:
         for attention, pias in self.wrappers.values():

@@ -1,4 +1,4 @@
-"""The tuner layers: an attention with its adapter and skip gate, and a FFN with its PIA."""
+"""The tuner layers: an attention with its adapter, skip gate and stand-in, and a FFN with its PIA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fnmatch
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -191,20 +191,23 @@ class EASLayer(nn.Module, BaseTunerLayer):
             hidden = hidden + context.once("p", lambda: F.linear(mean(), adapter.prompt_down, adapter.prompt_down_bias))
         return pia.up_project(hidden, adapter.up, adapter.up_bias, alpha).to(z.dtype)
 
-    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
-        """The parameters of an adapter."""
-        by_name = (getattr(self, name) for name in self.adapter_layer_names)
+    def parameters_of(self, adapter_name: str, names: Iterable[str] | None = None) -> list[nn.Parameter]:
+        """The parameters of an adapter, or those of them that are called so."""
+        by_name = (getattr(self, name) for name in (self.adapter_layer_names if names is None else names))
         return [parameters[adapter_name] for parameters in by_name if adapter_name in parameters]
 
-    def drop_adapter(self, adapter_name: str) -> None:
-        """Delete the parameters of an adapter that is idle here; its gate stays."""
-        for name in self.adapter_layer_names:
+    def idle_names(self, is_skipped: bool) -> tuple[str, ...]:
+        """Names of the parameters that a forward does not use when the attention is skipped, or is not."""
+        raise NotImplementedError
+
+    def drop_parameters(self, adapter_name: str, names: Iterable[str]) -> None:
+        """Delete the parameters of an adapter that are called so; its gate stays."""
+        for name in names:
             parameters = getattr(self, name)
             if adapter_name in parameters:
                 del parameters[adapter_name]
-        if adapter_name in self.eas_dropout:
+        if not self.has_adapter(adapter_name) and adapter_name in self.eas_dropout:
             del self.eas_dropout[adapter_name]
-        self.frozen_peft_weight_names.pop(adapter_name, None)
 
     def freeze_context(self, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
         """Make constants of what an adapter takes from the prompt; its biases are created if it has none.
@@ -233,9 +236,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
                     del parameters[adapter_name]
 
     def _touched(self, hidden_states: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        if not (self.touch_idle and self.training and self.has_adapter(adapter_name)):
+        parameters = self.parameters_of(adapter_name) if self.touch_idle and self.training else []
+        if not parameters:
             return hidden_states
-        zero = 0.0 * sum(parameter.sum() for parameter in self.parameters_of(adapter_name))
+        zero = 0.0 * sum(parameter.sum() for parameter in parameters)
         return hidden_states + zero.to(hidden_states.dtype)
 
     # Folding ----------------------------------------------------------------------------------------------------------
@@ -286,10 +290,8 @@ class EASLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: in the words of PEFT's other tuners.
         """
-        if not self.has_adapter(adapter_name):
-            return
-        tensors = [t for t in self.adapter(adapter_name) if t is not None]
-        if self.is_folded_by(adapter_name):
+        tensors: list[torch.Tensor] = list(self.parameters_of(adapter_name))
+        if self.has_adapter(adapter_name) and self.is_folded_by(adapter_name):
             tensors += [t for _, linear in self._folded(adapter_name) for t in _tensors(linear)]
         if not all(torch.isfinite(t).all() for t in tensors):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
@@ -431,24 +433,36 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
 
 class EASAttention(EASLayer):
-    """An attention that its layer keeps, with an adapter in front (1), or that is skipped and gives zero.
+    """An attention that its layer keeps, with an adapter in front (1), or that is skipped and leaves its stand-in.
 
     The gate is saved with the adapter, as the buffer `eas_skip`, so that it survives a resume.
+
+    Args:
+        base_layer: The attention.
+        arm: What it is in its model.
+        stream_size: Size of the residual stream that it adds to; 0 for one that is never skipped.
+        output_norms: The norms behind it, which a stand-in does not go through.
     """
 
     is_pia = False
+    adapter_layer_names = (*EASLayer.adapter_layer_names, "eas_stand_in")
     other_param_names = (*EASLayer.other_param_names, "eas_skip", "drawn")
 
-    def __init__(self, base_layer: nn.Module, arm: Arm) -> None:
+    def __init__(
+        self, base_layer: nn.Module, arm: Arm, stream_size: int = 0, output_norms: Iterable[nn.Module] = ()
+    ) -> None:
         super().__init__(base_layer, arm)
+        self.stream_size = stream_size
         self.bypass = Bypass(arm.row.form(), arm.index, base_layer)
-        self._before_core = None
+        self._hooks = [norm.register_forward_hook(self._passed) for norm in output_norms]
         if arm.row.core:
             core = base_layer.get_submodule(arm.row.core)
-            self._before_core = core.register_forward_pre_hook(self._adapted, with_kwargs=True)
+            self._hooks.append(core.register_forward_pre_hook(self._adapted, with_kwargs=True))
         self.eas_skip = BufferDict(persistent=True)
         # What training forwards go by instead of the gates while a search draws sets.
         self.drawn: dict[str, bool] = {}
+        # Adapters whose stand-ins have been measured, or are known not to have been; one set for all attentions.
+        self.measured: set[str] = set()
         self.register_load_state_dict_post_hook(_read_gates)
 
     def set_gate(self, adapter_name: str, skip: bool) -> None:
@@ -461,6 +475,19 @@ class EASAttention(EASLayer):
         """Whether a forward in the present mode, of training or not, skips this attention."""
         gate = self.gates[adapter_name]
         return self.drawn.get(adapter_name, gate) if self.training else gate
+
+    def create_stand_in(self, adapter_name: str, config: EASConfig, dtype: torch.dtype | None = None) -> None:
+        """Create the stand-in `c (d,)` of an adapter, as zero, if it has one and lacks it; of the base's dtype by
+        default."""
+        if config.stand_in == "zero" or not self.stream_size or adapter_name in self.eas_stand_in:
+            return
+        self.eas_stand_in[adapter_name] = nn.Parameter(torch.zeros(self.stream_size))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if dtype is not None:
+            self.eas_stand_in[adapter_name] = self.eas_stand_in[adapter_name].to(dtype)
+
+    def idle_names(self, is_skipped: bool) -> tuple[str, ...]:
+        return EASLayer.adapter_layer_names if is_skipped else ("eas_stand_in",)
 
     def needs_prompt(self) -> bool:
         """Whether this layer, as it stands, depends on the prompt of a decoder."""
@@ -478,14 +505,43 @@ class EASAttention(EASLayer):
         if name is not None and self.skips(name):
             enter_layer(self.bypass.form, self.bypass.context(args, kwargs, slot_state))
             first = args[0] if args else kwargs["hidden_states"]
-            stream = self.bypass.stream(args, kwargs, self.base_layer, torch.zeros_like(first))
+            if self.training and name not in self.measured:
+                self._check_measured(name)
+            stream = self.bypass.stream(args, kwargs, self.base_layer, self._stand_in(name, first))
             return self.bypass.returned(self._touched(stream, name), args, kwargs)
         enter_layer(self.bypass.form, None)
+        if name is not None:
+            args, kwargs = change_input(args, kwargs, lambda z: self._touched(z, name))
         if self.arm.row.core:
             mask_of(kwargs)
         else:
             args, kwargs = self._adapted(self.base_layer, args, kwargs)
         return self.base_layer(*args, **kwargs)
+
+    def _check_measured(self, adapter_name: str) -> None:
+        """Say, once, that a training starts without stand-ins."""
+        if torch.compiler.is_compiling():
+            return
+        self.measured.add(adapter_name)
+        if adapter_name in self.eas_stand_in and not self.eas_stand_in[adapter_name].any():
+            warnings.warn(
+                f"The stand-ins of adapter {adapter_name!r} start at zero: skipped attentions leave nothing at first. "
+                "Call `peft_eas.initialize_eas_weights(model, dataloader)` before training, or give the Trainer an "
+                "`EASCallback`, which does it; `stand_in='zero'` is for models that are to have none.",
+                stacklevel=2,
+            )
+
+    def _stand_in(self, adapter_name: str, first: torch.Tensor) -> torch.Tensor:
+        """What a skipped attention adds to the stream `first (B, T, ...)`: `(B, T, d)`."""
+        nothing = first.new_zeros(*first.shape[:-1], self.stream_size)
+        if adapter_name not in self.eas_stand_in:
+            return nothing
+        return nothing + self.eas_stand_in[adapter_name].to(first.dtype)
+
+    def _passed(self, norm: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        """The output of a norm behind the attention: a stand-in is what is left after it."""
+        name = self.acting_adapter()
+        return args[0] if name is not None and self.skips(name) else output
 
     def _adapted(self, core: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of the attention, or of its core, with the input as the active adapter gives it."""
@@ -504,8 +560,8 @@ class EASAttention(EASLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         base_layer = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        if self._before_core is not None:
-            self._before_core.remove()
+        for hook in self._hooks:
+            hook.remove()
         return base_layer
 
 
@@ -539,6 +595,9 @@ class EASFeedForward(EASLayer):
     def pia_of(self, arm: Arm) -> EASLayer:
         """The PIA that stands for an attention."""
         return next(pia for pia in self.pias if pia.arm == arm)
+
+    def idle_names(self, is_skipped: bool) -> tuple[str, ...]:
+        return () if is_skipped else self.adapter_layer_names
 
     def _attention_of(self, arm: Arm) -> str:
         """What the attention is called that enters the context here, see `enter_layer`."""
@@ -606,6 +665,9 @@ class FurtherPIA(EASLayer):
     @property
     def base_layer(self) -> nn.Module:
         return self.folder.base_layer
+
+    def idle_names(self, is_skipped: bool) -> tuple[str, ...]:
+        return () if is_skipped else self.adapter_layer_names
 
     def is_folded_by(self, adapter_name: str) -> bool:
         return self.gates.get(adapter_name, False) and self.eas_config[adapter_name].router == "static"

@@ -23,11 +23,13 @@ class MergePlan:
         eas: The record `config.eas` of the merged model.
         containers: Name in the model of each list of layers, in the order of `eas["attentions"]`.
         adapters: For each of these, by name in the list, each module before which an adapter stays, with that adapter.
+        stand_ins: What is added where an attention is skipped, by the attention's name in the model.
     """
 
     eas: dict
     containers: list[str]
     adapters: list[dict[str, modeling_eas.InputShift | modeling_eas.RoutedAdapter]]
+    stand_ins: dict[str, torch.Tensor]
 
 
 def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, config: EASConfig, name: str) -> MergePlan:
@@ -47,7 +49,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
             "`EASConfig(skip_layers=...)` or `model.set_skip_layers(...)`.",
             stacklevel=2,
         )
-    forms, containers, adapters = [], [], []
+    forms, containers, adapters, stand_ins = [], [], [], {}
     for row in layers.family.attentions:
         if row.layers not in layers.containers:
             continue
@@ -56,6 +58,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
             "present": [arm.index for arm in layers.values() if arm.row == row],
             "norms": [*row.attention_norms, *row.output_norms],
             "skip": [],
+            "stand_in": [],
             "biased": [],
         }
         kept = {}
@@ -67,6 +70,10 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
             places = [(attention, inside, f"{inside}.{row.core}".rstrip("."))]
             if key in skipped:
                 form["skip"].append(arm.index)
+                stand_in = attention.eas_stand_in.get(name)
+                form["stand_in"].append(0 if stand_in is None else len(stand_in))
+                if stand_in is not None:
+                    stand_ins[arm.attention] = stand_in.detach()
                 places = [(pia, ffn, ffn) for pia, ffn in zip(pias, arm.ffns_in_list, strict=True)]
             for wrapper, inside, where in places:
                 if wrapper is None or not wrapper.has_adapter(name):
@@ -89,7 +96,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
         "by_name": layers.by_name,
         "config": config.record(),
     }
-    return MergePlan(eas, containers, adapters)
+    return MergePlan(eas, containers, adapters, stand_ins)
 
 
 def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
@@ -102,6 +109,9 @@ def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
         modeling_eas.strip_attentions(layers, form)
         for where, adapter in adapters.items():
             modeling_eas.keep_adapter(layers, form, where, adapter)
+    with torch.no_grad():
+        for attention, stand_in in plan.stand_ins.items():
+            model.get_submodule(attention).stand_in.copy_(stand_in).requires_grad_(False)
     modeling_eas.forget_ties(model)
     _change_config(model, plan.eas)
     config_class = type(model.config)

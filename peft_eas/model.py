@@ -125,7 +125,7 @@ class EASModel(BaseTuner):
         is_attention = current_key == arms[0].attention
         if not isinstance(target, EASLayer):
             if is_attention:
-                wrapper = EASAttention(target, arms[0])
+                wrapper = EASAttention(target, arms[0], self._stream_size(arms[0]), self._output_norms(arms[0]))
             else:
                 wrapper = EASFeedForward(target, arms, [self._pooled_size(arm) for arm in arms], current_key)
             self._replace_module(parent, target_name, wrapper, target)
@@ -139,6 +139,8 @@ class EASModel(BaseTuner):
             # Until the set is chosen, both the attention's adapter and the PIA are needed.
             if is_skipped is None or is_skipped != is_attention:
                 part.create_adapter(adapter_name, peft_config)
+            if is_attention and is_skipped is not False:
+                part.create_stand_in(adapter_name, peft_config)
             if adapter_name not in self.active_adapters:
                 part.set_requires_grad(adapter_name, requires_grad=False)
 
@@ -147,6 +149,17 @@ class EASModel(BaseTuner):
         if not arm.row.context:
             return None
         return self.model.get_submodule(f"{arm.attention}.{arm.row.context_inputs[0]}").in_features
+
+    def _stream_size(self, arm: Arm) -> int:
+        """Size of the residual stream that an attention adds to, which is what the FFN behind it reads."""
+        if not arm.is_skippable:
+            return 0
+        ffn = self.model.get_submodule(arm.ffns[0])
+        return inputs_of(ffn.base_layer if isinstance(ffn, EASLayer) else ffn, arm, is_ffn=True)[1]
+
+    def _output_norms(self, arm: Arm) -> list[nn.Module]:
+        modules = dict(self.model.get_submodule(arm.layer).named_modules())
+        return [modules[name] for name in arm.row.output_norms if name in modules]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -158,6 +171,7 @@ class EASModel(BaseTuner):
             attention, pias = self._wrappers(key, model)
             if attention is not None:
                 attentions.append(attention)
+                attention.measured = attentions[0].measured
                 for pia in pias:
                     pia.gates = attention.gates
         watch_prompt(model, AnyNeedsPrompt(attentions))
@@ -210,13 +224,12 @@ class EASModel(BaseTuner):
         for index, (attention, pias) in targeted.items():
             is_skipped = index in skip_layers
             attention.set_gate(adapter_name, is_skipped)
+            if is_skipped:
+                attention.create_stand_in(adapter_name, config, dtype=like.dtype)
             for wrapper in (attention, *pias):
-                if (wrapper is attention) == is_skipped:
-                    wrapper.frozen_peft_weight_names[adapter_name] = wrapper.adapter_layer_names
-                else:
-                    if not wrapper.has_adapter(adapter_name):
-                        wrapper.create_adapter(adapter_name, config, dtype=like.dtype)
-                    wrapper.frozen_peft_weight_names.pop(adapter_name, None)
+                if (wrapper is attention) != is_skipped and not wrapper.has_adapter(adapter_name):
+                    wrapper.create_adapter(adapter_name, config, dtype=like.dtype)
+                wrapper.frozen_peft_weight_names[adapter_name] = wrapper.idle_names(is_skipped)
                 wrapper.set_adapter(wrapper.active_adapters, inference_mode=config.inference_mode)
         config.settle(skip_layers)
 
@@ -225,6 +238,23 @@ class EASModel(BaseTuner):
         if adapter_name is None:
             (adapter_name,) = self.active_adapters
         return SkipGates(self._targeted(adapter_name), adapter_name)
+
+    def stand_ins(self, adapter_name: str) -> dict[int | str, nn.Parameter]:
+        """The stand-ins of an adapter, `(d,)`, by attention; of those that are skipped, or may be."""
+        attentions = {key: attention for key, (attention, _) in self._targeted(adapter_name).items()}
+        return {k: a.eas_stand_in[adapter_name] for k, a in attentions.items() if adapter_name in a.eas_stand_in}
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The base model inside of the `with`; then its adapters again, as trainable as before."""
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.enable_adapter_layers()
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
 
     def _targeted(self, adapter_name: str) -> Wrappers:
         """The attentions that the adapter can skip, with their PIAs."""

@@ -37,7 +37,7 @@ from transformers.models.auto import modeling_auto
 PROMPT_MASK = "eas_prompt_mask"
 """Keyword by which the mask `(B, T)` of the prompt's tokens travels from the outermost model to the layers."""
 
-FORMAT = 3
+FORMAT = 4
 """Version of `config.eas`; a file of another version is refused."""
 
 
@@ -603,13 +603,13 @@ class Bypass:
         attention_mask = self.argument(self.form["mask"], args, kwargs)
         return AttendedContext(_first(args, kwargs), attention_mask, kept, is_cross, others)
 
-    def stream(self, args: tuple, kwargs: dict, attention: nn.Module, nothing: torch.Tensor) -> torch.Tensor:
-        """The attention's output when it adds `nothing` to the residual stream."""
+    def stream(self, args: tuple, kwargs: dict, attention: nn.Module, added: torch.Tensor) -> torch.Tensor:
+        """The attention's output when it adds `added`, of the shape `(B, T, d)` or one like it, to the stream."""
         if self.form["adds_residual"]:
-            return args[1]
+            return args[1] + added
         if self.form["residual_norm"]:
-            return attention.get_submodule(self.form["residual_norm"])(_first(args, kwargs))
-        return _first(args, kwargs) if self.form["core"] else nothing
+            return attention.get_submodule(self.form["residual_norm"])(_first(args, kwargs) + added)
+        return _first(args, kwargs) + added if self.form["core"] else added
 
     def returned(self, stream: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor | tuple:
         """What the attention returns with this output."""
@@ -666,18 +666,20 @@ def take_context(attention: str) -> PromptContext | None:
 
 
 class SkippedAttention(nn.Module):
-    """Stands where an attention was: adds nothing, caches nothing.
+    """Stands where an attention was: adds a constant to the stream, or nothing; caches nothing.
 
     Args:
         form: How such attentions are built and called, see `restructure`.
         layer_idx: Index of the layer.
         attention: The attention; what it is called with is looked at, and its norm of the residual stream is kept.
+        width: Size `d` of the constant `stand_in (d,)`; 0 if it adds nothing.
     """
 
-    def __init__(self, form: dict, layer_idx: int, attention: nn.Module) -> None:
+    def __init__(self, form: dict, layer_idx: int, attention: nn.Module, width: int, **factory) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.bypass = Bypass(form, layer_idx, attention)
+        self.stand_in = nn.Parameter(torch.zeros(width, **factory)) if width else None
         *parents, leaf = form["residual_norm"].split(".")
         if leaf:
             module = self
@@ -688,7 +690,9 @@ class SkippedAttention(nn.Module):
 
     def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
         enter_layer(self.bypass.form, self.bypass.context(args, kwargs, slot_state))
-        stream = self.bypass.stream(args, kwargs, self, _first(args, kwargs).new_zeros(1, 1, 1))
+        # a tensor of its own, since layers may change in place what an attention gives them
+        added = _first(args, kwargs).new_zeros(1, 1, 1) if self.stand_in is None else self.stand_in.clone()[None, None]
+        stream = self.bypass.stream(args, kwargs, self, added)
         return self.bypass.returned(stream, args, kwargs)
 
     def extra_repr(self) -> str:
@@ -826,7 +830,8 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
     `eas` holds `decoder` (name of a vision-language model's language model) and `attentions`: for each kind of
     attention in each list of layers, how such attentions are built and called (`Attentions.form` of the module
     `families`) and what became of them: `present` (indices of layers that had one), `norms` (those of a layer that go
-    with its attention), `skip` (indices of layers that have lost it), `biased` (linears that a fold has given a bias),
+    with its attention), `skip` (indices of layers that have lost it), `stand_in` (for each of these, the size of the
+    constant that is added in its place, 0 if none), `biased` (linears that a fold has given a bias),
     `adapters` (records of what stays of adapters, by the attention or FFN that they stand before). For people,
     `by_name` (see `skipped`) and `config` (what the adapter was configured with).
 
@@ -844,6 +849,11 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
         if not set(form["skip"]) <= set(range(len(layers))):
             raise ValueError(
                 f"config.json skips the attentions of layers {form['skip']}, but has {len(layers)} layers."
+            )
+        if len(form["stand_in"]) != len(form["skip"]):
+            raise ValueError(
+                f"config.json skips the attentions of layers {form['skip']}, but has {len(form['stand_in'])} sizes of "
+                "what stands in for them."
             )
         for name in form["biased"]:
             linear = layers.get_submodule(name)
@@ -881,11 +891,13 @@ def has_module(model: nn.Module, suffix: str) -> bool:
 
 def strip_attentions(layers: nn.ModuleList, form: dict) -> None:
     """Put a `SkippedAttention` where each skipped attention was, and drop the norms that only the attention needed."""
-    for index in form["skip"]:
+    for index, width in zip(form["skip"], form["stand_in"], strict=True):
         layer = layers[index]
         attention = layer.get_submodule(form["attention"])
         if not isinstance(attention, SkippedAttention):
-            layer.set_submodule(form["attention"], SkippedAttention(form, index, attention).train(layer.training))
+            like = next(p for p in layer.parameters() if p.is_floating_point())  # an attention may be quantised
+            put_in = SkippedAttention(form, index, attention, width, device=like.device, dtype=like.dtype)
+            layer.set_submodule(form["attention"], put_in.train(layer.training))
         for name in form["norms"]:
             if name in dict(layer.named_modules()):
                 layer.set_submodule(name, nn.Identity())

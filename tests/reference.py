@@ -80,7 +80,10 @@ def logits(base, parameters: dict, config, inputs: dict, prompt: torch.Tensor) -
 
     for index, layer in enumerate(decoder.layers):
         if index in config.skip_layers:
-            layer.self_attn.forward = lambda hidden_states, **kw: (torch.zeros_like(hidden_states), None)
+            c = parameters.get(f"{prefix}{index}.self_attn", {}).get("stand_in", torch.zeros(1))
+            layer.self_attn.forward = lambda hidden_states, c=c, **kw: (torch.zeros_like(hidden_states) + c, None)
+            if hasattr(layer, "pre_feedforward_layernorm"):  # then the other one is behind the attention
+                layer.post_attention_layernorm = torch.nn.Identity()
             p = parameters[f"{prefix}{index}.mlp"]
             for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
                 before(linear, lambda z, p=p: pia(z, p, prompt, config))

@@ -55,11 +55,13 @@ def edit_config(folder, **eas):
     ("eas", "message"),
     [
         (dict(skip=[0, 2]), r"skips the attentions of layers \[0, 2\].*missing: .*layers\.3\.self_attn.*unexpected:"),
-        (dict(skip=[0]), r"missing: .*layers\.3\."),
-        (dict(skip=[0, 3, 4]), r"unexpected: .*layers\.4\.self_attn"),
+        (dict(skip=[0], stand_in=[32]), r"missing: .*layers\.3\."),
+        (dict(skip=[0, 3, 4], stand_in=[32] * 3), r"unexpected: .*layers\.4\.self_attn"),
+        (dict(skip=[0]), r"\[0\], but has 2 sizes"),
+        (dict(stand_in=[0, 0]), r"unexpected: .*self_attn\.stand_in"),
         (dict(adapters={}), r"unexpected: .*eas_adapter"),
         (dict(skip=[0, 3, 9]), r"\[0, 3, 9\], but has 6 layers"),
-        (dict(format=1), r"format 1 .* reads format 3"),
+        (dict(format=1), r"format 1 .* reads format 4"),
     ],
     ids=str,
 )
@@ -269,5 +271,6 @@ def test_loading_quantised(merged, tmp_path, how):
     expected = merged(**inputs).logits
     error = (loaded(**inputs).logits - expected).norm() / expected.norm()
     assert error <= tolerance + 1e-5
-    generated = loaded.generate(**inputs, max_new_tokens=5, pad_token_id=0, use_cache=False)
-    assert torch.equal(loaded.generate(**inputs, max_new_tokens=5, pad_token_id=0), generated)
+    if not tolerance:  # a token that is read alone is quantised otherwise than among others
+        generated = loaded.generate(**inputs, max_new_tokens=5, pad_token_id=0, use_cache=False)
+        assert torch.equal(loaded.generate(**inputs, max_new_tokens=5, pad_token_id=0), generated)

@@ -50,6 +50,10 @@ def zero(module):
     module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
 
 
+def leaves(module, constant):
+    module.register_forward_hook(lambda module, args, output: torch.zeros_like(output) + constant)
+
+
 def before(linear, function):
     linear.register_forward_pre_hook(lambda module, args: (function(args[0]),))
 
@@ -70,7 +74,7 @@ def test_an_encoder_computes_the_formulas(settings):
     for index, layer in enumerate(model.bert.encoder.layer):
         name = f"bert.encoder.layer.{index}"
         if index in config.skip_layers:
-            zero(layer.attention.output.dense)
+            leaves(layer.attention.output.dense, parameters[f"{name}.attention"]["stand_in"])
             before(
                 layer.intermediate.dense,
                 lambda z, p=parameters[f"{name}.intermediate"]: reference.pia(z, p, mask, config),
@@ -111,7 +115,7 @@ def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
     for index, layer in enumerate(model.model.encoder.layers):
         name = f"model.encoder.layers.{index}"
         if f"encoder.{index}.self" in config.skip_layers:
-            zero(layer.self_attn.out_proj)
+            leaves(layer.self_attn.out_proj, parameters[f"{name}.self_attn"]["stand_in"])
             before(layer.fc1, lambda z, p=parameters[f"{name}.fc1"]: z + delta(z, p, z))
         else:
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
@@ -119,13 +123,13 @@ def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
     for index, layer in enumerate(model.model.decoder.layers):
         name, pias = f"model.decoder.layers.{index}", []
         if f"decoder.{index}.self" in config.skip_layers:
-            zero(layer.self_attn.out_proj)
+            leaves(layer.self_attn.out_proj, parameters[f"{name}.self_attn"]["stand_in"])
             pias.append(lambda z, p=parameters[f"{name}.fc1"]: delta(z, p))
         else:
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 before(linear, lambda z, p=parameters[f"{name}.self_attn"]: reference.adapt(z, p, everything, config))
         if f"decoder.{index}.cross" in config.skip_layers:
-            zero(layer.encoder_attn.out_proj)
+            leaves(layer.encoder_attn.out_proj, parameters[f"{name}.encoder_attn"]["stand_in"])
             further = parameters[f"{name}.fc1.eas_further.cross" if index else f"{name}.fc1"]
             pias.append(lambda z, p=further: delta(z, p, read["encoder"]))
         else:
@@ -165,7 +169,7 @@ def test_an_attention_that_looks_both_ways_computes_the_formulas():
     for name, module in model.named_modules():
         own = f"{name}.eas_further.cross"
         if name.endswith(("x_layers.1.visual_attention", "x_layers.1.visn_self_att")):
-            zero(module.output.dense)
+            leaves(module.output.dense, parameters[name]["stand_in"])
         elif name.endswith("x_layers.1.lang_inter"):
             p = parameters[own]
             before(module.dense, lambda z, p=p: z + delta(z, p, read["regions"], regions))
@@ -249,8 +253,13 @@ def test_encoders_as_decoders_are_refused():
 def test_attentions_whose_adapter_could_not_be_folded_have_none():
     """DeBERTa-v2's project positions, too: skipped as others are, the first included."""
     model = matrix.adapted("deberta-v2", skip_layers=[0, 2])
-    adapted = {name.split(".eas_")[0] for name, _ in model.named_parameters() if ".eas_" in name}
-    assert sorted(adapted) == [f"base_model.model.deberta.encoder.layer.{i}.intermediate" for i in (0, 2)]
+    adapted = {name.split(".layer.")[1] for name, _ in model.named_parameters() if ".eas_" in name}
+    of_attentions = sorted(name for name in adapted if ".attention." in name)
+    assert of_attentions == [f"{i}.attention.eas_stand_in.default" for i in (0, 2)]
+    assert {name.split(".eas_")[0] for name in adapted.difference(of_attentions)} == {
+        "0.intermediate",
+        "2.intermediate",
+    }
 
 
 def test_contexts_of_encoders_are_not_frozen():
@@ -469,9 +478,17 @@ def test_scores_by_loss_are_those_of_dropping_by_hand(model_type):
     with torch.no_grad():
         whole = matrix.tiny_model(model_type)(**batch).loss
         for key, arm in layers.items():
-            model = matrix.tiny_model(model_type)
+            model, seen = matrix.tiny_model(model_type), []
             *_, projection = (m for m in model.get_submodule(arm.attention).modules() if isinstance(m, nn.Linear))
-            zero(projection)
+            handle = projection.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+            model(**batch)
+            handle.remove()
+            kept = batch["attention_mask"].bool()
+            if isinstance(key, str) and key.startswith("decoder"):
+                kept = batch["labels"] != -100
+                if key.endswith("self"):  # the first token looks at itself alone
+                    kept = torch.cat([torch.zeros_like(kept[:, :1]), kept[:, 1:]], dim=1)
+            leaves(projection, seen[0][kept].mean(dim=0))
             assert scores[key] == pytest.approx(float(model(**batch).loss - whole), abs=1e-5)
 
 
@@ -484,11 +501,11 @@ def test_scores_by_similarity():
         attention = layer.attention.output
 
         def remember(module, args, output, index=index):
-            streams[index] = module.LayerNorm(args[1]), output
+            streams[index] = module.LayerNorm.forward(args[1]), output
 
         attention.register_forward_hook(remember)
     inputs = matrix.tiny_inputs("bert")
-    scores = score_attentions(model, [inputs])
+    scores = score_attentions(model, [inputs], "similarity")
     for index, (without, output) in streams.items():
         change = 1 - nn.functional.cosine_similarity(without, output, dim=-1)
         assert scores[index] == pytest.approx(float(change[inputs["attention_mask"].bool()].mean()), abs=1e-6)
@@ -500,7 +517,7 @@ def test_scores_by_similarity():
             streams[index] = args[0], output[0]
 
         layer.encoder_attn.register_forward_hook(keep)
-    scores = score_attentions(model, [matrix.tiny_inputs("bart")])
+    scores = score_attentions(model, [matrix.tiny_inputs("bart")], "similarity")
     for index, (stream, update) in streams.items():
         change = 1 - nn.functional.cosine_similarity(stream, stream + update, dim=-1)
         assert scores[f"decoder.{index}.cross"] == pytest.approx(float(change.mean()), abs=1e-6)

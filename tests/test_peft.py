@@ -129,7 +129,9 @@ def test_trainable_parameters_are_those_in_use():
     assert all("eas_" in n for n in trainable)
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trainable
     layers = {n.split(".layers.")[1].split(".eas_")[0] for n in trainable}
-    assert layers == {"0.mlp", "1.self_attn", "2.self_attn", "3.mlp", "4.self_attn", "5.self_attn"}
+    assert layers == {"0.mlp", "3.mlp", *(f"{index}.self_attn" for index in range(6))}
+    stand_ins = {n.split(".layers.")[1][0] for n in trainable if "eas_stand_in" in n}
+    assert stand_ins == {"0", "3"}
 
 
 def test_set_skip_layers(tmp_path):

@@ -6,7 +6,7 @@ import tiny
 import torch
 from peft import get_peft_model
 
-from peft_eas import EASConfig, score_attentions
+from peft_eas import EASConfig, initialize_eas_weights, score_attentions
 from peft_eas.families import POST, find_layers
 from peft_eas.search import budget
 
@@ -32,13 +32,14 @@ def test_loss_is_the_loss_of_a_skip_set_of_one(family):
     whole = loss()
     for index in range(6):
         model.set_skip_layers([index])
+        initialize_eas_weights(model, data)
         assert scores[index] == pytest.approx(loss() - whole, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_similarity_of_the_residual_stream(family):
     data = batches(family)
-    scores = score_attentions(tiny.model(family), data)
+    scores = score_attentions(tiny.model(family), data, "similarity")
     # the stream after the attention is what the norm in front of the FFN reads
     norm = "pre_feedforward_layernorm" if family == "gemma3_text" else "post_attention_layernorm"
     model, totals, count = tiny.model(family), torch.zeros(6), 0
@@ -77,7 +78,7 @@ def test_other_families(family):
             norm.register_forward_pre_hook(lambda m, args, key=(i, which is AFTER): seen.update({key: args[0]}))
     with torch.no_grad():
         model(**inputs)
-    by_similarity = score_attentions(matrix.tiny_model(family), [inputs])
+    by_similarity = score_attentions(matrix.tiny_model(family), [inputs], "similarity")
     for i, score in by_similarity.items():
         a, b = (seen[i, after].view(*kept.shape, -1)[kept].double() for after in (False, True))
         assert score == pytest.approx(float((1 - torch.cosine_similarity(a, b, dim=-1)).mean()), rel=1e-4, abs=1e-6)
@@ -87,10 +88,53 @@ def test_other_families(family):
         whole = float(tuned(**inputs).loss)
         for i, score in by_loss.items():
             tuned.set_skip_layers([i])
+            initialize_eas_weights(tuned, [inputs])
             assert score == pytest.approx(float(tuned(**inputs).loss) - whole, abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["similarity", "loss"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_divergence_and_deviation_with_the_mean_in_place(family):
+    """Of a stock model, one attention's output (behind its norm) replaced by its mean, by hand and in float64."""
+    data = batches(family)
+    by_kl, by_deviation = (score_attentions(tiny.model(family), data, method) for method in ("kl", "deviation"))
+    norm = "pre_feedforward_layernorm" if family == "gemma3_text" else "post_attention_layernorm"
+    model, seen = tiny.model(family).double(), {}
+    layers = model.get_decoder().layers
+    for i, layer in enumerate(layers):
+        for module, when in ((layer.input_layernorm, "before"), (getattr(layer, norm), "after")):
+            module.register_forward_pre_hook(lambda m, args, at=(i, when): seen.setdefault(at, []).append(args[0]))
+
+    @torch.no_grad()
+    def predictions():
+        inputs = [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in data]
+        logits = [model(**b).logits[b["attention_mask"].bool()] for b in inputs]
+        return torch.cat(logits).log_softmax(dim=-1)
+
+    whole, streams = predictions(), {at: list(given) for at, given in seen.items()}
+    rows = [b["attention_mask"].bool() for b in data]
+    counted = [mask & (mask.cumsum(dim=1) > 1) for mask in rows]  # without the first of each row
+    for i, layer in enumerate(layers):
+        x = torch.cat([s[k] for s, k in zip(streams[i, "before"], counted, strict=True)])
+        a = torch.cat([s[k] for s, k in zip(streams[i, "after"], counted, strict=True)]) - x
+        deviation = ((a - a.mean(dim=0)).square().sum() / x.square().sum()).sqrt()
+        assert by_deviation[i] == pytest.approx(float(deviation), rel=1e-4)
+
+        mean = a.mean(dim=0)
+
+        def constant(module, args, output, c=mean):
+            first = output[0] if isinstance(output, tuple) else output
+            replaced = torch.zeros_like(first) + c
+            return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+        last = layer.post_attention_layernorm if family == "gemma3_text" else layer.self_attn
+        handle = last.register_forward_hook(constant)
+        moved = predictions()
+        handle.remove()
+        kl = (whole.exp() * (whole - moved)).sum(dim=-1).mean()
+        assert by_kl[i] == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["kl", "deviation", "similarity", "loss"])
 def test_the_model_is_left_as_it_was(method):
     model = tiny.model("llama").train()
     model.model.layers[2].eval()
@@ -106,9 +150,9 @@ def test_the_model_is_left_as_it_was(method):
 
 def test_what_can_not_be_scored_is_said():
     model = tiny.model("llama")
-    with pytest.raises(ValueError, match="'similarity', 'loss'"):
+    with pytest.raises(ValueError, match="'kl', 'deviation', 'loss', 'similarity'"):
         score_attentions(model, [], method="gradient")
-    for method in ("similarity", "loss"):
+    for method in ("kl", "deviation", "similarity", "loss"):
         with pytest.raises(ValueError, match="gave no"):
             score_attentions(model, [], method=method)
     with pytest.raises(ValueError, match="needs batches with `labels`"):
@@ -116,7 +160,11 @@ def test_what_can_not_be_scored_is_said():
     with torch.no_grad():
         model.model.layers[3].self_attn.o_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"layers \[3, 4, 5\] are not finite"):
+        score_attentions(model, batches("llama"), "similarity")
+    with pytest.raises(ValueError, match=r"attentions \[3, 4, 5\] add is not finite"):
         score_attentions(model, batches("llama"))
+    with pytest.raises(ValueError, match=r"gives no `logits`"):
+        score_attentions(tiny.model("llama").model, batches("llama"))
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])

@@ -83,6 +83,7 @@ def llama_shape(model: PreTrainedModel) -> LlamaShape:
     _check_window(config, attention)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
+    _move_stand_ins(tensors, attention)
     misfits = [name for name in tensors if not _PLACES.fullmatch(name)]
     if misfits:
         raise ValueError(f"This model has parameters that a Llama has no place for: {', '.join(misfits[:5])}.")
@@ -96,6 +97,17 @@ def llama_shape(model: PreTrainedModel) -> LlamaShape:
         tensors |= _zero_attention(config, head_dim, tensors["model.norm.weight"])
         attention[0] = True
     return LlamaShape(config, rope, head_dim, tensors, tuple(attention))
+
+
+def _move_stand_ins(tensors: dict[str, torch.Tensor], attention: list[bool]) -> None:
+    """What is added where an attention is skipped becomes the bias of what writes the stream just before: the last
+    linear of the layer before, as no norm stands between; of layer 0, the bias of its attention's output."""
+    for index in range(len(attention)):
+        stand_in = tensors.pop(f"model.layers.{index}.self_attn.stand_in", None)
+        if stand_in is not None:
+            before = f"model.layers.{index - 1}.mlp.down_proj" if index else "model.layers.0.self_attn.o_proj"
+            bias = tensors.get(f"{before}.bias")
+            tensors[f"{before}.bias"] = stand_in if bias is None else bias + stand_in
 
 
 def _check_window(config: PreTrainedConfig, attention: list[bool]) -> None:

@@ -87,7 +87,7 @@ def without(model: nn.Module, attentions: Sequence[str]) -> Iterator[None]:
     modules = [model.get_submodule(name) for name in attentions]
     try:
         for module in modules:
-            module.forward = SkippedAttention(module.bypass.form, module.arm.index, module.base_layer).forward
+            module.forward = SkippedAttention(module.bypass.form, module.arm.index, module.base_layer, 0).forward
         yield
     finally:
         for module in modules:

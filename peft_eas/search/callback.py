@@ -7,8 +7,7 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers.trainer_callback import CallbackHandler
 from ..batches import evaluating, inputs_of
 from ..families import find_layers
 from ..model import EASModel
+from ..stand_in import are_zero, eas_model, initialize_eas_weights
 from . import bandit, budget
 from .held_out import HeldOut, fingerprints, loss_sum, means_over_processes
 from .report import write_report
@@ -92,6 +92,9 @@ class EASCallback(TrainerCallback):
     `peft_eas.search.bandit`). `evaluate()`, `predict()` and checkpoints in the meantime use the best set so far. At the
     end of the search the best set is skipped for good, and what its layers no longer need is dropped after training.
 
+    Before the first step it measures the stand-ins of skipped attentions (`peft_eas.initialize_eas_weights`), also
+    where `skip_layers` are given and there is nothing to search.
+
     In the Trainer's `output_dir` it leaves `report.json` and, if matplotlib is installed, `search.png`.
 
     Args:
@@ -154,7 +157,7 @@ class EASCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        _eas_model(model)
+        eas_model(model)
 
     def on_train_begin(
         self,
@@ -169,11 +172,13 @@ class EASCallback(TrainerCallback):
         if self._search is not None:  # of a training that did not end
             self._search.release()
             self._search = None
-        tuner = _eas_model(model)
+        tuner = eas_model(model)
         saved = state.stateful_callbacks.get(STATE_KEY) if state.global_step else None
         (adapter_name,) = tuner.active_adapters
+        if not state.global_step:  # else they come from the checkpoint
+            self._measure_stand_ins(args, model, tuner, train_dataloader)
         if tuner.peft_config[adapter_name].skip_layers is not None and saved is None:
-            logger.warning("`skip_layers` is set already: there is nothing to search, and `EASCallback` does nothing.")
+            logger.info("`skip_layers` is set already: there is nothing to search.")
             return
         if state.global_step and saved is None:
             raise ValueError(
@@ -183,6 +188,24 @@ class EASCallback(TrainerCallback):
         self._search = _Search(self, args, model, tuner, train_dataloader, state.max_steps, saved)
         # the very dictionary, so that the Trainer's next checkpoint has the search as it is then
         state.stateful_callbacks[STATE_KEY] = vars(self._search.state)
+
+    def _measure_stand_ins(
+        self, args: TrainingArguments, model: nn.Module, tuner: EASModel, train_dataloader: Any
+    ) -> None:
+        """Start the stand-ins at their means, unless they were measured or trained before."""
+        (adapter_name,) = tuner.active_adapters
+        stand_ins = tuner.stand_ins(adapter_name)
+        if not stand_ins or not are_zero(stand_ins.values()):
+            return
+        try:
+            batches = _sample(_held_out(self.search_dataset, train_dataloader, args))
+            initialize_eas_weights(model, batches, adapter_name)
+        except TypeError as error:
+            raise ValueError(
+                f"The stand-ins can't be measured: the model takes no such batches as the Trainer's collator makes "
+                f"({error}). Call `peft_eas.initialize_eas_weights(model, dataloader)` before training, with batches "
+                "of what the model takes."
+            ) from error
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -272,7 +295,9 @@ class _Search:
             missing := [i for i in self.gates.layers if i not in settings.warm_start]
         ):
             raise ValueError(f"`warm_start` has no scores of layers {missing}.")
-        self.held_out = self._held_out(train_dataloader)
+        self.held_out = _held_out(settings.search_dataset, train_dataloader, args)
+        if settings.search_dataset is None:
+            self.hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
         self.gates.draw(None)
         if saved is None:
             count, about = self._count()
@@ -318,21 +343,17 @@ class _Search:
             return  # they have none
         if self.args.fsdp and step == 0:
             return  # see `rewind_idle_state`
-        for parameter in self._idle_parameters():
+        for parameter in self.gates.idle_parameters():
             parameter.grad = None
 
     def rewind_idle_state(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """A checkpoint of FSDP needs the optimizer's state of every parameter: the first step makes it for idle ones,
         too, by gradients of zero, and must not count."""
         if self.args.fsdp and step == 0:
-            for parameter in self._idle_parameters():
+            for parameter in self.gates.idle_parameters():
                 state = optimizer.state.get(parameter, {})
                 if "step" in state:
                     state["step"] = state["step"] * 0
-
-    def _idle_parameters(self) -> Iterator[nn.Parameter]:
-        for wrapper in self.gates.idle():
-            yield from wrapper.parameters_of(self.gates.adapter_name)
 
     def after_step(self, step: int) -> None:
         if self.state.settled is not None:
@@ -455,33 +476,6 @@ class _Search:
                     sums.append(loss_sum(self.model, batches, self.device))
         return means_over_processes(sums)
 
-    def _held_out(self, train_dataloader: Any) -> HeldOut:
-        dataset = self.settings.search_dataset
-        train_dataset = train_dataloader.dataset
-        if dataset is None:
-            dataset = train_dataset
-            self.hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
-        else:
-            # the Trainer has dropped columns that the model does not know; the collator does not expect them
-            known, given = (getattr(d, "column_names", None) for d in (train_dataset, dataset))
-            if known and given and set(given) - set(known):
-                if not set(given) & set(known):
-                    raise ValueError(
-                        f"`search_dataset` has the columns {given}, but the Trainer's collator is given {known}: "
-                        "prepare it like the training set (after a TRL trainer has been made, its `eval_dataset` is)."
-                    )
-                dataset = dataset.select_columns([name for name in given if name in known])
-        # as many examples a round as an optimizer step has, so that scoring costs the same share at every size
-        return HeldOut(
-            dataset,
-            train_dataloader.collate_fn,
-            self.args.per_device_train_batch_size,
-            self.args.gradient_accumulation_steps,
-            self.args.seed,
-            self.args.process_index,
-            self.args.world_size,
-        )
-
     def _remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if module.training and self.state.settled is None:
             self.seen |= fingerprints(kwargs)
@@ -492,9 +486,7 @@ class _Search:
 
     def _sample(self) -> list[dict[str, Any]]:
         """The batches for what is decided once, this process's part of them."""
-        per_round = self.held_out.batch_size * self.held_out.num_batches * self.held_out.world_size
-        avoid = self._trained_on()
-        return [b for r in range(math.ceil(SAMPLE / per_round)) for b in self.held_out.batches(r, avoid)]
+        return _sample(self.held_out, self._trained_on())
 
     def _warm_start(self) -> None:
         """Let the preferences start from scores: at once, or after the warm-up if the model is to be measured, as an
@@ -527,7 +519,7 @@ class _Search:
         if target is None:
             return self.config.count_to_skip(available), {}
         batch = inputs_of(self.held_out.batches(0)[0], self.device)
-        with _without_adapters(self.tuner), evaluating(self.model):
+        with self.tuner.without_adapters(), evaluating(self.model):
             counted = budget.forward_operations(self.model, self._attentions(self.gates.layers), batch)
         total, attention = (sum(numbers) for numbers in zip(*gather_object([counted]), strict=True))
         count = budget.count_for_speedup(total, attention, available, target)
@@ -559,7 +551,7 @@ class _Search:
 
     def _check_speedup(self) -> None:
         batch = inputs_of(self.held_out.batches(0)[0], self.device)
-        with _without_adapters(self.tuner), evaluating(self.model):
+        with self.tuner.without_adapters(), evaluating(self.model):
             measured = budget.measured_speedup(self.model, self._attentions(self.state.settled), batch)
         self.state.budget["measured_speedup"] = measured
         if measured < self.config.target_speedup:
@@ -594,27 +586,37 @@ class _Search:
             write_report(self.report(), Path(self.args.output_dir))
 
 
-@contextmanager
-def _without_adapters(tuner: EASModel) -> Iterator[None]:
-    """The base model inside of the `with`; then its adapters again, as trainable as before."""
-    trainable = [parameter for parameter in tuner.parameters() if parameter.requires_grad]
-    tuner.disable_adapter_layers()
-    try:
-        yield
-    finally:
-        tuner.enable_adapter_layers()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def _eas_model(model: nn.Module) -> EASModel:
-    for module in model.modules():
-        if isinstance(module, EASModel):
-            return module
-    raise ValueError(
-        f"`EASCallback` needs a model with an EAS adapter, got a {type(model).__name__} without one: make it with "
-        "`get_peft_model(model, EASConfig(...))`."
+def _held_out(dataset: Any, train_dataloader: Any, args: TrainingArguments) -> HeldOut:
+    """Held-out examples of `dataset`, or of the training set if it is `None`."""
+    train_dataset = train_dataloader.dataset
+    if dataset is None:
+        dataset = train_dataset
+    else:
+        # the Trainer has dropped columns that the model does not know; the collator does not expect them
+        known, given = (getattr(d, "column_names", None) for d in (train_dataset, dataset))
+        if known and given and set(given) - set(known):
+            if not set(given) & set(known):
+                raise ValueError(
+                    f"`search_dataset` has the columns {given}, but the Trainer's collator is given {known}: "
+                    "prepare it like the training set (after a TRL trainer has been made, its `eval_dataset` is)."
+                )
+            dataset = dataset.select_columns([name for name in given if name in known])
+    # as many examples a round as an optimizer step has, so that scoring costs the same share at every size
+    return HeldOut(
+        dataset,
+        train_dataloader.collate_fn,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.seed,
+        args.process_index,
+        args.world_size,
     )
+
+
+def _sample(held_out: HeldOut, avoid: Collection[int] = ()) -> list[dict[str, Any]]:
+    """The batches for what is decided once, this process's part of them."""
+    per_round = held_out.batch_size * held_out.num_batches * held_out.world_size
+    return [batch for r in range(math.ceil(SAMPLE / per_round)) for batch in held_out.batches(r, avoid)]
 
 
 def _log_before_others(callback: EASCallback, frame: Any) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..batches import evaluating, hooks, inputs_of, kept_tokens, label_count
-from ..families import Layers, find_layers
-from ..modeling_eas import Bypass
+from ..batches import counted_tokens, evaluating, inputs_of, kept_tokens, label_count
+from ..families import Arm, Layers, find_layers
+from ..stand_in import attention_means, replaced, watching
 
 
 @torch.no_grad()
 def score_attentions(
-    model: PreTrainedModel, dataloader: Iterable[dict[str, torch.Tensor]], method: str = "similarity"
+    model: PreTrainedModel, dataloader: Iterable[dict[str, torch.Tensor]], method: str = "kl"
 ) -> dict[int | str, float]:
     """Score the attentions of a transformers model that has no adapters: the lower, the more redundant.
 
@@ -27,93 +24,134 @@ def score_attentions(
     Args:
         model: A model of a known family; it is left as it was.
         dataloader: Batches `{input_ids, attention_mask, ...}` of the task, a few hundred tokens in all or more; with
-            `labels` for `method="loss"`.
-        method: `"similarity"`: one minus the cosine similarity of the residual stream before and after the attention,
-            averaged over the tokens (as LLM-Drop does, arXiv 2406.15786); one forward a batch. `"loss"`: by how much
-            the loss grows with that attention's output set to zero; one forward a batch and attention.
+            `labels` for `method="loss"`. It is read twice, so no iterator.
+        method: What is lost when the attention is replaced by the mean of what it adds, its stand-in: `"kl"`, the
+            divergence from the whole model's predictions, in nats a token, and `"loss"`, the growth of the loss, take a
+            forward for each attention; `"deviation"`, how far what it adds is from that mean, relative to the residual
+            stream (root mean squares), takes one for all. `"similarity"`: one minus the cosine similarity of the
+            stream before and after the attention (as LLM-Drop does, arXiv 2406.15786), one forward for all.
 
     Returns:
         `{attention: score}` of every attention, by index of its layer, or by name where that is not enough.
 
     Raises:
-        ValueError: for an unknown family or method, no batch at all, batches without labels, or a loss or similarity
-            that is not finite.
+        ValueError: for an unknown family or method, no batch at all, batches without labels, a model without logits
+            where there have to be some, or scores that are not finite.
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
-    layers = find_layers(model)
+    layers, batches = find_layers(model), list(dataloader)
+    if not batches:
+        raise ValueError("The dataloader gave no batches to score the attentions with.")
     with evaluating(model):
-        scores = METHODS[method](model, layers, dataloader)
+        scores = METHODS[method](model, layers, batches)
     wrong = [index for index, score in scores.items() if not torch.isfinite(torch.tensor(score))]
     if wrong:
         raise ValueError(f"The scores of layers {wrong} are not finite: look for NaN in the model's weights or inputs.")
     return scores
 
 
-def _by_similarity(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict]) -> dict[int | str, float]:
+def _by_similarity(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
     totals, counts = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0)
-    for batch in dataloader:
+    for batch in batches:
         kept = kept_tokens(batch, model.device) if {"input_ids", "inputs_embeds"} & batch.keys() else None
-        streams: dict[int | str, torch.Tensor] = {}
 
-        def remember(module, args, kwargs, key, streams=streams):
-            streams[key] = args[0] if args else kwargs["hidden_states"]
-
-        def compare(module, args, output, key, streams=streams, kept=kept):
-            row, before = layers[key].row, streams.pop(key)
-            update = output[0] if isinstance(output, tuple) else output
+        def see(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, kept=kept) -> None:
+            row, after = arm.row, before + added
             if row.residual_norm:
-                before, after = module.get_submodule(row.residual_norm)(before), update
-            else:
-                after = update if row.adds_residual or row.core else before + update
+                norm = model.get_submodule(f"{arm.attention}.{row.residual_norm}")
+                before, after = norm.forward(before), norm.forward(after)  # without the hooks
             change = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
             if row.pools != "nothing" and not row.context and kept is not None and kept.shape == change.shape:
                 change = change[kept]
             totals[key] += change.sum().item()
             counts[key] += change.numel()
 
-        with hooks() as handles:
-            for key, arm in layers.items():
-                layer, row = model.get_submodule(arm.layer), arm.row
-                attention = layer.get_submodule(row.attention)
-                # where the residual stream is read: by the attention's own norm, by the layer, or by the attention
-                norms = [name for name in row.attention_norms if name in dict(layer.named_modules())]
-                reader = layer.get_submodule(norms[0]) if norms else attention if row.context else layer
-                # a norm after the attention is part of what it adds
-                last = layer.get_submodule(row.output_norms[-1]) if row.output_norms else attention
-                handles.append(reader.register_forward_pre_hook(functools.partial(remember, key=key), with_kwargs=True))
-                handles.append(last.register_forward_hook(functools.partial(compare, key=key)))
+        with watching(model, layers, see):
             model(**inputs_of({k: v for k, v in batch.items() if k != "labels"}, model.device))
-    if not any(counts.values()):
-        raise ValueError("The dataloader gave no tokens to score the attentions with.")
     return {key: total / max(1, counts[key]) for key, total in totals.items()}
 
 
-def _by_loss(model: PreTrainedModel, layers: Layers, dataloader: Iterable[dict]) -> dict[int | str, float]:
-    batches = [inputs_of(batch, model.device) for batch in dataloader]
-    if not batches:
-        raise ValueError("The dataloader gave no batches to score the attentions with.")
-    if any(batch.get("labels") is None for batch in batches):
-        raise ValueError("`method='loss'` needs batches with `labels`; `method='similarity'` does without.")
-    weights = [label_count(batch) for batch in batches]
+def _by_deviation(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
+    sums, squares, streams, counts = (dict.fromkeys(layers, 0.0) for _ in range(4))
+    for batch in batches:
+        inputs = inputs_of(batch, model.device)
 
-    def loss() -> float:
-        total = sum(w * model(**batch).loss.item() for w, batch in zip(weights, batches, strict=True))
-        return total / sum(weights)
+        def see(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, inputs=inputs) -> None:
+            kept = counted_tokens(inputs, arm.row, added.shape[:-1], added.device)
+            adds, stream = added[kept].double(), before.expand_as(added)[kept].double()
+            sums[key] = sums[key] + adds.sum(dim=0)
+            squares[key] += adds.square().sum().item()
+            streams[key] += stream.square().sum().item()
+            counts[key] += len(adds)
 
-    whole, scores = loss(), {}
-    for key, arm in layers.items():
-        attention = model.get_submodule(arm.attention)
-        bypass = Bypass(arm.row.form(), arm.index, getattr(attention, "base_layer", attention))
-        with hooks() as handles:
-            handles.append(attention.register_forward_hook(functools.partial(_nothing, bypass), with_kwargs=True))
-            scores[key] = loss() - whole
+        with watching(model, layers, see):
+            model(**inputs)
+    scores = {}
+    for key in layers:
+        about_mean = squares[key] - (sums[key] / max(1, counts[key]) * sums[key]).sum().item()
+        scores[key] = (max(0.0, about_mean) / max(streams[key], 1e-30)) ** 0.5
     return scores
 
 
-METHODS: dict[str, Callable[..., dict[int | str, float]]] = {"similarity": _by_similarity, "loss": _by_loss}
+def _by_kl(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
+    inputs = [inputs_of({k: v for k, v in batch.items() if k != "labels"}, model.device) for batch in batches]
+    if any(batch.get("decoder_input_ids") is None and "labels" in batch for batch in batches) and getattr(
+        model.config, "is_encoder_decoder", False
+    ):
+        inputs = [inputs_of(batch, model.device) for batch in batches]  # its tokens are made of the labels
+
+    def predictions(batch: dict) -> torch.Tensor:
+        """`(tokens, classes)`, of the tokens that are no padding."""
+        logits = getattr(model(**batch), "logits", None)
+        if logits is None:
+            raise ValueError(
+                f"`method='kl'` compares predictions, and a {type(model).__name__} makes none (it gives no `logits`): "
+                "use `method='deviation'` or `'loss'`."
+            )
+        kept = kept_tokens(batch, logits.device) if {"input_ids", "inputs_embeds"} & batch.keys() else None
+        kept = logits[kept] if kept is not None and logits.shape[:2] == kept.shape else logits.flatten(0, -2)
+        return F.log_softmax(kept.float(), dim=-1)
+
+    whole = [predictions(batch) for batch in inputs]
+
+    def divergence() -> float:
+        moved = 0.0
+        for batch, before in zip(inputs, whole, strict=True):
+            moved += F.kl_div(predictions(batch), before, reduction="sum", log_target=True).item()
+        return moved / sum(map(len, whole))
+
+    return _one_by_one(model, layers, batches, divergence)
 
 
-def _nothing(bypass: Bypass, attention: nn.Module, args: tuple, kwargs: dict, output: Any) -> torch.Tensor | tuple:
-    nothing = torch.zeros_like(output[0] if isinstance(output, tuple) else output)
-    return bypass.returned(bypass.stream(args, kwargs, attention, nothing), args, kwargs)
+def _by_loss(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
+    inputs = [inputs_of(batch, model.device) for batch in batches]
+    if any(batch.get("labels") is None for batch in inputs):
+        raise ValueError("`method='loss'` needs batches with `labels`; the other methods do without.")
+    weights = [label_count(batch) for batch in inputs]
+
+    def loss() -> float:
+        total = sum(w * model(**batch).loss.item() for w, batch in zip(weights, inputs, strict=True))
+        return total / sum(weights)
+
+    whole = loss()
+    return {key: replaced_by - whole for key, replaced_by in _one_by_one(model, layers, batches, loss).items()}
+
+
+def _one_by_one(
+    model: PreTrainedModel, layers: Layers, batches: Sequence[dict], measure: Callable[[], float]
+) -> dict[int | str, float]:
+    """`measure()` with each attention in turn replaced by its mean."""
+    scores = {}
+    for key, mean in attention_means(model, layers, batches).items():
+        with replaced(model, layers[key], mean):
+            scores[key] = measure()
+    return scores
+
+
+METHODS: dict[str, Callable[..., dict[int | str, float]]] = {
+    "kl": _by_kl,
+    "deviation": _by_deviation,
+    "loss": _by_loss,
+    "similarity": _by_similarity,
+}
