@@ -220,7 +220,7 @@ def main() -> None:
 
     with step("Searching and fine-tuning EAS"):
         wanted = {"skip_layers": args.skip_layers} if args.skip_layers else {"num_skip": args.num_skip}
-        callbacks = [] if args.skip_layers else [EASCallback(search_examples)]
+        callbacks = [EASCallback(search_examples)]
         config = EASConfig(**wanted, task_type="CAUSAL_LM")
         eas = train(load_model(args.model), config, EAS_LEARNING_RATE, examples, tokenizer, args, callbacks)
         print(f"EAS skips the attentions of layers {eas.skip_layers}, out of {base.config.num_hidden_layers}")

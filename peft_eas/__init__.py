@@ -17,7 +17,7 @@ from .modeling_eas import prompt_mask
 from .search import EASCallback, plot_search, score_attentions
 from .stand_in import initialize_eas_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FAMILIES",
     "Attentions",

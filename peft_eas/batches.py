@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .families import Attentions
 
@@ -15,6 +16,14 @@ def inputs_of(batch: dict, device: torch.device) -> dict:
     """A batch as the arguments of a forward that keeps no cache."""
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     return moved | {"use_cache": False}
+
+
+def arguments_of(batch: dict, model: PreTrainedModel) -> dict:
+    """A batch as the arguments of a forward of `model`; some that don't generate know of no caches (CLAP)."""
+    inputs = inputs_of(batch, model.device)
+    if not model.can_generate():
+        del inputs["use_cache"]
+    return inputs
 
 
 def label_count(batch: dict) -> int:

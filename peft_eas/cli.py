@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     score.add_argument("model", metavar="MODEL", help="hub name or folder of a causal language model")
     score.add_argument("data", metavar="DATA", help=DATA_HELP)
-    score.add_argument("--method", choices=list(METHODS), default="similarity", help="default: similarity")
+    score.add_argument("--method", choices=list(METHODS), default="kl", help="default: kl")
     score.add_argument("--examples", type=_positive, default=64, help="how many examples to look at (default: 64)")
     score.add_argument("--batch-size", type=_positive, default=8, help="default: 8")
     score.add_argument("--max-length", type=_positive, default=512, help="longest example, in tokens (default: 512)")
@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--r-pia", type=_positive, default=32, help="rank of the PIAs (default: 32)")
     train.add_argument("--propagation", choices=["prompt", "none"], default="prompt", help="default: prompt")
     train.add_argument("--router", choices=["static", "prompt"], default="static", help="default: static")
+    train.add_argument("--stand-in", choices=["mean", "zero"], default="mean", help="default: mean")
     train.add_argument("--search-steps", type=float, help="length of the search: optimizer steps, or a fraction")
     train.add_argument("--warm-start", choices=[*WARM_STARTS, "none"], help="what the preferences start from")
     train.add_argument("--max-length", type=_positive, default=512, help="longest example, in tokens (default: 512)")
@@ -225,6 +226,7 @@ def _train(args: argparse.Namespace) -> None:
         r_pia=args.r_pia,
         propagation=args.propagation,
         router=args.router,
+        stand_in=args.stand_in,
         task_type="CAUSAL_LM",
     )
     for_search = [name for name in ("search_data", "search_steps", "warm_start") if getattr(args, name) is not None]
@@ -257,7 +259,7 @@ def _train(args: argparse.Namespace) -> None:
         eval_dataset=data.get("eval_data"),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
-        callbacks=[] if args.skip_layers else [EASCallback(data.get("search_data"), **search)],
+        callbacks=[EASCallback(data.get("search_data"), **search)],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()

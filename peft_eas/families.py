@@ -773,7 +773,7 @@ def find_layers(model: nn.Module) -> Layers:
         container = containers[attentions.layers] = f"{name}.{inner}".strip(".")
         is_needed, seen = attentions.keeps_first, set()
         there = filter(None, (_get(layer, attentions.attention) for layer in layers))
-        times = Counter(id(parameter) for attention in there for parameter in attention.parameters())
+        times = Counter(parameter for attention in there for parameter in _own(attention))
         for index, layer in enumerate(layers):
             attention = _get(layer, attentions.attention)
             if attention is None or (attentions.has and not hasattr(attention, attentions.has)):
@@ -781,7 +781,7 @@ def find_layers(model: nn.Module) -> Layers:
             if attentions.keeps_if:
                 is_needed = is_needed or getattr(attention, attentions.keeps_if)
             if not attentions.attention_inputs:
-                own = {id(parameter) for parameter in attention.parameters()}
+                own = set(_own(attention))
                 is_needed = is_needed or (not own <= seen and max(map(times.get, own)) > 1)
                 seen |= own
             is_needed = is_needed or not _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
@@ -796,6 +796,11 @@ def _is_ffn(row: Attentions, layers: Iterable[nn.Module]) -> bool:
     """Whether there is a layer, and it holds a FFN of the row, with or without adapters."""
     names = [name.partition("*")[0] for given in row.ffn_inputs for name in given.split("|")]
     return any(_get(layer, f"{row.ffn}.{name}".rstrip(".")) is not None for layer in layers for name in names)
+
+
+def _own(attention: nn.Module) -> list[int]:
+    """The ids of an attention's parameters, without those of adapters."""
+    return [id(parameter) for parameter in getattr(attention, "base_layer", attention).parameters()]
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:

@@ -73,7 +73,8 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
                 stand_in = attention.eas_stand_in.get(name)
                 form["stand_in"].append(0 if stand_in is None else len(stand_in))
                 if stand_in is not None:
-                    stand_ins[arm.attention] = stand_in.detach()
+                    device, dtype = attention._get_base_layer_device_and_dtype(attention.base_layer)
+                    stand_ins[arm.attention] = stand_in.detach().to(device, dtype, copy=True)
                 places = [(pia, ffn, ffn) for pia, ffn in zip(pias, arm.ffns_in_list, strict=True)]
             for wrapper, inside, where in places:
                 if wrapper is None or not wrapper.has_adapter(name):
@@ -109,9 +110,8 @@ def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
         modeling_eas.strip_attentions(layers, form)
         for where, adapter in adapters.items():
             modeling_eas.keep_adapter(layers, form, where, adapter)
-    with torch.no_grad():
-        for attention, stand_in in plan.stand_ins.items():
-            model.get_submodule(attention).stand_in.copy_(stand_in).requires_grad_(False)
+    for attention, stand_in in plan.stand_ins.items():
+        model.get_submodule(attention).stand_in = torch.nn.Parameter(stand_in, requires_grad=False)
     modeling_eas.forget_ties(model)
     _change_config(model, plan.eas)
     config_class = type(model.config)

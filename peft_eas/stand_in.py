@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from .batches import counted_tokens, evaluating, hooks, inputs_of
+from .batches import arguments_of, counted_tokens, evaluating, hooks
 from .families import Arm, Layers, find_layers
 from .layer import EASAttention, EASLayer
 from .model import EASModel
@@ -90,7 +90,7 @@ def attention_means(
     counts = dict.fromkeys(layers, 0)
     with evaluating(model):
         for batch in dataloader:
-            inputs = inputs_of(batch, inner.device)
+            inputs = arguments_of(batch, inner)
 
             def add(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, inputs: dict = inputs) -> None:
                 kept = added[counted_tokens(inputs, arm.row, added.shape[:-1], added.device)]

@@ -48,7 +48,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from peft_eas import FAMILIES, EASConfig
+from peft_eas import FAMILIES, EASConfig, initialize_eas_weights
 from peft_eas.families import find_layers
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "supported-models.md"
@@ -1342,6 +1342,41 @@ def _dropped(adds_residual: bool, args: tuple, output):
     return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
+def standing_in(model_type: str) -> None:
+    """An attention whose output is a constant costs nothing to skip: its stand-in is that constant."""
+    base = tiny_model(model_type)
+    layers, dropped = find_layers(base), skipped(base)
+    before = logits(base, model_type)
+    generator = torch.Generator().manual_seed(3)
+    shared = {base.get_submodule(layers[key].attention): layers[key].row for key in dropped}  # Zamba's serve several
+    for attention, row in shared.items():
+        module = attention
+        if row.core:  # the attention adds its input itself
+            *_, module = (m for m in attention.modules() if isinstance(m, nn.Linear))
+        module.register_forward_hook(partial(_constant, row.adds_residual, torch.randn(64, generator=generator)))
+    expected = logits(base, model_type)
+    assert (expected - before).abs().max() > 1e-3, "the attentions did nothing"
+    model = get_peft_model(base, EASConfig(skip_layers=dropped, propagation="none")).eval()
+    initialize_eas_weights(model, [tiny_inputs(model_type)])
+    assert_close(logits(model, model_type), expected, 2e-4)
+    merged = model.merge_and_unload()
+    assert_close(logits(merged, model_type), expected, 2e-4)
+    assert_close(logits(reloaded(merged, model_type), model_type), expected, 2e-4)
+
+
+def _constant(adds_residual: bool, constant: torch.Tensor, module: nn.Module, args: tuple, output):
+    first = output[0] if isinstance(output, tuple) else output
+    first = torch.zeros_like(first) + constant[: first.shape[-1]] + (args[1] if adds_residual else 0)
+    return (first, *output[1:]) if isinstance(output, tuple) else first
+
+
+def reloaded(merged: PreTrainedModel, model_type: str) -> PreTrainedModel:
+    with tempfile.TemporaryDirectory() as folder:
+        merged.save_pretrained(folder)
+        cls = auto_class(model_type)
+        return (cls if hasattr(cls, "_model_mapping") else type(merged)).from_pretrained(folder).eval()
+
+
 def merging(model_type: str) -> None:
     """Merged equals unmerged, with and without propagation and biases."""
     for settings in (dict(), dict(propagation="none"), dict(router="prompt")):
@@ -1434,10 +1469,7 @@ def reloading(model_type: str) -> None:
         )
     merged = model.merge_and_unload()
     expected = logits(merged, model_type)
-    with tempfile.TemporaryDirectory() as folder:
-        merged.save_pretrained(folder)
-        cls = auto_class(model_type)
-        loaded = (cls if hasattr(cls, "_model_mapping") else type(merged)).from_pretrained(folder).eval()
+    loaded = reloaded(merged, model_type)
     assert type(loaded) is type(merged)
     assert_close(logits(loaded, model_type), expected, 1e-5)
 
@@ -1457,7 +1489,9 @@ def sizes(model_type: str) -> None:
     used_elsewhere = {id(p) for n, p in named if n not in removed}  # layers may share weights
     gone = sum(p.numel() for p in {p for n, p in named if n in removed} if id(p) not in used_elsewhere)
     assert gone > 0
-    merged = get_peft_model(base, EASConfig(skip_layers=dropped, propagation="none", use_bias=False)).merge_and_unload()
+    merged = get_peft_model(
+        base, EASConfig(skip_layers=dropped, propagation="none", stand_in="zero", use_bias=False)
+    ).merge_and_unload()
     assert tiny_model(model_type).num_parameters() - merged.num_parameters() == gone
     if generates(model_type):
         cache = cache_of(merged, tiny_inputs(model_type))
@@ -1516,7 +1550,7 @@ def padding(model_type: str) -> None:
 
 CHECKS: dict[str, Callable[[str], None]] = {
     check.__name__: check
-    for check in (identity, skipping, merging, generation, training, reloading, sizes, images, padding)
+    for check in (identity, skipping, standing_in, merging, generation, training, reloading, sizes, images, padding)
 }  # fmt: skip
 
 

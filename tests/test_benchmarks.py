@@ -53,6 +53,7 @@ def test_bytes_are_those_of_the_weights_and_of_the_real_cache(propagation, base,
     linears = [m for m in merged.model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))]
     norms = [m for m in merged.model.modules() if type(m).__name__ == "LlamaRMSNorm"]
     weights = sum(p.numel() * 4 for module in linears + norms for p in module.parameters())
+    weights += 3 * 32 * 4  # what stands in
     assert measure.decode_bytes(merged, base.config, LAYERS - 3, TOKENS, rows=2) == weights + measure.kv_bytes(cache)
     assert measure.kv_bytes(cache) * 10 == measure.kv_bytes(measure.filled(base, ids)) * 7
 

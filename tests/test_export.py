@@ -46,9 +46,9 @@ MODELS = {
 }
 
 
-def merged(name="llama", skip=(2, 5), use_bias=True, **changes):
+def merged(name="llama", skip=(2, 5), use_bias=True, stand_in="mean", **changes):
     family, own = MODELS[name]
-    config = EASConfig(skip_layers=list(skip), propagation="none", use_bias=use_bias, r=4, r_pia=4)
+    config = EASConfig(skip_layers=list(skip), propagation="none", use_bias=use_bias, stand_in=stand_in, r=4, r_pia=4)
     model = get_peft_model(tiny.model(family, changes=own | changes), config)
     tiny.shake(model)
     return model.merge_and_unload().eval()
@@ -127,6 +127,11 @@ def test_nemotron_nas_computes_what_the_merged_model_computes(name, use_bias, tm
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert [block["attention"]["no_op"] for block in config["block_configs"]] == [False, False, True] * 2
     assert config["attention_bias"] is (use_bias or name in ("biases of its own", "qwen2"))
+    assert config["mlp_bias"] is True  # what stands in for the attentions of layers 2 and 5
+    model = merged(name, use_bias=use_bias, stand_in="zero")
+    quietly(model, tmp_path / "without", "nemotron-nas")
+    assert relative_error(deci_logits(tmp_path / "without", ids), model(ids).logits) < 1e-5
+    config = json.loads((tmp_path / "without" / "config.json").read_text())
     assert config["mlp_bias"] is (use_bias or name == "biases of its own")
 
 
@@ -535,7 +540,7 @@ def test_warnings_name_what_an_engine_would_do_silently(tmp_path):
         [
             (dict(), "TensorRT-LLM ignores all biases and SGLang those of FFNs"),
             (dict(skip=[], use_bias=True), "TensorRT-LLM ignores all biases, without"),
-            (dict(skip=[0], use_bias=False), "Layer 0 has no attention.*KV cache"),
+            (dict(skip=[0], use_bias=False, stand_in="zero"), "Layer 0 has no attention.*KV cache"),
         ]
     ):
         with pytest.warns(UserWarning, match=match) as caught:
@@ -543,7 +548,7 @@ def test_warnings_name_what_an_engine_would_do_silently(tmp_path):
         assert {warning.filename for warning in caught if warning.category is UserWarning} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        peft_eas.export(merged(use_bias=False), tmp_path / "silent", "nemotron-nas")
+        peft_eas.export(merged(use_bias=False, stand_in="zero"), tmp_path / "silent", "nemotron-nas")
 
 
 @pytest.mark.parametrize("format", LLAMAS)

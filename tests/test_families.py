@@ -23,7 +23,7 @@ from peft_eas.modeling_eas import outermost
 from peft_eas.trace import TraceError, as_source, check_family, propose_family
 
 # the rest of the matrix is `make supported-models`
-FAST = {name: matrix.CHECKS[name] for name in ("skipping", "merging")}
+FAST = {name: matrix.CHECKS[name] for name in ("skipping", "standing_in", "merging")}
 
 
 @pytest.mark.parametrize("model_type", matrix.whole_models())
@@ -261,9 +261,8 @@ def test_layers_that_share_an_attention(model_type, sources, skipped, tmp_path):
     assert [i for i, arm in layers.items() if not arm.is_skippable] == sources
     name = layers[sources[0]].row.attention
     model = get_peft_model(model, EASConfig(skip_layers=skipped, init_weights=False))
-    assert {n.split("layers.")[1].split(".eas")[0] for n, p in model.named_parameters() if p.requires_grad} == {
-        f"{i}.mamba_decoder.mamba" for i in skipped
-    }
+    trained = {n.split("layers.")[1].split(".eas")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{i}.{place}" for i in skipped for place in (name, "mamba_decoder.mamba")}
     inputs = matrix.tiny_inputs(model_type)
     expected = model(**inputs).logits
     merged = model.merge_and_unload()
@@ -276,7 +275,8 @@ def test_layers_that_share_an_attention(model_type, sources, skipped, tmp_path):
         )
         assert first
         assert all(a is b for a, b in zip(first, last, strict=True))
-        assert not list(result.model.layers[skipped[0]].get_submodule(name).parameters())
+        (stand_in,) = result.model.layers[skipped[0]].get_submodule(name).parameters()
+        assert stand_in.shape == (32,)
     assert loaded.num_parameters() == merged.num_parameters()
     names = dict(merged.named_parameters(remove_duplicate=False))
     for result in (merged, loaded):

@@ -42,8 +42,8 @@ def write_nemotron_nas(
     if biased or ffn_biased:
         dropped = "TensorRT-LLM ignores all biases" + (" and SGLang those of FFNs" if ffn_biased else "")
         warnings.warn(
-            f"This model has biases. vLLM uses them, but {dropped}, without a word: train with `use_bias=False` for "
-            "these engines (a base model's own biases stay).",
+            f"This model has biases. vLLM uses them, but {dropped}, without a word: train with `use_bias=False` "
+            "and `stand_in='zero'` for these engines (a base model's own biases stay).",
             stacklevel=3,
         )
     size = math.ceil(shape.config.intermediate_size / SIZE_STEP) * SIZE_STEP

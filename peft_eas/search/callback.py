@@ -34,8 +34,7 @@ logger = logging.getLogger(__name__)
 STATE_KEY = "eas_search"
 """Where a checkpoint's `trainer_state.json` has the search, among `stateful_callbacks`."""
 
-MEASURED = ("similarity", "loss")
-WARM_STARTS = ("depth", *MEASURED)
+WARM_STARTS = ("deviation", "kl", "similarity", "loss", "depth")
 
 SAMPLE = 32
 """At least how many examples, over all processes, decide on what is decided once: a warm start, a budget."""
@@ -105,10 +104,10 @@ class EASCallback(TrainerCallback):
         interval: Optimizer steps from one round to the next.
         num_candidates: Sets that are scored in a round.
         lr: Learning rate of the preferences.
-        warm_start: What the preferences start from: `"depth"`, the deeper the better; scores by layer index, low for
-            redundant; or, measured after the warm-up, `"similarity"` of the residual stream before and after each
-            attention, or `"loss"`, by how much the held-out loss grows when just this attention is skipped and its PIA
-            stands in. `None`: all alike.
+        warm_start: What the preferences start from: scores of the base model (see `score_attentions`), `"deviation"`,
+            `"kl"` or `"similarity"`; `"loss"`, measured after the warm-up, by how much the held-out loss grows when
+            just this attention is skipped, its PIA and stand-in in place; `"depth"`, the deeper the better; or scores
+            by layer index, low for redundant. `None`: all alike.
 
     Raises:
         ValueError: for a wrong value; when training begins, for a model without an EAS adapter, a dataset that can't be
@@ -124,7 +123,7 @@ class EASCallback(TrainerCallback):
         interval: int = 20,
         num_candidates: int = 3,
         lr: float = 2.0,
-        warm_start: str | Mapping[int, float] | None = "depth",
+        warm_start: str | Mapping[int, float] | None = "deviation",
     ) -> None:
         for name, value in (("warmup_steps", warmup_steps), ("search_steps", search_steps)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
@@ -200,11 +199,11 @@ class EASCallback(TrainerCallback):
         try:
             batches = _sample(_held_out(self.search_dataset, train_dataloader, args))
             initialize_eas_weights(model, batches, adapter_name)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"The stand-ins can't be measured: the model takes no such batches as the Trainer's collator makes "
-                f"({error}). Call `peft_eas.initialize_eas_weights(model, dataloader)` before training, with batches "
-                "of what the model takes."
+                f"The stand-ins of skipped attentions can't be measured with this Trainer's batches: {error} "
+                "Call `peft_eas.initialize_eas_weights(model, dataloader)` before training, with batches of what the "
+                "model takes; or give `EASCallback(search_dataset=...)` other examples."
             ) from error
 
     def on_step_begin(
@@ -321,7 +320,7 @@ class _Search:
         if self.state.settled is not None:
             self._settle_on(self.state.settled)
             return
-        if saved is None and (self.state.warmup == 0 or settings.warm_start not in MEASURED):
+        if saved is None and (self.state.warmup == 0 or settings.warm_start != "loss"):
             self._warm_start()
         self.gates.set(self.state.best())
 
@@ -362,7 +361,7 @@ class _Search:
             torch.compiler.set_stance("default")
         if self.state.schedule.scores_after(step):
             self._score_candidates(step)
-        elif step == self.state.warmup and self.settings.warm_start in MEASURED:
+        elif step == self.state.warmup and self.settings.warm_start == "loss":
             self._warm_start()
             self.gates.set(self.state.best())
         if self.state.schedule.phase(step) == "settled":
@@ -489,8 +488,8 @@ class _Search:
         return _sample(self.held_out, self._trained_on())
 
     def _warm_start(self) -> None:
-        """Let the preferences start from scores: at once, or after the warm-up if the model is to be measured, as an
-        untrained one does not know the task."""
+        """Let the preferences start from scores: of the base model at once, of losses with PIAs after the warm-up, in
+        which these learn something."""
         given, layers = self.settings.warm_start, self.state.layers
         if given is None:
             return
@@ -503,7 +502,7 @@ class _Search:
             whole, *single = self._losses([[], *([i] for i in layers)], self._sample())
             scores = [loss - whole if math.isfinite(loss) else math.inf for loss in single]
         else:
-            with self.gates.skipping([]):
+            with self.tuner.without_adapters():
                 by_layer = score_attentions(self.model, self._sample(), method=given)
             scores = means_over_processes([(by_layer[i], 1) for i in layers])
         self.state.scores = [score if math.isfinite(score) else None for score in scores]

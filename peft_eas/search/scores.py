@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..batches import counted_tokens, evaluating, inputs_of, kept_tokens, label_count
+from ..batches import arguments_of, counted_tokens, evaluating, kept_tokens, label_count
 from ..families import Arm, Layers, find_layers
 from ..stand_in import attention_means, replaced, watching
 
@@ -68,14 +68,14 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, batches: Sequence[dic
             counts[key] += change.numel()
 
         with watching(model, layers, see):
-            model(**inputs_of({k: v for k, v in batch.items() if k != "labels"}, model.device))
+            model(**arguments_of({k: v for k, v in batch.items() if k != "labels"}, model))
     return {key: total / max(1, counts[key]) for key, total in totals.items()}
 
 
 def _by_deviation(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
     sums, squares, streams, counts = (dict.fromkeys(layers, 0.0) for _ in range(4))
     for batch in batches:
-        inputs = inputs_of(batch, model.device)
+        inputs = arguments_of(batch, model)
 
         def see(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, inputs=inputs) -> None:
             kept = counted_tokens(inputs, arm.row, added.shape[:-1], added.device)
@@ -95,11 +95,11 @@ def _by_deviation(model: PreTrainedModel, layers: Layers, batches: Sequence[dict
 
 
 def _by_kl(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
-    inputs = [inputs_of({k: v for k, v in batch.items() if k != "labels"}, model.device) for batch in batches]
+    inputs = [arguments_of({k: v for k, v in batch.items() if k != "labels"}, model) for batch in batches]
     if any(batch.get("decoder_input_ids") is None and "labels" in batch for batch in batches) and getattr(
         model.config, "is_encoder_decoder", False
     ):
-        inputs = [inputs_of(batch, model.device) for batch in batches]  # its tokens are made of the labels
+        inputs = [arguments_of(batch, model) for batch in batches]  # its tokens are made of the labels
 
     def predictions(batch: dict) -> torch.Tensor:
         """`(tokens, classes)`, of the tokens that are no padding."""
@@ -125,7 +125,7 @@ def _by_kl(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> d
 
 
 def _by_loss(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
-    inputs = [inputs_of(batch, model.device) for batch in batches]
+    inputs = [arguments_of(batch, model) for batch in batches]
     if any(batch.get("labels") is None for batch in inputs):
         raise ValueError("`method='loss'` needs batches with `labels`; the other methods do without.")
     weights = [label_count(batch) for batch in inputs]

@@ -1,0 +1,217 @@
+"""Stand-ins: what a skipped attention leaves, how it is measured, and that nothing else changes."""
+
+import json
+import math
+import warnings
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from peft_eas import EASCallback, EASConfig, initialize_eas_weights
+from peft_eas.config import EASType
+
+SKIP = [0, 3, 4]
+
+
+def tuned(family="llama", **settings):
+    return get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=SKIP, propagation="none") | settings))
+
+
+def stand_ins(model, adapter="default"):
+    return {
+        int(name.split(".layers.")[1].split(".")[0]): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if f"eas_stand_in.{adapter}" in name
+    }
+
+
+def means_by_hand(family, batches):
+    """In float64, from what the stream is before and after each attention of a stock model."""
+    model, seen = tiny.model(family).double(), {}
+    norm = "pre_feedforward_layernorm" if family == "gemma3_text" else "post_attention_layernorm"
+    layers = model.get_decoder().layers
+    for i, layer in enumerate(layers):
+        layer.input_layernorm.register_forward_pre_hook(lambda m, args, i=i: seen.update({(i, 0): args[0]}))
+        getattr(layer, norm).register_forward_pre_hook(lambda m, args, i=i: seen.update({(i, 1): args[0]}))
+    totals, count = torch.zeros(len(layers), model.config.get_text_config().hidden_size, dtype=torch.float64), 0
+    for batch in batches:
+        with torch.no_grad():
+            model(**{k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
+        for row, mask in enumerate(batch["attention_mask"]):
+            kept = mask.nonzero().flatten().tolist()[1:]  # without the first, which looks at itself alone
+            count += len(kept)
+            for i in range(len(layers)):
+                totals[i] += (seen[i, 1] - seen[i, 0])[row, kept].sum(dim=0)
+    return totals / count
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_they_are_the_means_of_what_attentions_add(family, padding):
+    batches = [tiny.inputs(family, seed=seed, padding=padding) for seed in (1, 2)]
+    model = tuned(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    initialize_eas_weights(model, batches)
+    found, expected = stand_ins(model), means_by_hand(family, batches)
+    assert list(found) == SKIP
+    for index, value in found.items():
+        torch.testing.assert_close(value.double(), expected[index], rtol=1e-4, atol=1e-6)
+    after = model.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert all("eas_stand_in" in name for name in changed)
+    assert len(changed) == len(SKIP)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+
+
+def test_positions_that_start_anew_are_first_tokens():
+    rows = [tiny.inputs("llama", rows=1, length=length, padding=None, seed=length)["input_ids"] for length in (5, 8)]
+    apart, packed = tuned(), tuned()
+    initialize_eas_weights(apart, [{"input_ids": row} for row in rows])
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    initialize_eas_weights(packed, [{"input_ids": torch.cat(rows, dim=1), "position_ids": positions}])
+    for index, value in stand_ins(apart).items():
+        torch.testing.assert_close(stand_ins(packed)[index], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_stand_in_is_what_is_trained_and_merged():
+    for family in ("llama", "gemma3_text"):
+        model, inputs = tuned(family).eval(), tiny.inputs(family)
+        initialize_eas_weights(model, [inputs])
+        tiny.shake(model)
+        kept = inputs["attention_mask"].bool()
+        expected = model(**inputs).logits[kept]
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs).logits[kept], expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            merged.get_decoder().layers[3].self_attn.stand_in.zero_()
+        assert (merged(**inputs).logits[kept] - expected).abs().max() > 1e-2
+
+
+def test_other_adapters_stay_as_they_are():
+    model = tuned()
+    model.add_adapter("second", EASConfig(skip_layers=[1], propagation="none"))
+    initialize_eas_weights(model, [tiny.inputs("llama")], "second")
+    assert not any(value.any() for value in stand_ins(model).values())
+    assert list(stand_ins(model, "second")) == [1]
+    assert stand_ins(model, "second")[1].any()
+    assert model.active_adapters == ["default"]
+
+
+def test_what_can_not_be_measured_is_said_and_changes_nothing():
+    model, inputs = tuned(), tiny.inputs("llama")
+    with pytest.raises(ValueError, match="no tokens"):
+        initialize_eas_weights(model, [])
+    with pytest.raises(ValueError, match="no tokens"):  # first tokens alone
+        initialize_eas_weights(model, [{"input_ids": torch.tensor([[5]])}])
+    with pytest.raises(ValueError, match="'other'"):
+        initialize_eas_weights(model, [inputs], "other")
+    with pytest.raises(ValueError, match=r"stand_in='zero'"):
+        initialize_eas_weights(tuned(stand_in="zero"), [inputs])
+    with pytest.raises(ValueError, match="EAS adapter"):
+        initialize_eas_weights(tiny.model("llama"), [inputs])
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    poisoned = embeddings.clone()
+    poisoned[1, 5] = math.nan
+    mask = inputs["attention_mask"]
+    batches = [{"inputs_embeds": given, "attention_mask": mask} for given in (embeddings, poisoned)]
+    with pytest.raises(ValueError, match="not finite"):
+        initialize_eas_weights(model, batches)
+    assert not any(value.any() for value in stand_ins(model).values())
+    initialize_eas_weights(model, batches[:1])
+    assert all(value.any() for value in stand_ins(model).values())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        initialize_eas_weights(model, [inputs])
+
+
+def test_a_search_has_all_of_them_and_keeps_those_it_needs(tmp_path):
+    model = tuned(skip_layers=None, num_skip=2)
+    assert list(stand_ins(model)) == list(range(6))
+    train(model, tmp_path, EASCallback(ROWS[40:], warmup_steps=1, search_steps=3, interval=1), max_steps=6)
+    assert list(stand_ins(model)) == model.skip_layers
+    assert all(value.any() for value in stand_ins(model).values())
+
+
+IDS = torch.randint(3, 97, (64, 9), generator=torch.Generator().manual_seed(5))
+ROWS = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in IDS]
+
+
+def train(model, folder, *callbacks, resume=None, **settings):
+    settings = dict(max_steps=4, learning_rate=1e-3, save_strategy="no") | settings
+    args = TrainingArguments(
+        str(folder), per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True, **settings
+    )
+    Trainer(model, args, train_dataset=ROWS[:40], callbacks=list(callbacks)).train(resume_from_checkpoint=resume)
+    return model
+
+
+def test_a_callback_measures_what_is_given_to_skip(tmp_path):
+    """Before the first step, from held-out examples; what was measured or trained already stays."""
+    model = train(tuned(), tmp_path, EASCallback(ROWS[40:]), learning_rate=0.0)
+    expected = tuned()
+    initialize_eas_weights(expected, [{name: torch.stack([r[name] for r in ROWS[40:]]) for name in ROWS[0]}])
+    for index, value in stand_ins(model).items():
+        # 32 of these 24, so some count twice
+        assert (value - stand_ins(expected)[index]).norm() < 0.3 * value.norm()
+    before = stand_ins(model)
+    train(model, tmp_path, EASCallback(ROWS[:8]), learning_rate=0.0)
+    assert all(torch.equal(value, before[index]) for index, value in stand_ins(model).items())
+    trained = stand_ins(train(model, tmp_path, EASCallback(ROWS[:8])))
+    assert all(not torch.equal(value, before[index]) for index, value in trained.items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_resuming_keeps_them_bit_for_bit(tmp_path, checkpointing):
+    settings = dict(save_strategy="steps", save_steps=2, gradient_checkpointing=checkpointing)
+    whole = stand_ins(train(tuned(), tmp_path / "whole", EASCallback(ROWS[40:]), **settings))
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = train(tuned(), tmp_path / "resumed", EASCallback(ROWS[40:]), resume=checkpoint, **settings)
+    assert list(whole) == SKIP
+    assert all(torch.equal(value, whole[index]) for index, value in stand_ins(resumed).items())
+
+
+def test_a_training_that_starts_without_them_says_so_once(tmp_path):
+    def said(model):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, tmp_path)
+        return [str(w.message) for w in caught if "start at zero" in str(w.message)]
+
+    (message,) = said(tuned())
+    assert "initialize_eas_weights" in message
+    assert "EASCallback" in message
+    assert not said(tuned(stand_in="zero"))
+    measured = tuned()
+    initialize_eas_weights(measured, [tiny.inputs("llama")])
+    assert not said(measured)
+
+
+def test_a_batch_that_the_model_does_not_take(tmp_path):
+    with pytest.raises(ValueError, match=r"can't be measured.*initialize_eas_weights"):
+        train(tuned(), tmp_path, EASCallback([{"chosen": torch.ones(3)}] * 4))
+
+
+def test_adapters_of_before_had_none(tmp_path):
+    """They load, and compute what they did."""
+    model = tuned(stand_in="zero").eval()
+    tiny.shake(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    assert saved.pop("stand_in") == "zero"
+    file.write_text(json.dumps(saved))
+    loaded = PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    assert loaded.peft_config["default"].peft_type == EASType.EAS
+    assert not stand_ins(loaded)
+    inputs = tiny.inputs("llama")
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", ["median", None, True])
+def test_what_else_may_stand_in(value):
+    with pytest.raises(ValueError, match="stand_in"):
+        EASConfig(stand_in=value)
