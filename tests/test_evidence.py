@@ -1,0 +1,437 @@
+"""The benchmark of accuracy: a rerun goes on, processes share the work, nothing is lost, and tables are right."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import evidence
+from evidence import Method, Rows, Run, Table, Task
+
+
+def row(method="LoRA", skipped=0, seed=0, loss=0.5, kind="run", **others):
+    return {
+        "model": "MiniLM", "task": "tweets", "method": method, "skipped": skipped, "seed": seed, "loss": loss,
+        "accuracy": 0.8, "learning_rate": 1e-3, "trainable": 1000, "seconds": 10.0, "version": "0.2.0",
+        "skip_layers": [], "test_se": 0.01, "validation_loss": loss, "date": "2026-11-25", "kind": kind,
+    } | others  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tiny(Task):
+    """A random Llama and random tokens."""
+
+    has_prompts = False
+
+    @property
+    def splits(self):
+        ids = torch.randint(3, 97, (300, 8), generator=torch.Generator().manual_seed(0)).tolist()
+        return self.split([{"input_ids": i, "labels": i} for i in ids])
+
+    def load(self):
+        return tiny.model("llama")
+
+    collate = evidence.Source.collate
+    losses = evidence.Source.losses
+
+
+def a_task():
+    return Tiny(
+        model="tiny", name="random", layers=6, counts=(2, 3), steps=3, batch_size=4, validation=10, test=20, seeds=2,
+        rates=dict.fromkeys(("LoRA", "EAS", "0.1.0"), (1e-3, 1e-2)),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def task():
+    return a_task()
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return Rows(tmp_path / "evidence.json")
+
+
+def fake(run, present):
+    """A row without a training; validation likes a rate of 0.01."""
+    rate = evidence.best_rate(run, present) if run.rate is None else run.rate
+    kind = "run" if run.rate is None else "rate"
+    about = {"model": run.task.model, "task": run.task.name, "learning_rate": rate, "validation_loss": abs(rate - 0.01)}
+    return row(run.method, run.skipped, run.seed, kind=kind, **about)
+
+
+# What is done, and by whom --------------------------------------------------------------------------------------------
+
+
+def with_needed(*runs):
+    return list(dict.fromkeys(each for run in runs for each in [*run.needed(), run]))
+
+
+def test_a_rerun_goes_on_with_what_is_missing(task, rows):
+    runs, done = with_needed(Run(task, "LoRA", 0, 0), Run(task, "LoRA", 0, 1)), []
+
+    def execute(run, present):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(run.key)
+        return fake(run, present)
+
+    with pytest.raises(KeyboardInterrupt):
+        evidence.work(runs, rows, execute)
+    assert [evidence.key_of(row) for row in rows.read()] == done == [run.key for run in runs[:3]]
+    again = []
+    assert evidence.work(runs, rows, lambda run, present: again.append(run.key) or fake(run, present)) == []
+    assert again == [runs[3].key]
+    assert evidence.work(runs, rows, lambda run, present: pytest.fail(run.key)) == []
+
+
+def test_the_rate_is_the_best_by_validation_and_its_run_is_not_repeated(task, rows):
+    evidence.work(with_needed(Run(task, "LoRA", 0, 1)), rows, fake)
+    assert [row["learning_rate"] for row in rows.read()] == [1e-3, 1e-2, 1e-2]
+    same = evidence.execute(Run(task, "LoRA", 0, 0), rows.read())  # trains nothing
+    assert same == rows.read()[1] | {"kind": "run"}
+
+
+def test_a_rate_that_diverged_is_not_chosen(task):
+    run = Run(task, "LoRA", 0)
+    tried = [fake(needed, []) for needed in run.needed()]
+    tried[1] |= {"validation_loss": None, "loss": None}
+    assert evidence.best_rate(run, tried) == 1e-3
+
+
+def test_a_failure_keeps_only_what_needs_it_from_being_done(task, rows, capsys):
+    runs = with_needed(Run(task, "LoRA", 0, 0), Run(task, "EAS", 2, 0))
+
+    def execute(run, present):
+        if run.method == "LoRA" and run.rate == 1e-3:
+            raise RuntimeError("no memory")
+        return fake(run, present)
+
+    methods = {name: replace(method, version="") for name, method in evidence.METHODS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "METHODS", methods)
+        failed = evidence.work(runs, rows, execute)
+    assert failed == [runs[0].key, Run(task, "LoRA", 0, 0).key]
+    assert [evidence.key_of(row) for row in rows.read()] == [run.key for run in runs if run.key not in failed]
+    assert "no memory" in capsys.readouterr().err
+
+
+def test_other_versions_methods_are_left_and_said_once(task, rows, capsys, monkeypatch):
+    monkeypatch.setitem(evidence.METHODS, "EAS", Method("search", version="9."))
+    runs = with_needed(Run(task, "LoRA", 0, 0), Run(task, "EAS", 2, 0))
+    assert evidence.work(runs, rows, fake) == []
+    assert {row["method"] for row in rows.read()} == {"LoRA"}
+    assert capsys.readouterr().out.count("3 runs are left for another version") == 1
+
+
+def test_a_write_that_is_interrupted_loses_nothing(rows, monkeypatch):
+    rows.add(row(seed=0))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rows.add(row(seed=1))
+    assert rows.read() == [row(seed=0)]
+    rows.add(row(seed=2))
+    assert rows.read() == [row(seed=0), row(seed=2)]
+    with pytest.raises(ValueError):
+        rows.add(row(loss=math.nan))  # no JSON
+    assert len(rows.read()) == 2
+
+
+def test_two_processes_share_the_runs(tmp_path):
+    """Neither does what the other one has claimed, and no row is lost."""
+    code = f"""
+        import sys, time
+        sys.path[:0] = [{str(Path(evidence.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
+        import evidence, test_evidence
+        from pathlib import Path
+        evidence.WAIT = 0.05
+        task = test_evidence.a_task()
+        def execute(run, present):
+            time.sleep(0.05)
+            return test_evidence.fake(run, present)
+        runs = test_evidence.with_needed(*(evidence.Run(task, "LoRA", 0, seed) for seed in range(12)))
+        assert evidence.work(runs, evidence.Rows(Path({str(tmp_path)!r}) / "evidence.json"), execute) == []
+    """
+    processes = [
+        subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    keys = [evidence.key_of(row) for row in json.loads((tmp_path / "evidence.json").read_text())]
+    assert len(keys) == len(set(keys)) == 14
+    assert sorted(keys) == sorted(line[3:] for text in said for line in text.splitlines() if line.startswith("== "))
+
+
+def test_names_of_runs_are_those_of_their_rows_and_none_is_twice():
+    runs = evidence.all_runs()
+    assert len({run.key for run in runs}) == len(runs)
+    for position, run in enumerate(runs):
+        about = {"model": run.task.model, "task": run.task.name}
+        kind = "run" if run.rate is None else "rate"
+        made = row(run.method, run.skipped, run.seed, kind=kind, learning_rate=run.rate or 1e-3, **about)
+        assert evidence.key_of(made) == run.key
+        assert set(run.needed()) <= set(runs[:position])
+
+
+def test_only_picks_runs_whose_name_contains_all_and_those_they_need():
+    runs = evidence.wanted_runs(["tweets", "drop, means, LoRA", "3 skipped", "seed 4"])
+    assert [run.key.split(", ", 1)[1] for run in runs] == [
+        *(f"tweets, LoRA, 0 skipped, seed 0, rate {rate}" for rate in ("0.001", "0.003", "0.01")),
+        "tweets, drop, means, LoRA, 3 skipped, seed 4",
+    ]
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_draws_the_same_batches_for_all_methods(task):
+    first, again, other = task.drawn(0), task.drawn(0), task.drawn(1)
+    assert first == again
+    assert first != other
+    assert len(first) == task.steps * task.batch_size
+    train = task.splits.train
+    assert all(example in train for example in first)
+    assert not [example for example in train if example in task.splits.test + task.splits.search]
+
+
+def test_more_steps_than_examples_see_each_equally_often(task):
+    longer = replace(task, steps=2 * len(task.splits.train) // task.batch_size)
+    drawn = [tuple(example["input_ids"]) for example in longer.drawn(0)]
+    assert {drawn.count(each) for each in drawn} == {2}
+
+
+@pytest.mark.parametrize("method", ["LoRA", "random"])
+def test_a_run_trains_merges_and_is_tested(method, task, monkeypatch):
+    monkeypatch.setitem(evidence.METHODS, "random", Method("random", settings={"propagation": "none"}))
+    run = Run(task, method, 0 if method == "LoRA" else 2, 1)
+    made = evidence.execute(run, [fake(needed, []) for needed in run.needed()])
+    assert set(made) == set(row())
+    assert evidence.key_of(made) == run.key
+    assert (made["learning_rate"], made["accuracy"]) == (1e-2, None)
+    assert made["skip_layers"] == ([] if method == "LoRA" else sorted(evidence.set_of(run)))
+    assert 3 < made["loss"] < 8
+    assert made["trainable"] > 0
+    json.dumps(made, allow_nan=False)
+
+
+def test_a_windows_loss_is_its_tokens_mean(task):
+    model, windows = task.load(), task.splits.test
+    losses, right = task.losses(model, windows)
+    for window, loss in zip(windows, losses, strict=True):
+        ids = torch.tensor([window["input_ids"]])
+        assert loss.item() == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
+    assert right is None
+
+
+def test_only_adapters_of_retained_ffns_are_frozen():
+    model = torch.nn.Module()
+    names = [
+        "model.layers.{}.self_attn.eas_A", "model.layers.{}.mlp.eas_A.default", "model.layers.{}.mlp.down.weight",
+        "bert.encoder.layer.{}.attention.eas_A", "bert.encoder.layer.{}.intermediate.eas_A",
+    ]  # fmt: skip
+    parameters = {name.format(i): torch.nn.Parameter(torch.zeros(1)) for name in names for i in (0, 1)}
+    model.named_parameters = lambda: parameters.items()
+    evidence.freeze_retained_ffns(model, [1])
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    assert frozen == ["model.layers.0.mlp.eas_A.default", "bert.encoder.layer.0.intermediate.eas_A"]
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+TWEETS = next(task for task in evidence.TASKS if task.title == "MiniLM, tweets")
+
+
+def test_means_and_standard_errors():
+    assert evidence.estimate([]) is None
+    assert evidence.estimate([0.5]).text() == "0.500"
+    mean, error, count = evidence.estimate([1.0, 2.0, 6.0])
+    assert (mean, count) == (3.0, 3)
+    assert error == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
+
+
+def test_differences_are_those_of_the_same_seeds():
+    reference = [row(seed=seed, loss=loss) for seed, loss in ((0, 0.5), (1, 0.9), (2, 0.1), (3, 0.7))]
+    rows = [row("EAS", 2, seed, loss) for seed, loss in ((1, 1.0), (0, 0.4), (3, 1.0), (9, 5.0))]
+    rows.append(row("EAS", 2, 2, None))
+    differences = [0.1, -0.1, 0.3]
+    mean, error, count = evidence.paired(rows, reference)
+    assert count == 3
+    assert mean == pytest.approx(0.1)
+    assert error == pytest.approx(statistics.stdev(differences) / math.sqrt(3))
+    assert evidence.paired(rows, []) is None
+
+
+def test_a_table_on_rows_made_by_hand():
+    rows = [row(seed=seed, loss=loss, seconds=10.0) for seed, loss in ((0, 0.4), (1, 0.6))]
+    rows += [row("EAS", 2, seed, loss, seconds=9.0) for seed, loss in ((0, 0.41), (1, 0.65))]
+    rows += [row("EAS", 2, 0, 9.0, kind="rate"), row("EAS", 2, 0, 9.0, task="editorials"), row("EAS", 3, 1, 0.7)]
+    lines = Table(TWEETS, rows).markdown().splitlines()
+    assert lines[2] == (
+        "| LoRA | 0.500 ± 0.100 |  | 0.800 ± 0.000 | 0.500 ± 0.100 |  | 0.800 ± 0.000 | 1 k | 1.00 | 2 |"
+    )
+    assert lines[3] == (
+        "| EAS | 0.530 ± 0.120 | +0.030 ± 0.020 | 0.800 ± 0.000 | 0.700 | +0.100 | 0.800 | 1 k / 1 k | 0.90 / 1.00 "
+        "| 2 / 1 |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("added", "verdict"), [((-0.1, 0.0), "yes"), ((-0.01, 0.05), "yes"), ((0.05, 0.06), "no, by 0.050")]
+)
+def test_the_goal_at_a_quarter(added, verdict):
+    rows = [row(seed=seed) for seed in (0, 1)] + [row("EAS", 2, seed, 0.5 + a) for seed, a in enumerate(added)]
+    (line,) = Table(TWEETS, rows).verdicts()
+    assert line.endswith(f"| {verdict} |")
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "verdict"),
+    [
+        (0.51, 0.7, "yes"),
+        (0.55, 0.795, "yes"),
+        (0.55, 0.7, "no: not near LoRA"),
+        (0.61, 0.795, "no: not ahead of both"),
+        (0.75, 0.7, "no: not near LoRA and not ahead of both"),
+    ],
+)
+def test_the_goal_at_forty_percent(loss, accuracy, verdict):
+    rows = [row(seed=seed) for seed in (0, 1)]
+    for seed in (0, 1):
+        rows += [row("drop, LoRA", 3, seed, 0.7), row("drop, means, LoRA", 3, seed, 0.6)]
+        rows.append(row("EAS", 3, seed, loss, accuracy=accuracy))
+    (line,) = Table(TWEETS, rows).verdicts()
+    assert line.endswith(f"| {verdict} |")
+
+
+def test_summary_and_picture_of_anything_there_is(tmp_path):
+    evidence.draw([], tmp_path / "none.png")
+    rows = [row(seed=seed, loss=0.4 + seed / 10) for seed in range(3)] + [row("EAS", 2, 0), row("random", 3, 1, None)]
+    rows += [row(kind="rate", learning_rate=rate, loss=rate) for rate in TWEETS.rates["LoRA"]]
+    free = [{"text": "Python source", "method": "deepest, zeros", "skipped": 8, "kl": 4.6, "kl_se": 0.1}]
+    text = evidence.summarise(rows, free)
+    assert "## MiniLM, tweets" in text
+    assert "**0.001**: 0.001, 0.003: 0.003, 0.01: 0.010" in text
+    assert "MiniLM, tweets, random, 3 skipped, seed 1" in text  # left out, and said so
+    assert "| deepest, zeros |  | 4.600 ± 0.100 |  |  |" in text
+    evidence.draw(rows, tmp_path / "evidence.png")
+    assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    assert "SmolLM2-135M" not in evidence.summarise([])
+
+
+# Without training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture
+def texts():
+    generator = torch.Generator().manual_seed(1)
+    return evidence.Texts([torch.randint(99, (n,), generator=generator).tolist() for n in (9, 5, 12, 7, 12)], size=2)
+
+
+def test_a_ridge_finds_a_map_that_there_is(monkeypatch):
+    monkeypatch.setattr(evidence, "RIDGE", 1e-9)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(400, 6) * torch.tensor([1, 9, 1, 0.1, 1, 1]) + 3, torch.randn(6, 6), torch.randn(6)
+    found = evidence.ridge(x, x @ weight + bias)
+    torch.testing.assert_close(found.weight, weight, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.bias, bias, atol=1e-3, rtol=1e-3)
+    low = weight[:, :2] @ torch.randn(2, 6)
+    found = evidence.ridge(x, x @ low, rank=2)
+    torch.testing.assert_close(found.weight, low, atol=1e-4, rtol=1e-4)
+    assert torch.linalg.matrix_rank(evidence.ridge(x, x @ weight, rank=2).weight, atol=1e-4) == 2
+
+
+@torch.no_grad()
+def test_divergence_is_that_of_the_models_logits(llama, texts):
+    zeros = {1: evidence.Affine(None, torch.zeros(32)), 2: evidence.Affine(None, torch.zeros(32))}
+    whole = evidence.hidden_states(llama, texts)
+    assert evidence.divergence(llama, texts, whole, {})[0] == pytest.approx(0, abs=1e-6)
+    kl, error = evidence.divergence(llama, texts, whole, zeros)
+    logits = [llama(**batch).logits for batch in texts.batches]
+    for index in zeros:  # without an output, whatever it looks at
+        llama.model.layers[index].self_attn.o_proj.weight.data.zero_()
+    own = [llama(**batch).logits for batch in texts.batches]
+    p, q = (texts.tokens(each).double().log_softmax(-1) for each in (logits, own))
+    assert kl == pytest.approx(F.kl_div(q, p, log_target=True, reduction="batchmean").item(), rel=1e-4)
+    assert 0 < error < kl
+    assert evidence.divergence(llama, texts, evidence.hidden_states(llama, texts), zeros)[0] < 1e-6
+
+
+@torch.no_grad()
+def test_an_attention_that_is_constant_costs_nothing_with_its_mean(llama, texts):
+    attention = llama.model.layers[2].self_attn
+    attention.o_proj.weight.data.zero_()
+    attention.o_proj.bias = torch.nn.Parameter(torch.randn(32))
+    calibrated = evidence.Calibrated(llama, texts, texts)
+    torch.testing.assert_close(calibrated.means[2].bias, attention.o_proj.bias)
+    assert calibrated.deviation[2] < 1e-6 < min(calibrated.deviation[i] for i in (0, 1, 3))
+    assert min(calibrated.own_kl, key=calibrated.own_kl.get) == 2
+    assert calibrated.own_kl[2] < 1e-6
+
+
+@torch.no_grad()
+def test_maps_bring_the_calibration_texts_nearer(llama, texts, monkeypatch):
+    monkeypatch.setattr(evidence, "RIDGE", 1e-6)  # more inputs than tokens: they can be fitted exactly
+    calibrated = evidence.Calibrated(llama, texts, texts)
+    whole, skipped = evidence.hidden_states(llama, texts), [1, 3]
+    kls = {
+        name: evidence.divergence(llama, texts, whole, *fit(calibrated, skipped))[0]
+        for name, (_, fit) in evidence.FREE_METHODS.items()
+    }
+    mean = kls["own KL, means"]
+    assert kls["own KL, means, full map behind the FFN"] < mean / 5
+    assert kls["own KL, full linear map of the layer's input (like ReplaceMe)"] < mean / 5
+    assert kls["own KL, means, map of rank 32 behind the FFN"] == pytest.approx(
+        kls["own KL, means, full map behind the FFN"], rel=1e-3, abs=1e-6
+    )
+
+
+def test_an_interrupted_second_part_goes_on(rows, llama, texts, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "load_model", lambda: llama)
+    monkeypatch.setattr(evidence, "free_texts", lambda name: (texts, texts, texts))
+    monkeypatch.setattr(evidence, "FREE_COUNTS", (1, 2))
+    evidence.training_free(rows)
+    made = rows.read()
+    assert len(made) == 2 * 2 * len(evidence.FREE_METHODS)
+    rows.path.write_text(json.dumps(made[:5]))
+    evidence.training_free(rows)
+    assert sorted(map(str, rows.read())) == sorted(map(str, made))
+
+
+def test_arguments_of_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--list", "--only", "MiniLM, tweets, LoRA", "--only", "seed 0"])
+    Rows(tmp_path / "evidence.json").add(row(kind="rate"))
+    evidence.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["done", "missing", "missing", "missing"]
