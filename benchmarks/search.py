@@ -179,7 +179,7 @@ def train(run: Run, task: Task, folder: str) -> tuple[PeftModel, dict]:
     else:
         skip_layers, learning_rate = set_of(run, task), EAS_LEARNING_RATE
         wanted = {"num_skip": run.count} if skip_layers is None else {"skip_layers": skip_layers}
-        config = EASConfig(**wanted, **run.settings, task_type="CAUSAL_LM")
+        config = EASConfig(**wanted, **run.settings, stand_in="zero", task_type="CAUSAL_LM")
         if skip_layers is None:
             callbacks.append(EASCallback(task.search, warm_start=BANDITS[run.method]))
         if "gamma2" in run.method:

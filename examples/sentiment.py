@@ -220,11 +220,10 @@ def main() -> None:
 
     with step("Searching and fine-tuning EAS"):
         wanted = {"skip_layers": args.skip_layers} if args.skip_layers else {"num_skip": args.num_skip}
-        callbacks = [EASCallback(search_examples)]
         config = EASConfig(**wanted, task_type="CAUSAL_LM")
-        eas = train(load_model(args.model), config, EAS_LEARNING_RATE, examples, tokenizer, args, callbacks)
+        eas = train(load_model(args.model), config, EAS_LEARNING_RATE, examples, tokenizer, args, [EASCallback(search_examples)])
         print(f"EAS skips the attentions of layers {eas.skip_layers}, out of {base.config.num_hidden_layers}")
-        if callbacks:
+        if not args.skip_layers:
             print(f"{args.output / 'search.png'} shows the search")
 
     with step("Testing EAS, before and after merging"):
