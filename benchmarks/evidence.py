@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -425,7 +424,6 @@ class Method:
             attentions are gone.
         settings: Of the `EASConfig`.
         trainer: The Trainer.
-        adapts_retained_ffns: Whether those adapters are trained.
         version: The version of the package that it needs, as the beginning of it; any if `""`.
     """
 
@@ -433,7 +431,6 @@ class Method:
     adapter: str = "EAS"
     settings: dict[str, Any] = field(default_factory=dict)
     trainer: type[Trainer] = Trainer
-    adapts_retained_ffns: bool = True
     version: str = "0.2."
 
 
@@ -447,14 +444,12 @@ MAIN = {
 ABLATIONS = {
     "EAS, given set": Method("default"),
     "zero stand-in": Method("default", settings={"stand_in": "zero"}),
-    "retained FFNs not adapted": Method("default", adapts_retained_ffns=False),
     "deepest": Method("depth"),
     "random": Method("random"),
     "set by similarity": Method("similarity"),
     "set by kl": Method("kl"),
     "set by deviation": Method("deviation"),
-    "two branches": Method("default", settings={"router": "static", "groups": 2}),
-    "propagation": Method("default", settings={"propagation": "prompt"}),
+    "no propagation": Method("default", settings={"propagation": "none"}),
     "no biases": Method("default", settings={"use_bias": False}),
     "distilled": Method("default", trainer=Distilled),
 }
@@ -513,7 +508,7 @@ def all_runs() -> list[Run]:
                     Run(task, method, task.counts[which], seed)
                     for seed in range(seeds)
                     for method, about in ABLATIONS.items()
-                    if task.has_prompts or about.settings.get("propagation") != "prompt"
+                    if task.has_prompts or "propagation" not in about.settings
                 ]
     return list(dict.fromkeys(each for run in runs for each in [*run.needed(), run]))
 
@@ -555,14 +550,6 @@ def without(model: PreTrainedModel, skip_layers: list[int | str], stand_in: str,
     return adapted.merge_and_unload()
 
 
-def freeze_retained_ffns(model: PeftModel, skip_layers: list[int]) -> None:
-    """Leave the adapters alone that are in retained layers, but not in their attentions."""
-    for name, parameter in model.named_parameters():
-        place = re.search(r"\.layers?\.(\d+)\.(?!self_attn\.|attention\.)(?=.*\beas_)", name)
-        if place and int(place[1]) not in skip_layers:
-            parameter.requires_grad_(False)
-
-
 def prepare(run: Run) -> tuple[PeftModel, list[EASCallback]]:
     """The model with adapters, and the callbacks of its training."""
     task, method, skip_layers = run.task, METHODS[run.method], set_of(run)
@@ -577,14 +564,12 @@ def prepare(run: Run) -> tuple[PeftModel, list[EASCallback]]:
     is_set_later = skip_layers is None or method.trainer is Distilled
     wanted = {"num_skip": run.skipped} if is_set_later else {"skip_layers": skip_layers}
     settings = dict(method.settings)
-    if method.adapter == "0.1.0" and not task.has_prompts:
-        settings["propagation"] = "none"  # its default is refused where labels don't tell what the prompt is
+    if not task.has_prompts:
+        settings["propagation"] = "none"  # the default is refused where labels don't tell what the prompt is
     set_seed(run.seed)
     adapted = get_peft_model(model, EASConfig(**wanted, **settings, **task.adapted))
     if is_set_later and skip_layers is not None:
         adapted.set_skip_layers(skip_layers)
-    if not method.adapts_retained_ffns:
-        freeze_retained_ffns(adapted, skip_layers)
     return adapted, [EASCallback(task.splits.search)]
 
 

@@ -220,8 +220,8 @@ def main() -> None:
 
     with step("Searching and fine-tuning EAS"):
         wanted = {"skip_layers": args.skip_layers} if args.skip_layers else {"num_skip": args.num_skip}
-        config = EASConfig(**wanted, task_type="CAUSAL_LM")
-        eas = train(load_model(args.model), config, EAS_LEARNING_RATE, examples, tokenizer, args, [EASCallback(search_examples)])
+        config, callbacks = EASConfig(**wanted, task_type="CAUSAL_LM"), [EASCallback(search_examples)]
+        eas = train(load_model(args.model), config, EAS_LEARNING_RATE, examples, tokenizer, args, callbacks)
         print(f"EAS skips the attentions of layers {eas.skip_layers}, out of {base.config.num_hidden_layers}")
         if not args.skip_layers:
             print(f"{args.output / 'search.png'} shows the search")

@@ -241,19 +241,6 @@ def test_a_windows_loss_is_its_tokens_mean(task):
     assert right is None
 
 
-def test_only_adapters_of_retained_ffns_are_frozen():
-    model = torch.nn.Module()
-    names = [
-        "model.layers.{}.self_attn.eas_A", "model.layers.{}.mlp.eas_A.default", "model.layers.{}.mlp.down.weight",
-        "bert.encoder.layer.{}.attention.eas_A", "bert.encoder.layer.{}.intermediate.eas_A",
-    ]  # fmt: skip
-    parameters = {name.format(i): torch.nn.Parameter(torch.zeros(1)) for name in names for i in (0, 1)}
-    model.named_parameters = lambda: parameters.items()
-    evidence.freeze_retained_ffns(model, [1])
-    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
-    assert frozen == ["model.layers.0.mlp.eas_A.default", "bert.encoder.layer.0.intermediate.eas_A"]
-
-
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 TWEETS = next(task for task in evidence.TASKS if task.title == "MiniLM, tweets")
