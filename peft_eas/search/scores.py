@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from accelerate.utils import gather_object
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -73,24 +74,26 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, batches: Sequence[dic
 
 
 def _by_deviation(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
-    sums, squares, streams, counts = (dict.fromkeys(layers, 0.0) for _ in range(4))
+    sums = dict.fromkeys(layers, torch.zeros(()))
+    squares, streams, counts = (dict.fromkeys(layers, 0.0) for _ in range(3))
     for batch in batches:
         inputs = arguments_of(batch, model)
 
         def see(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, inputs=inputs) -> None:
             kept = counted_tokens(inputs, arm.row, added.shape[:-1], added.device)
             adds, stream = added[kept].double(), before.expand_as(added)[kept].double()
-            sums[key] = sums[key] + adds.sum(dim=0)
+            sums[key] = sums[key] + adds.sum(dim=0).cpu()
             squares[key] += adds.square().sum().item()
             streams[key] += stream.square().sum().item()
             counts[key] += len(adds)
 
         with watching(model, layers, see):
             model(**inputs)
-    scores = {}
+    scores, gathered = {}, gather_object([(sums, squares, streams, counts)])
     for key in layers:
-        about_mean = squares[key] - (sums[key] / max(1, counts[key]) * sums[key]).sum().item()
-        scores[key] = (max(0.0, about_mean) / max(streams[key], 1e-30)) ** 0.5
+        total, square, stream, count = (sum(of[key] for of in kinds) for kinds in zip(*gathered, strict=True))
+        about_mean = square - (total / max(1, count) * total).sum().item()
+        scores[key] = (max(0.0, about_mean) / max(stream, 1e-30)) ** 0.5
     return scores
 
 
