@@ -116,15 +116,15 @@ def _by_kl(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> d
         kept = logits[kept] if kept is not None and logits.shape[:2] == kept.shape else logits.flatten(0, -2)
         return F.log_softmax(kept.float(), dim=-1)
 
-    whole = [predictions(batch) for batch in inputs]
-
-    def divergence() -> float:
-        moved = 0.0
-        for batch, before in zip(inputs, whole, strict=True):
-            moved += F.kl_div(predictions(batch), before, reduction="sum", log_target=True).item()
-        return moved / sum(map(len, whole))
-
-    return _one_by_one(model, layers, batches, divergence)
+    means = attention_means(model, layers, batches)
+    moved, tokens = dict.fromkeys(layers, 0.0), 0
+    for batch in inputs:  # one at a time: the predictions are as many numbers as there are words for each token
+        before = predictions(batch)
+        tokens += len(before)
+        for key, mean in means.items():
+            with replaced(model, layers[key], mean):
+                moved[key] += F.kl_div(predictions(batch), before, reduction="sum", log_target=True).item()
+    return {key: total / tokens for key, total in moved.items()}
 
 
 def _by_loss(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
@@ -137,18 +137,10 @@ def _by_loss(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) ->
         total = sum(w * model(**batch).loss.item() for w, batch in zip(weights, inputs, strict=True))
         return total / sum(weights)
 
-    whole = loss()
-    return {key: replaced_by - whole for key, replaced_by in _one_by_one(model, layers, batches, loss).items()}
-
-
-def _one_by_one(
-    model: PreTrainedModel, layers: Layers, batches: Sequence[dict], measure: Callable[[], float]
-) -> dict[int | str, float]:
-    """`measure()` with each attention in turn replaced by its mean."""
-    scores = {}
+    whole, scores = loss(), {}
     for key, mean in attention_means(model, layers, batches).items():
         with replaced(model, layers[key], mean):
-            scores[key] = measure()
+            scores[key] = loss() - whole
     return scores
 
 
