@@ -124,7 +124,7 @@ class Task:
     test: int
     seeds: int = 3
     rates: dict[str, tuple[float, ...]] = field(
-        default_factory=lambda: dict.fromkeys(("LoRA", "EAS", "0.1.0"), (5e-4, 1e-3, 2e-3))
+        default_factory=lambda: {"LoRA": (1e-3, 2e-3, 4e-3)} | dict.fromkeys(("EAS", "0.1.0"), (5e-4, 1e-3, 2e-3))
     )
 
     has_prompts = True
@@ -358,7 +358,7 @@ def in_batches(examples: Sequence, size: int, collate: Callable[[list], dict]) -
 def _mini_lm(name: str, kind: str, test: int, validation: int = 300) -> Task:
     return Classification(
         model="MiniLM", name=name, kind=kind, layers=6, counts=(2, 3), steps=150, batch_size=16, validation=validation,
-        test=test, seeds=5, rates=dict.fromkeys(("LoRA", "EAS", "0.1.0"), (1e-3, 3e-3, 1e-2)),
+        test=test, seeds=5, rates=dict.fromkeys(("LoRA", "EAS", "0.1.0"), (1e-3, 2e-3, 4e-3)),
         adapted={"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
     )  # fmt: skip
 
