@@ -57,6 +57,7 @@ from transformers import (
 
 import peft_eas
 from peft_eas import EASCallback, EASConfig, score_attentions
+from peft_eas.layer import EASFeedForward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import sentiment
@@ -424,6 +425,7 @@ class Method:
             attentions are gone.
         settings: Of the `EASConfig`.
         trainer: The Trainer.
+        adapts_retained_ffns: Whether adapters in front of the FFNs of retained attentions are trained.
         version: The version of the package that it needs, as the beginning of it; any if `""`.
     """
 
@@ -431,6 +433,7 @@ class Method:
     adapter: str = "EAS"
     settings: dict[str, Any] = field(default_factory=dict)
     trainer: type[Trainer] = Trainer
+    adapts_retained_ffns: bool = True
     version: str = "0.2."
 
 
@@ -449,7 +452,9 @@ ABLATIONS = {
     "set by similarity": Method("similarity"),
     "set by kl": Method("kl"),
     "set by deviation": Method("deviation"),
-    "no propagation": Method("default", settings={"propagation": "none"}),
+    "retained FFNs not adapted": Method("default", adapts_retained_ffns=False),
+    "two branches": Method("default", settings={"router": "static", "groups": 2}),
+    "propagation": Method("default", settings={"propagation": "prompt"}),
     "no biases": Method("default", settings={"use_bias": False}),
     "distilled": Method("default", trainer=Distilled),
 }
@@ -508,7 +513,7 @@ def all_runs() -> list[Run]:
                     Run(task, method, task.counts[which], seed)
                     for seed in range(seeds)
                     for method, about in ABLATIONS.items()
-                    if task.has_prompts or "propagation" not in about.settings
+                    if task.has_prompts or about.settings.get("propagation") != "prompt"
                 ]
     return list(dict.fromkeys(each for run in runs for each in [*run.needed(), run]))
 
@@ -550,6 +555,13 @@ def without(model: PreTrainedModel, skip_layers: list[int | str], stand_in: str,
     return adapted.merge_and_unload()
 
 
+def freeze_retained_ffns(model: PeftModel) -> None:
+    """Leave the adapters in front of the FFNs of retained attentions as they are: identities."""
+    for module in model.modules():
+        if isinstance(module, EASFeedForward) and not module.skipped("default"):
+            module.set_requires_grad("default", requires_grad=False)
+
+
 def prepare(run: Run) -> tuple[PeftModel, list[EASCallback]]:
     """The model with adapters, and the callbacks of its training."""
     task, method, skip_layers = run.task, METHODS[run.method], set_of(run)
@@ -564,12 +576,14 @@ def prepare(run: Run) -> tuple[PeftModel, list[EASCallback]]:
     is_set_later = skip_layers is None or method.trainer is Distilled
     wanted = {"num_skip": run.skipped} if is_set_later else {"skip_layers": skip_layers}
     settings = dict(method.settings)
-    if not task.has_prompts:
-        settings["propagation"] = "none"  # the default is refused where labels don't tell what the prompt is
+    if method.adapter == "0.1.0" and not task.has_prompts:
+        settings["propagation"] = "none"  # its default is refused where labels don't tell what the prompt is
     set_seed(run.seed)
     adapted = get_peft_model(model, EASConfig(**wanted, **settings, **task.adapted))
     if is_set_later and skip_layers is not None:
         adapted.set_skip_layers(skip_layers)
+    if not method.adapts_retained_ffns:
+        freeze_retained_ffns(adapted)
     return adapted, [EASCallback(task.splits.search)]
 
 

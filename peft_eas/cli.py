@@ -131,10 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--skip-layers", type=_layer, nargs="+", metavar="LAYER", help="skip just these, by index or name; no search"
     )
-    train.add_argument("--r", type=_positive, default=8, help="rank of the adapters (default: 8)")
-    train.add_argument("--r-pia", type=_positive, default=32, help="rank of the PIAs (default: 32)")
-    train.add_argument("--propagation", choices=["prompt", "none"], default="prompt", help="default: prompt")
-    train.add_argument("--router", choices=["static", "prompt"], default="static", help="default: static")
+    train.add_argument(
+        "--r", type=_positive, default=16, help="rank of the adapters in front of attentions (default: 16)"
+    )
+    train.add_argument("--r-pia", type=_positive, default=32, help="rank of those in front of FFNs (default: 32)")
+    train.add_argument("--propagation", choices=["none", "prompt"], default="none", help="default: none")
+    train.add_argument("--router", choices=["none", "static", "prompt"], default="none", help="default: none")
     train.add_argument("--stand-in", choices=["mean", "zero"], default="mean", help="default: mean")
     train.add_argument("--search-steps", type=float, help="length of the search: optimizer steps, or a fraction")
     train.add_argument("--warm-start", choices=[*WARM_STARTS, "none"], help="what the preferences start from")
@@ -239,8 +241,8 @@ def _train(args: argparse.Namespace) -> None:
         promptless = [given[name] for name, rows in data.items() if any(row["labels"][0] != -100 for row in rows)]
         if promptless:
             raise UsageError(
-                f"{promptless[0]} has examples without a prompt: use columns `prompt` and `completion`, or give "
-                "`--propagation none` (and not `--router prompt`)."
+                f"{promptless[0]} has examples without a prompt: use columns `prompt` and `completion`, or leave out "
+                "`--propagation prompt` and `--router prompt`."
             )
     search = {}
     if args.search_steps is not None:

@@ -23,13 +23,13 @@ class EASType(str, enum.Enum):
 class EASConfig(PeftConfig):
     """Configuration of Effective Attention Skipping (arXiv 2403.15226) for PEFT.
 
-    A retained attention gets a low-rank adapter of rank `r` in front of its input projections; a skipped attention is
-    replaced by a PIA (propagation-of-information adapter) of rank `r_pia` in front of the layer's FFN. All of it folds
-    into the neighbouring weights in `merge_and_unload()`.
+    A retained attention gets a low-rank adapter of rank `r` in front of its input projections, and every FFN one of
+    rank `r_pia`, which is the PIA (propagation-of-information adapter) where the layer's attention is skipped. All of
+    it folds into the neighbouring weights in `merge_and_unload()`.
 
     Args:
-        r (`int`): Rank of the adapters of retained attentions; a multiple of `groups`.
-        r_pia (`int`): Rank of the PIAs; a multiple of `groups`.
+        r (`int`): Rank of the adapters in front of attentions; a multiple of `groups`.
+        r_pia (`int`): Rank of the adapters in front of FFNs; a multiple of `groups`.
         num_skip (`int`, `float` or `"auto"`, *optional*): How many attentions to skip: a count (`int`), a fraction in
             (0, 1) (`float`) of the model's attentions, or `"auto"`, which lets the search find the largest set within
             `max_loss_increase`. Defaults to as many as `skip_layers` names, or to a quarter.
@@ -41,10 +41,10 @@ class EASConfig(PeftConfig):
             as `"encoder.3.self"` and `"decoder.3.cross"` where a layer has several attentions or a model several lists
             of layers. If `None`, no attention is skipped until a set is chosen by a search or by
             `model.set_skip_layers(...)`.
-        groups (`int`): Number of blocks of the block-diagonal up-projections (the paper uses 2).
-        router (`"static"` or `"prompt"`): Weights of the two up-projection branches: learned constants, or the paper's
-            function of the prompt. Only `"static"` folds into the weights.
-        propagation (`"prompt"` or `"none"`): Whether a PIA adds the mean of the prompt's tokens (the paper's) or not.
+        groups (`int`): Number of blocks of block-diagonal up-projections (the paper uses 2).
+        router (`"none"`, `"static"` or `"prompt"`): One up-projection; or two branches, weighted by learned constants
+            or by the paper's function of the prompt, which does not fold into the weights.
+        propagation (`"none"` or `"prompt"`): Whether a PIA adds the mean of the prompt's tokens (the paper's) or not.
         stand_in (`"mean"` or `"zero"`): What a skipped attention leaves: a vector for each, which is trained, and which
             an `EASCallback` or `initialize_eas_weights` starts at the mean of what the attention added to the residual
             stream; or nothing.
@@ -63,8 +63,8 @@ class EASConfig(PeftConfig):
         ValueError: for every value outside of what is allowed.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the adapters of retained attentions."})
-    r_pia: int = field(default=32, metadata={"help": "Rank of the adapters that replace skipped attentions."})
+    r: int = field(default=16, metadata={"help": "Rank of the adapters in front of retained attentions."})
+    r_pia: int = field(default=32, metadata={"help": "Rank of the adapters in front of FFNs."})
     num_skip: int | float | str | None = field(
         default=None,
         metadata={"help": "Attentions to skip: a count, a fraction in (0, 1), or 'auto'. Default: a quarter."},
@@ -78,9 +78,11 @@ class EASConfig(PeftConfig):
     skip_layers: list[int | str] | None = field(
         default=None, metadata={"help": "Attentions that are skipped: indices of layers, or names; then no search."}
     )
-    groups: int = field(default=2, metadata={"help": "Blocks of the block-diagonal up-projections."})
-    router: str = field(default="static", metadata={"help": "'static' or 'prompt': weights of the two branches."})
-    propagation: str = field(default="prompt", metadata={"help": "'prompt' or 'none': what a PIA adds to its tokens."})
+    groups: int = field(default=1, metadata={"help": "Blocks of the block-diagonal up-projections."})
+    router: str = field(
+        default="none", metadata={"help": "'none': one branch; 'static' or 'prompt': the weights of two."}
+    )
+    propagation: str = field(default="none", metadata={"help": "'none' or 'prompt': what a PIA adds to its tokens."})
     stand_in: str = field(default="mean", metadata={"help": "'mean' or 'zero': what a skipped attention leaves."})
     temperature: float = field(default=10.0, metadata={"help": "Temperature of router='prompt'."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapters' inputs."})
@@ -108,8 +110,8 @@ class EASConfig(PeftConfig):
             rank = _check_int(name, getattr(self, name), minimum=1)
             if rank % self.groups:
                 raise ValueError(f"`{name}` must be a multiple of `groups`={self.groups}, got {rank}.")
-        _check_choice("router", self.router, ("static", "prompt"))
-        _check_choice("propagation", self.propagation, ("prompt", "none"))
+        _check_choice("router", self.router, ("none", "static", "prompt"))
+        _check_choice("propagation", self.propagation, ("none", "prompt"))
         _check_choice("stand_in", self.stand_in, ("mean", "zero"))
         _check_number("temperature", self.temperature, lambda v: v > 0, "a number above 0")
         _check_number("dropout", self.dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
@@ -153,11 +155,6 @@ class EASConfig(PeftConfig):
                 f"`num_skip`={value} contradicts `skip_layers`, which names {len(self.skip_layers)} layers: "
                 "give one of the two."
             )
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """What a saved adapter says of itself; those of 0.1.0 had no stand-ins."""
-        return super().check_kwargs(**{"stand_in": "zero"} | kwargs)
 
     def count_to_skip(self, num_attentions: int) -> int:
         """Number of attentions to skip in a model that has `num_attentions` of them; with a budget, while searching."""

@@ -667,6 +667,7 @@ class Arm:
         container: Name in the model of the list of layers.
         depth: How deep in its list the layer is, in [0, 1).
         is_skippable: Whether it can be skipped, or only adapted, because others need something of it.
+        has_ffn: Whether a FFN follows it.
     """
 
     row: Attentions
@@ -674,6 +675,7 @@ class Arm:
     container: str
     depth: float
     is_skippable: bool = True
+    has_ffn: bool = True
 
     @property
     def name(self) -> str:
@@ -692,13 +694,14 @@ class Arm:
 
     @property
     def ffns(self) -> list[str]:
-        """Name in the model of the FFN that a PIA stands before; of both for an attention that looks both ways."""
+        """Name in the model of the FFN that follows, if one does; of both for an attention that looks both ways."""
         return [f"{self.container}.{name}" for name in self.ffns_in_list]
 
     @property
     def ffns_in_list(self) -> list[str]:
         """The same, as they are called in the list of layers."""
-        return [f"{self.index + self.row.ffn_after}.{name}" for name in (self.row.ffn, self.row.ffn_back) if name]
+        names = (self.row.ffn, self.row.ffn_back) if self.has_ffn else ()
+        return [f"{self.index + self.row.ffn_after}.{name}" for name in names if name]
 
 
 class Layers(dict[int | str, Arm]):
@@ -784,8 +787,8 @@ def find_layers(model: nn.Module) -> Layers:
                 own = set(_own(attention))
                 is_needed = is_needed or (not own <= seen and max(map(times.get, own)) > 1)
                 seen |= own
-            is_needed = is_needed or not _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
-            arms.append(Arm(attentions, index, container, index / len(layers), not is_needed))
+            has_ffn = _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
+            arms.append(Arm(attentions, index, container, index / len(layers), has_ffn and not is_needed, has_ffn))
             is_needed = False
     if not arms:
         raise ValueError(f"{type(model).__name__} has none of the layers that the row of {family.model_type!r} names.")

@@ -11,12 +11,12 @@ from .layer import EASLayer, Wrappers
 
 
 class SkipGates:
-    """Which attentions an adapter skips, while both its adapters and its PIAs exist in every layer.
+    """Which attentions an adapter skips, while all that any set needs exists in every layer.
 
     Made by `model.skip_gates()`. Nothing here creates, drops or freezes a parameter except `drop_idle`.
 
     Args:
-        wrappers: Each wrapped attention that can be skipped and what stands for it, by index of the layer or by name.
+        wrappers: Each wrapped attention that can be skipped and the FFNs behind it, by index of the layer or by name.
         adapter_name: The adapter.
     """
 
@@ -62,29 +62,25 @@ class SkipGates:
 
     def idle_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that a training forward would not use now."""
-        for attention, pias in self.wrappers.values():
-            skips = attention.drawn.get(self.adapter_name, attention.gates[self.adapter_name])
-            for wrapper in (attention, *pias):
-                yield from wrapper.parameters_of(self.adapter_name, wrapper.idle_names(skips))
+        for wrapper in self._all():
+            yield from wrapper.parameters_of(self.adapter_name, wrapper.idle(self.adapter_name, training=True))
 
     def touch_idle(self, touch: bool) -> None:
-        """Let idle adapters have gradients of zero instead of none, see `EASLayer.touch_idle`."""
+        """Let idle parameters have gradients of zero instead of none, see `EASLayer.touch_idle`."""
         for wrapper in self._all():
             wrapper.touch_idle = touch
 
     def drop_idle(self) -> None:
         """Delete the parameters that the set which is skipped has no use for."""
-        for attention, pias in self.wrappers.values():
-            for wrapper in (attention, *pias):
-                wrapper.drop_parameters(self.adapter_name, wrapper.idle_names(attention.gates[self.adapter_name]))
+        for wrapper in self._all():
+            wrapper.drop_idle(self.adapter_name)
 
     def are_complete(self) -> bool:
-        """Whether every layer has both its adapter and its PIA, and a stand-in if it is to have one."""
-        has_adapters = all(wrapper.has_adapter(self.adapter_name) for wrapper in self._all() if wrapper.inputs)
-        stand_ins = [attention.eas_stand_in for attention, _ in self.wrappers.values()]
-        counts = sum(self.adapter_name in stand_in for stand_in in stand_ins)
-        return has_adapters and counts in (0, len(stand_ins))
+        """Whether every attention has both its adapter and its stand-in, as far as it is to have them."""
+        attentions = [attention for attention, _ in self.wrappers.values()]
+        has_adapters = all(attention.has_adapter(self.adapter_name) for attention in attentions if attention.inputs)
+        count = sum(self.adapter_name in attention.eas_stand_in for attention in attentions)
+        return has_adapters and count in (0, len(attentions))
 
-    def _all(self) -> Iterator[EASLayer]:
-        for attention, pias in self.wrappers.values():
-            yield from (attention, *pias)
+    def _all(self) -> list[EASLayer]:
+        return list(dict.fromkeys(w for attention, ffns in self.wrappers.values() for w in (attention, *ffns)))

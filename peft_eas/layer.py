@@ -1,4 +1,4 @@
-"""The tuner layers: an attention with its adapter, skip gate and stand-in, and a FFN with its PIA."""
+"""The tuner layers: an attention with its adapter, skip gate and stand-in, and a FFN with its adapter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fnmatch
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -39,63 +39,51 @@ from .quantized import Dequantiser, check_foldable, is_quantised, weight_of
 class Adapter(NamedTuple):
     """The parameters of one adapter as the mathematics has them; groups are block-diagonal matrices here."""
 
-    down: torch.Tensor  # (r, d): A of equation (1), C of (2)
+    down: torch.Tensor  # (r, d)
     down_bias: torch.Tensor | None  # (r,)
-    up: torch.Tensor  # (2, d, r), scaling included
-    up_bias: torch.Tensor | None  # (2, d), scaling included
-    prompt_down: torch.Tensor | None  # (r, d): A of equation (3)
-    prompt_down_bias: torch.Tensor | None  # (r,)
+    up: torch.Tensor  # (branches, d, r), scaling included
+    up_bias: torch.Tensor | None  # (branches, d), scaling included
+
+
+OWN = ("eas_down", "eas_down_bias", "eas_up", "eas_up_bias", "eas_router", "eas_router_bias")
+"""Names of the parameters of an adapter (1): `A`, `a`, `B`, `b` and what `alpha` is made of."""
 
 
 class EASLayer(nn.Module, BaseTunerLayer):
-    """What the wrappers of an attention and of a FFN share: parameters by adapter, and folding into the linears.
+    """What the wrappers of an attention and of a FFN share: an adapter (1) in front, folded into the linears that read
+    the module's input.
 
     Args:
         base_layer: The attention or the FFN.
-        arm: The attention, or the one that the PIA stands for.
+        arm: The attention, or the first of those that the FFN follows.
 
     Raises:
         ValueError: if it has none of the linears that the family's row names.
     """
 
-    adapter_layer_names: tuple[str, ...] = (
-        "eas_A",
-        "eas_a",
-        "eas_C",
-        "eas_c",
-        "eas_B",
-        "eas_b",
-        "eas_router",
-        "eas_router_bias",
-    )
-    other_param_names: tuple[str, ...] = ("eas_config", "gates")
-    is_pia: bool
+    adapter_layer_names: tuple[str, ...] = OWN
+    other_param_names: tuple[str, ...] = ("eas_config",)
+    is_ffn: bool
     touch_idle = False
-    """Whether an adapter that a training forward does not use takes part all the same, by adding zero: for
+    """Whether parameters that a training forward does not use take part all the same, by adding zero: for
     DistributedDataParallel, which expects a gradient for every parameter."""
     unquantised = Dequantiser(torch.float32)
     """What makes folded linears out of quantised ones; `EASModel` sets it before it merges."""
 
     def __init__(self, base_layer: nn.Module, arm: Arm) -> None:
         super().__init__()
-        self._wrap(base_layer)
+        self.base_layer = base_layer
         self.arm = arm
         self.stacked_axis = arm.row.stacked_axis
-        self.inputs, self.hidden_size = inputs_of(self.base_layer, arm, self.is_pia)
-        self.pooled_size = self.hidden_size
+        self.inputs, self.hidden_size = inputs_of(base_layer, arm, self.is_ffn)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.eas_dropout = nn.ModuleDict()
         self.eas_config: dict[str, EASConfig] = {}
-        # Whether each adapter skips the attention; one dictionary for the attention and the FFN of a layer.
-        self.gates: dict[str, bool] = {}
         self._disable_adapters = False
         self.frozen_peft_weight_names = {}
         self.merged_adapters: list[str] = []
         self._unfolded: dict[str, nn.Module | nn.Parameter] = {}
-
-    def _wrap(self, base_layer: nn.Module) -> None:
-        self.base_layer = base_layer
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -105,62 +93,89 @@ class EASLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    # Adapters ---------------------------------------------------------------------------------------------------------
+    # Parameters -------------------------------------------------------------------------------------------------------
 
-    def create_adapter(self, adapter_name: str, config: EASConfig, dtype: torch.dtype | None = None) -> None:
-        """Create the parameters of an adapter, an identity if `config.init_weights`; of the base's dtype by default.
+    def names(self, config: EASConfig, skipped: Collection[Arm]) -> tuple[str, ...]:
+        """Names of the parameters that a forward uses here while these attentions are skipped."""
+        raise NotImplementedError
 
-        None for an attention whose weights are others', too: see `Attentions.attention_inputs`.
+    def skipped(self, adapter_name: str, training: bool = False) -> list[Arm]:
+        """The attentions that concern this module and are skipped; in training forwards, by the set that is drawn."""
+        raise NotImplementedError
+
+    def idle(self, adapter_name: str, training: bool = False) -> list[str]:
+        """Names of the parameters that a forward does not use now."""
+        used = self.names(self.eas_config[adapter_name], self.skipped(adapter_name, training))
+        return [name for name in self.adapter_layer_names if name not in used]
+
+    def _initial(self, name: str, config: EASConfig) -> torch.Tensor | None:
+        """A parameter of a fresh adapter, which is an identity if `config.init_weights`; `None` if it has none.
+
+        None for a module whose weights are others', too: see `Attentions.attention_inputs`.
         """
         if not self.inputs:
-            return
-        d, groups, is_pia = self.hidden_size, config.groups, self.is_pia
-        rank = config.r_pia if is_pia else config.r
-        parameters = {"C" if is_pia else "A": _kaiming(rank, d)}
-        if self.propagates(config):
-            parameters["A"] = _kaiming(rank, self.pooled_size)
-        if config.use_bias:
-            parameters |= {k.lower(): torch.zeros(rank) for k in ("A", "C") if k in parameters}
-            parameters["b"] = torch.zeros(2, d)
-        if config.router == "prompt":
-            # drawn, since two equal branches would never part
-            parameters |= {"router": _kaiming(2, d), "router_bias": torch.zeros(2)}
-        else:
-            parameters["router"] = torch.zeros(2)
-        blocks = torch.empty(2, groups, d // groups, rank // groups)
-        parameters["B"] = nn.init.zeros_(blocks) if config.init_weights else nn.init.normal_(blocks, std=0.02)
-        for name, value in parameters.items():
-            getattr(self, f"eas_{name}")[adapter_name] = nn.Parameter(value)
-        self.eas_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        for name in parameters if dtype is not None else ():
-            values = getattr(self, f"eas_{name}")
-            values[adapter_name] = values[adapter_name].to(dtype)
+            return None
+        d, rank = self.hidden_size, config.r_pia if self.is_ffn else config.r
+        branches = 1 if config.router == "none" else 2
+        if name == "eas_down":
+            return _kaiming(rank, d)
+        if name == "eas_up":
+            blocks = torch.empty(branches, config.groups, d // config.groups, rank // config.groups)
+            return nn.init.zeros_(blocks) if config.init_weights else nn.init.normal_(blocks, std=0.02)
+        if name in ("eas_down_bias", "eas_up_bias"):
+            return torch.zeros(*((rank,) if name == "eas_down_bias" else (branches, d))) if config.use_bias else None
+        if name == "eas_router" and config.router == "prompt":  # drawn, since two equal branches would never part
+            return _kaiming(2, d)
+        has_it = config.router == "prompt" or (name == "eas_router" and config.router == "static")
+        return torch.zeros(2) if has_it else None
 
-    def propagates(self, config: EASConfig) -> bool:
-        """Whether an adapter here takes the mean over the prompt's tokens, or over those of the other modality."""
-        return self.is_pia and config.propagation == "prompt" and self.arm.row.pools != "nothing"
+    def create_parameters(
+        self, adapter_name: str, config: EASConfig, names: Iterable[str], dtype: torch.dtype | None = None
+    ) -> None:
+        """Create those of these parameters that an adapter has and lacks; of the base's dtype by default."""
+        created = []
+        for name in names:
+            parameters = getattr(self, name)
+            if adapter_name not in parameters and (value := self._initial(name, config)) is not None:
+                parameters[adapter_name] = nn.Parameter(value)
+                created.append(name)
+        if adapter_name not in self.eas_dropout:
+            self.eas_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        for name in created if dtype is not None else ():
+            parameters = getattr(self, name)
+            parameters[adapter_name] = parameters[adapter_name].to(dtype)
+
+    def parameters_of(self, adapter_name: str, names: Iterable[str] | None = None) -> list[nn.Parameter]:
+        """The parameters of an adapter, or those of these names."""
+        by_name = (getattr(self, name) for name in (self.adapter_layer_names if names is None else names))
+        return [parameters[adapter_name] for parameters in by_name if adapter_name in parameters]
+
+    def freeze_idle(self, adapter_name: str) -> None:
+        """Train what the set that is skipped needs of an adapter, and nothing else."""
+        self.frozen_peft_weight_names[adapter_name] = tuple(self.idle(adapter_name))
+        self.set_adapter(self.active_adapters, inference_mode=self.eas_config[adapter_name].inference_mode)
+
+    def drop_idle(self, adapter_name: str) -> None:
+        """Delete what the set that is skipped does not need of an adapter."""
+        for name in self.idle(adapter_name):
+            parameters = getattr(self, name)
+            if adapter_name in parameters:
+                del parameters[adapter_name]
 
     def has_adapter(self, adapter_name: str) -> bool:
-        """Whether the parameters of `adapter_name` exist here."""
-        return adapter_name in self.eas_B
+        """Whether there is an adapter (1) of this name here."""
+        return adapter_name in self.eas_up
 
     def adapter(self, adapter_name: str) -> Adapter:
         """The parameters of an adapter, in the form that the mathematics has them."""
-
-        def get(name: str) -> torch.Tensor | None:
-            parameters = getattr(self, f"eas_{name}")
-            return parameters.get(adapter_name)
-
-        config = self.eas_config[adapter_name]
-        up, up_bias = pia.dense_up(get("B")) * config.scaling, get("b")
+        scaling = self.eas_config[adapter_name].scaling
+        up_bias = self.eas_up_bias.get(adapter_name)
         return Adapter(
-            down=get("C") if self.is_pia else get("A"),
-            down_bias=get("c") if self.is_pia else get("a"),
-            up=up / 2 if self.is_pia else up,
-            up_bias=None if up_bias is None else up_bias * config.scaling,
-            prompt_down=get("A") if self.is_pia else None,
-            prompt_down_bias=get("a") if self.is_pia else None,
+            down=self.eas_down[adapter_name],
+            down_bias=self.eas_down_bias.get(adapter_name),
+            up=pia.dense_up(self.eas_up[adapter_name]) * scaling,
+            up_bias=None if up_bias is None else up_bias * scaling,
         )
 
     def acting_adapter(self) -> str | None:
@@ -172,42 +187,39 @@ class EASLayer(nn.Module, BaseTunerLayer):
         names = self.merged_adapters or self.active_adapters
         return names[0] if names and names[0] in self.eas_config else None
 
-    def delta(self, adapter_name: str, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
-        """What the adapter adds to the input `z (B, T, d)`: equations (1) and (2) without their first term."""
+    def adapted(self, adapter_name: str, z: torch.Tensor, contexts: dict[Arm, PromptContext]) -> torch.Tensor:
+        """`adapt(z)` (1) of the input `z (B, T, d)`; of a FFN `pia(z)` (2), with the contexts of what is skipped."""
         config, adapter = self.eas_config[adapter_name], self.adapter(adapter_name)
         wide = self.eas_dropout[adapter_name](self._cast_input_dtype(z, adapter.down.dtype))
-
-        def mean() -> torch.Tensor:
-            return self._cast_input_dtype(context.mean(wide), adapter.down.dtype)
-
-        router, temperature = self.eas_router[adapter_name], config.temperature
-        if config.router == "static":
-            alpha = torch.softmax(router, dim=-1)
-        else:
-            bias = self.eas_router_bias[adapter_name]
-            alpha = context.once("alpha", lambda: torch.softmax(F.linear(mean(), router, bias) / temperature, dim=-1))
         hidden = F.linear(wide, adapter.down, adapter.down_bias)
-        if adapter.prompt_down is not None:
-            hidden = hidden + context.once("p", lambda: F.linear(mean(), adapter.prompt_down, adapter.prompt_down_bias))
-        return pia.up_project(hidden, adapter.up, adapter.up_bias, alpha).to(z.dtype)
+        for arm in self.telling(config, contexts):
+            hidden = hidden + contexts[arm].once(
+                "p", functools.partial(self._told, adapter_name, arm, contexts[arm], wide)
+            )
+        alpha = self._alpha(adapter_name, next(iter(contexts.values()), None), wide)
+        return z + pia.up_project(hidden, adapter.up, adapter.up_bias, alpha).to(z.dtype)
 
-    def parameters_of(self, adapter_name: str, names: Iterable[str] | None = None) -> list[nn.Parameter]:
-        """The parameters of an adapter, or those of them that are called so."""
-        by_name = (getattr(self, name) for name in (self.adapter_layer_names if names is None else names))
-        return [parameters[adapter_name] for parameters in by_name if adapter_name in parameters]
+    def _alpha(
+        self, adapter_name: str, context: PromptContext | None = None, wide: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Weights of the branches: `None` if there is one, `(2,)`, or by the prompt `(B, 1, 2)`."""
+        config = self.eas_config[adapter_name]
+        if config.router == "none":
+            return None
+        router = self.eas_router[adapter_name]
+        if config.router == "static":
+            return torch.softmax(router, dim=-1)
 
-    def idle_names(self, is_skipped: bool) -> tuple[str, ...]:
-        """Names of the parameters that a forward does not use when the attention is skipped, or is not."""
-        raise NotImplementedError
+        def by_prompt() -> torch.Tensor:
+            mean = self._cast_input_dtype(context.mean(wide), router.dtype)
+            scores = F.linear(mean, router, self.eas_router_bias[adapter_name])
+            return torch.softmax(scores / config.temperature, dim=-1)
 
-    def drop_parameters(self, adapter_name: str, names: Iterable[str]) -> None:
-        """Delete the parameters of an adapter that are called so; its gate stays."""
-        for name in names:
-            parameters = getattr(self, name)
-            if adapter_name in parameters:
-                del parameters[adapter_name]
-        if not self.has_adapter(adapter_name) and adapter_name in self.eas_dropout:
-            del self.eas_dropout[adapter_name]
+        return context.once("alpha", by_prompt)
+
+    def telling(self, config: EASConfig, arms: Iterable[Arm]) -> list[Arm]:
+        """Those of these attentions of whose tokens an adapter here is told (3) when they are skipped."""
+        return []
 
     def freeze_context(self, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
         """Make constants of what an adapter takes from the prompt; its biases are created if it has none.
@@ -216,37 +228,36 @@ class EASLayer(nn.Module, BaseTunerLayer):
             adapter_name: The adapter.
             state: What to put in its place: `p (r,)` of equation (3), `alpha (2,)` of `router="prompt"`.
         """
-        like = self.eas_B[adapter_name]
+        like = self.eas_up[adapter_name]
 
         def put(name: str, value: torch.Tensor) -> None:
             getattr(self, name)[adapter_name] = nn.Parameter(value.to(like), requires_grad=like.requires_grad)
 
-        down = self.eas_C if self.is_pia else self.eas_A
-        down_bias = "eas_c" if self.is_pia else "eas_a"
-        for name, size in ((down_bias, len(down[adapter_name])), ("eas_b", (2, self.hidden_size))):
+        sizes = {"eas_down_bias": len(self.eas_down[adapter_name]), "eas_up_bias": (len(like), self.hidden_size)}
+        for name, size in sizes.items():
             if adapter_name not in getattr(self, name):
                 put(name, torch.zeros(size))
         if "alpha" in state:
             put("eas_router", state["alpha"].log())
             del self.eas_router_bias[adapter_name]
         if "p" in state:
-            put("eas_c", self.eas_c[adapter_name].data.double() + state["p"])
-            for parameters in (self.eas_A, self.eas_a):
-                if adapter_name in parameters:
-                    del parameters[adapter_name]
+            put("eas_down_bias", self.eas_down_bias[adapter_name].data.double() + state["p"])
 
     def _touched(self, hidden_states: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        parameters = self.parameters_of(adapter_name) if self.touch_idle and self.training else []
-        if not parameters:
+        if not (self.touch_idle and self.training):
             return hidden_states
-        zero = 0.0 * sum(parameter.sum() for parameter in parameters)
-        return hidden_states + zero.to(hidden_states.dtype)
+        zero = 0.0 * sum(p.sum() for p in self.parameters_of(adapter_name, self.idle(adapter_name, training=True)))
+        return hidden_states + zero.to(hidden_states.dtype) if isinstance(zero, torch.Tensor) else hidden_states
 
     # Folding ----------------------------------------------------------------------------------------------------------
 
-    def is_folded_by(self, adapter_name: str) -> bool:
-        """Whether this adapter changes this module, and in a way that its weights can hold."""
+    def acts(self, adapter_name: str) -> bool:
+        """Whether this adapter changes the input here."""
         raise NotImplementedError
+
+    def is_folded_by(self, adapter_name: str) -> bool:
+        """Whether this adapter changes the input here, and in a way that the weights can hold."""
+        return self.acts(adapter_name) and self.eas_config[adapter_name].router != "prompt"
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold an adapter into the linears that read this module's input; they are kept aside for `unmerge`.
@@ -290,8 +301,8 @@ class EASLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: in the words of PEFT's other tuners.
         """
-        tensors: list[torch.Tensor] = list(self.parameters_of(adapter_name))
-        if self.has_adapter(adapter_name) and self.is_folded_by(adapter_name):
+        tensors = list(self.parameters_of(adapter_name))
+        if self.is_folded_by(adapter_name):
             tensors += [t for _, linear in self._folded(adapter_name) for t in _tensors(linear)]
         if not all(torch.isfinite(t).all() for t in tensors):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
@@ -313,12 +324,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
             check_foldable(_get(self.base_layer, name))
 
     def is_shifted(self, adapter_name: str) -> bool:
-        """Whether folding leaves something to be added to the input: what depends on the prompt, and the biases with
-        it; or biases that there is no place for."""
-        if any(part.propagates(part.eas_config[adapter_name]) for part in self.parts(adapter_name)):
-            return True
-        if self.is_pia and self.arm.row.ffn_masks_input:
-            return self.eas_config[adapter_name].use_bias
+        """Whether folding leaves something to be added to the input: biases that there is no place for."""
         return self.eas_config[adapter_name].use_bias and not all(
             isinstance(linear, nn.Module) and "bias" in linear._parameters
             for linear in (_get(self.base_layer, name) for name in self.inputs)
@@ -330,63 +336,34 @@ class EASLayer(nn.Module, BaseTunerLayer):
         return [name for name, linear in linears.items() if linear.bias is None]
 
     @torch.no_grad()
-    def input_shifts(self, adapter_name: str) -> dict[EASLayer, InputShift]:
-        """What folded adapters leave to be added to the input, equation (10), by the one that it comes from."""
+    def input_shifts(self, adapter_name: str) -> dict[Arm, InputShift]:
+        """What a folded adapter leaves to be added to the input, equation (10), by the attention that it comes from."""
         adapter = self.mixed(adapter_name)
-        up, constant = pia.input_shift(adapter.down, adapter.down_bias, adapter.up, adapter.up_bias)
+        up, constant = pia.input_shift(*adapter)
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
-        parts = self.parts(adapter_name)
         shifts = {}
-        for part, columns in zip(parts, up.split([p.rank(adapter_name) for p in parts], dim=1), strict=True):
-            rank = part.rank(adapter_name) if part.propagates(part.eas_config[adapter_name]) else 0
+        for arm, information in self._informed(adapter_name).items():
+            rank = 0 if information is None else len(information)
             has_bias = constant is not None and not shifts  # there is one constant for all of them
-            shift = InputShift(self.hidden_size, rank, has_bias, part.pooled_size, device=device, dtype=dtype)
+            pooled = self.hidden_size if information is None else information.shape[1]
+            shift = InputShift(self.hidden_size, rank, has_bias, pooled, device=device, dtype=dtype)
             if rank:
-                shift.down.weight.copy_(part.eas_A[adapter_name])
-                shift.up.weight.copy_(columns)
+                shift.down.weight.copy_(information)
+                shift.up.weight.copy_(up)
             if has_bias:
                 shift.bias.copy_(constant)
-            shifts[part] = shift.requires_grad_(False)
+            shifts[arm] = shift.requires_grad_(False)
         return shifts
 
-    def parts(self, adapter_name: str) -> list[EASLayer]:
-        """The modules whose adapters are folded in here: this one, and see `EASFeedForward`."""
-        return [self]
-
-    @property
-    def folder(self) -> EASLayer:
-        """The module that folds this one's adapters in."""
-        return self
-
-    def rank(self, adapter_name: str) -> int:
-        """Rank of an adapter."""
-        return len((self.eas_C if self.is_pia else self.eas_A)[adapter_name])
+    def _informed(self, adapter_name: str) -> dict[Arm, torch.Tensor | None]:
+        """`C` of (3) by the attention that is skipped; if there is none, `None` by the first attention."""
+        return {self.arm: None}
 
     def mixed(self, adapter_name: str) -> Adapter:
-        """What is folded, for `router="static"`, as one adapter of the form of equation (1).
-
-        Branches are added up: `up (d, r)`, `up_bias (d,)`. Several adapters before one FFN are one of the sum of their
-        ranks. The bias of equation (3) is part of `down_bias`.
-        """
-        mixed = []
-        for part in self.parts(adapter_name):
-            adapter = part.adapter(adapter_name)
-            alpha = torch.softmax(part.eas_router[adapter_name], dim=-1)
-            down_bias = adapter.down_bias
-            if adapter.prompt_down_bias is not None:
-                down_bias = down_bias + adapter.prompt_down_bias
-            up_bias = None if adapter.up_bias is None else pia.mix(adapter.up_bias, alpha)
-            mixed.append((adapter.down, down_bias, pia.mix(adapter.up, alpha), up_bias))
-        downs, down_biases, ups, up_biases = zip(*mixed, strict=True)
-        has_bias = up_biases[0] is not None
-        return Adapter(
-            down=torch.cat(downs),
-            down_bias=torch.cat(down_biases) if has_bias else None,
-            up=torch.cat(ups, dim=1),
-            up_bias=sum(up_biases) if has_bias else None,
-            prompt_down=None,
-            prompt_down_bias=None,
-        )
+        """What is folded: the branches added up, `up (d, r)` and `up_bias (d,)`; the bias of (3) in `down_bias`."""
+        adapter, alpha = self.adapter(adapter_name), self._alpha(adapter_name)
+        up_bias = None if adapter.up_bias is None else pia.mix(adapter.up_bias, alpha)
+        return adapter._replace(up=pia.mix(adapter.up, alpha), up_bias=up_bias)
 
     def unmerge(self) -> None:
         """Put the original linears back: the very tensors, so nothing is lost to rounding."""
@@ -444,9 +421,9 @@ class EASAttention(EASLayer):
         output_norms: The norms behind it, which a stand-in does not go through.
     """
 
-    is_pia = False
-    adapter_layer_names = (*EASLayer.adapter_layer_names, "eas_stand_in")
-    other_param_names = (*EASLayer.other_param_names, "eas_skip", "drawn")
+    is_ffn = False
+    adapter_layer_names = (*OWN, "eas_stand_in")
+    other_param_names = (*EASLayer.other_param_names, "gates", "eas_skip", "drawn")
 
     def __init__(
         self, base_layer: nn.Module, arm: Arm, stream_size: int = 0, output_norms: Iterable[nn.Module] = ()
@@ -458,6 +435,8 @@ class EASAttention(EASLayer):
         if arm.row.core:
             core = base_layer.get_submodule(arm.row.core)
             self._hooks.append(core.register_forward_pre_hook(self._adapted, with_kwargs=True))
+        # Whether each adapter skips the attention.
+        self.gates: dict[str, bool] = {}
         self.eas_skip = BufferDict(persistent=True)
         # What training forwards go by instead of the gates while a search draws sets.
         self.drawn: dict[str, bool] = {}
@@ -471,23 +450,21 @@ class EASAttention(EASLayer):
         device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
         self.eas_skip[adapter_name] = torch.tensor(skip, device=device)
 
-    def skips(self, adapter_name: str) -> bool:
-        """Whether a forward in the present mode, of training or not, skips this attention."""
+    def skips(self, adapter_name: str, training: bool | None = None) -> bool:
+        """Whether a forward skips this attention: one in the present mode, or of training or not."""
         gate = self.gates[adapter_name]
-        return self.drawn.get(adapter_name, gate) if self.training else gate
+        return self.drawn.get(adapter_name, gate) if (self.training if training is None else training) else gate
 
-    def create_stand_in(self, adapter_name: str, config: EASConfig, dtype: torch.dtype | None = None) -> None:
-        """Create the stand-in `c (d,)` of an adapter, as zero, if it has one and lacks it; of the base's dtype by
-        default."""
-        if config.stand_in == "zero" or not self.stream_size or adapter_name in self.eas_stand_in:
-            return
-        self.eas_stand_in[adapter_name] = nn.Parameter(torch.zeros(self.stream_size))
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        if dtype is not None:
-            self.eas_stand_in[adapter_name] = self.eas_stand_in[adapter_name].to(dtype)
+    def skipped(self, adapter_name: str, training: bool = False) -> list[Arm]:
+        return [self.arm] if self.skips(adapter_name, training) else []
 
-    def idle_names(self, is_skipped: bool) -> tuple[str, ...]:
-        return EASLayer.adapter_layer_names if is_skipped else ("eas_stand_in",)
+    def names(self, config: EASConfig, skipped: Collection[Arm]) -> tuple[str, ...]:
+        return ("eas_stand_in",) if self.arm in skipped else OWN
+
+    def _initial(self, name: str, config: EASConfig) -> torch.Tensor | None:
+        if name != "eas_stand_in":
+            return super()._initial(name, config)
+        return torch.zeros(self.stream_size) if self.stream_size and config.stand_in == "mean" else None
 
     def needs_prompt(self) -> bool:
         """Whether this layer, as it stands, depends on the prompt of a decoder."""
@@ -497,8 +474,8 @@ class EASAttention(EASLayer):
         config = self.eas_config[name]
         return config.router == "prompt" or (self.skips(name) and config.propagation == "prompt")
 
-    def is_folded_by(self, adapter_name: str) -> bool:
-        return bool(self.inputs) and not self.gates[adapter_name] and self.eas_config[adapter_name].router == "static"
+    def acts(self, adapter_name: str) -> bool:
+        return self.has_adapter(adapter_name) and not self.gates[adapter_name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = self.acting_adapter()
@@ -548,12 +525,12 @@ class EASAttention(EASLayer):
         name = self.acting_adapter()
         routed = name is not None and self.eas_config[name].router == "prompt"
         context = self.bypass.context(args, kwargs, cache_state if routed else _nowhere)
-        if name is None or not self.inputs:
+        if name is None or not self.has_adapter(name):
             return args, kwargs
         if not (self.merged and self.is_folded_by(name)):
-            return change_input(args, kwargs, lambda z: z + self.delta(name, z, context))
+            return change_input(args, kwargs, lambda z: self.adapted(name, z, {self.arm: context}))
         if self.is_shifted(name):
-            return change_input(args, kwargs, lambda z: self.input_shifts(name)[self](z, context))
+            return change_input(args, kwargs, lambda z: self.input_shifts(name)[self.arm](z, context))
         return args, kwargs
 
     def unload_and_optionally_merge_module(
@@ -566,125 +543,121 @@ class EASAttention(EASLayer):
 
 
 class EASFeedForward(EASLayer):
-    """A FFN, with a PIA (2) in front while an attention of its layer is skipped.
-
-    Where a layer has a cross-attention, too, there is a further PIA for that; what they add to the input adds up.
+    """A FFN with an adapter in front: (1), or a PIA (2) while an attention of its layer is skipped, told of the tokens
+    that this would have looked at. What a self- and a cross-attention tell that are both skipped adds up.
 
     Args:
         base_layer: The FFN.
-        arms: The attentions of its layer.
+        arms: The attentions of its layer, a self-attention first.
         pooled_sizes: Size of the tokens that each of them takes keys and values from; `None`: that of the FFN's input.
         name: Name of the FFN in the model.
+
+    Attributes:
+        attentions: The wrapped ones among these attentions; `EASModel` puts them here.
     """
 
-    is_pia = True
+    is_ffn = True
+    adapter_layer_names = (*OWN, "eas_self_C", "eas_self_c", "eas_cross_C", "eas_cross_c")
 
     def __init__(self, base_layer: nn.Module, arms: list[Arm], pooled_sizes: list[int | None], name: str) -> None:
         super().__init__(base_layer, arms[0])
         self.name = name
-        self.pooled_size = pooled_sizes[0] or self.hidden_size
-        self.eas_further = nn.ModuleDict()
-        for arm, size in zip(arms[1:], pooled_sizes[1:], strict=True):
-            self.eas_further[arm.row.kind] = FurtherPIA(self, arm, size)
+        self.arms = arms
+        self.pooled_sizes = [size or self.hidden_size for size in pooled_sizes]
+        self.attentions: dict[Arm, EASAttention] = {}  # a plain dictionary: they are no children
 
-    @property
-    def pias(self) -> list[EASLayer]:
-        """The PIA of each attention."""
-        return [self, *self.eas_further.values()]
+    def skipped(self, adapter_name: str, training: bool = False) -> list[Arm]:
+        attentions = {arm: a for arm, a in self.attentions.items() if adapter_name in a.gates}
+        return [arm for arm, attention in attentions.items() if attention.skips(adapter_name, training)]
 
-    def pia_of(self, arm: Arm) -> EASLayer:
-        """The PIA that stands for an attention."""
-        return next(pia for pia in self.pias if pia.arm == arm)
+    def names(self, config: EASConfig, skipped: Collection[Arm]) -> tuple[str, ...]:
+        if config.router == "prompt" and not skipped:  # only skipped attentions say what the prompt is
+            return ()
+        kinds = [arm.row.kind for arm in self.telling(config, skipped)]
+        return (*OWN, *(f"eas_{kind}_{letter}" for kind in kinds for letter in "Cc"))
 
-    def idle_names(self, is_skipped: bool) -> tuple[str, ...]:
-        return () if is_skipped else self.adapter_layer_names
+    def telling(self, config: EASConfig, arms: Iterable[Arm]) -> list[Arm]:
+        return [a for a in arms if config.propagation == "prompt" and a.is_skippable and a.row.pools != "nothing"]
+
+    def _initial(self, name: str, config: EASConfig) -> torch.Tensor | None:
+        widths = dict(zip(self.arms, self.pooled_sizes, strict=True))
+        for arm in self.telling(config, self.arms):
+            if name == f"eas_{arm.row.kind}_C":
+                return _kaiming(config.r_pia, widths[arm])
+            if name == f"eas_{arm.row.kind}_c":
+                return torch.zeros(config.r_pia) if config.use_bias else None
+        return super()._initial(name, config) if name in OWN else None
+
+    def information(self, adapter_name: str, arm: Arm) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`C (r, d)` and `c (r,)` of (3) for an attention; `None` if it tells nothing."""
+        return tuple(getattr(self, f"eas_{arm.row.kind}_{letter}").get(adapter_name) for letter in "Cc")
+
+    def _told(self, adapter_name: str, arm: Arm, context: PromptContext, wide: torch.Tensor) -> torch.Tensor:
+        """`p (B, 1, r)` of (3)."""
+        weight, bias = self.information(adapter_name, arm)
+        return F.linear(self._cast_input_dtype(context.mean(wide), weight.dtype), weight, bias)
+
+    def _informed(self, adapter_name: str) -> dict[Arm, torch.Tensor | None]:
+        telling = self.telling(self.eas_config[adapter_name], self.skipped(adapter_name))
+        return {arm: self.information(adapter_name, arm)[0] for arm in telling} or super()._informed(adapter_name)
+
+    def mixed(self, adapter_name: str) -> Adapter:
+        mixed = super().mixed(adapter_name)
+        for arm in self._informed(adapter_name):
+            _, bias = self.information(adapter_name, arm)
+            if bias is not None:
+                mixed = mixed._replace(down_bias=mixed.down_bias + bias)
+        return mixed
+
+    def acts(self, adapter_name: str) -> bool:
+        used = adapter_name in self.eas_config and self.names(self.eas_config[adapter_name], self.skipped(adapter_name))
+        return bool(used) and self.has_adapter(adapter_name)
+
+    def is_shifted(self, adapter_name: str) -> bool:
+        if any(information is not None for information in self._informed(adapter_name).values()):
+            return True
+        if self.arm.row.ffn_masks_input:
+            return self.eas_config[adapter_name].use_bias
+        return super().is_shifted(adapter_name)
+
+    def freeze_context(self, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
+        super().freeze_context(adapter_name, state)
+        for parameters in (self.eas_self_C, self.eas_self_c):
+            if adapter_name in parameters:
+                del parameters[adapter_name]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name = self.acting_adapter()
+        entered = {arm: take_context(self._attention_of(arm)) for arm in self.arms}
+        contexts = {arm: context for arm, context in entered.items() if context is not None}
+        if name is not None:
+            args, kwargs = change_input(args, kwargs, lambda z: self._adapted(name, self._touched(z, name), contexts))
+        return self.base_layer(*args, **kwargs)
 
     def _attention_of(self, arm: Arm) -> str:
         """What the attention is called that enters the context here, see `enter_layer`."""
         return arm.row.attention if self.name == arm.ffns[0] else looking_back(arm.row.attention)
 
-    def parts(self, adapter_name: str) -> list[EASLayer]:
-        return [pia for pia in self.pias if pia.gates.get(adapter_name, False)]
-
-    def is_folded_by(self, adapter_name: str) -> bool:
-        return bool(self.parts(adapter_name)) and self.eas_config[adapter_name].router == "static"
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name = self.acting_adapter()
-        contexts = [(part, take_context(self._attention_of(part.arm))) for part in self.pias]
-        if name is not None:
-            args, kwargs = change_input(args, kwargs, lambda z: self._adapted(name, z, contexts))
-        return self.base_layer(*args, **kwargs)
-
-    def _adapted(
-        self, name: str, z: torch.Tensor, contexts: list[tuple[EASLayer, PromptContext | None]]
-    ) -> torch.Tensor:
-        is_folded = self.merged and self.is_folded_by(name)
-        if is_folded and not self.is_shifted(name):
+    def _adapted(self, name: str, z: torch.Tensor, contexts: dict[Arm, PromptContext]) -> torch.Tensor:
+        if not self.has_adapter(name) or (self.eas_config[name].router == "prompt" and not contexts):
             return z
-        changes = self.input_shifts(name) if is_folded else {}
-        total = z
-        for part, context in contexts:
-            if context is None:
-                total = part._touched(total, name)
-            elif is_folded:
-                total = by_row(changes[part], total, context)
-            else:
-                total = total + by_row(functools.partial(part.delta, name), z, context)
-        return total
+        if not (self.merged and self.is_folded_by(name)):
+            change = functools.partial(self.adapted, name, contexts=contexts)
+        elif self.is_shifted(name):
+            change = functools.partial(self._shifted, name, contexts)
+        else:
+            return z
+        return by_row(change, z, next((context.rows for context in contexts.values()), 1))
 
-    def unmerge(self) -> None:
-        super().unmerge()
-        for part in self.eas_further.values():
-            part.merged_adapters = []
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        for part in self.eas_further.values():  # PEFT passes over modules whose name has the tuner's prefix
-            part.delete_adapter(adapter_name)
-        super().delete_adapter(adapter_name)
+    def _shifted(self, adapter_name: str, contexts: dict[Arm, PromptContext], z: torch.Tensor) -> torch.Tensor:
+        """What a folded FFN has to be given instead of `z (B, T, d)`."""
+        for arm, shift in self.input_shifts(adapter_name).items():
+            z = shift(z, contexts.get(arm) or PromptContext(None, {}))
+        return z
 
 
-class FurtherPIA(EASLayer):
-    """The PIA of a layer's second attention, in the `EASFeedForward` that folds it in.
-
-    Args:
-        ffn: The wrapped FFN.
-        arm: The attention.
-        pooled_size: Size of the tokens that it takes keys and values from.
-    """
-
-    is_pia = True
-
-    def __init__(self, ffn: EASFeedForward, arm: Arm, pooled_size: int | None) -> None:
-        super().__init__(ffn, arm)
-        self.pooled_size = pooled_size or self.hidden_size
-
-    def _wrap(self, base_layer: nn.Module) -> None:
-        self._ffn = (base_layer,)  # in a tuple, so that it is not a child
-
-    @property
-    def base_layer(self) -> nn.Module:
-        return self.folder.base_layer
-
-    def idle_names(self, is_skipped: bool) -> tuple[str, ...]:
-        return () if is_skipped else self.adapter_layer_names
-
-    def is_folded_by(self, adapter_name: str) -> bool:
-        return self.gates.get(adapter_name, False) and self.eas_config[adapter_name].router == "static"
-
-    @property
-    def folder(self) -> EASLayer:
-        return self._ffn[0]
-
-    def fold(self, adapter_name: str) -> dict[str, nn.Module | nn.Parameter]:
-        return {}  # `folder` does it
-
-    def unmerge(self) -> None:
-        self.merged_adapters = []
-
-
-Wrappers = dict[int | str, tuple[EASAttention | None, list[EASLayer]]]
-"""Attentions that have an adapter (`None`: that have not), each with the PIAs that stand for it."""
+Wrappers = dict[int | str, tuple[EASAttention | None, list[EASFeedForward]]]
+"""The attentions of a model, each wrapped (`None`: it has no adapter), with the wrapped FFNs behind it."""
 
 
 def _nowhere(cache: object, layer_idx: int) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
     Args:
         model: The base model with adapters in it.
         layers: Its attentions.
-        wrappers: Each wrapped attention and what stands for it.
+        wrappers: Each wrapped attention and the FFNs behind it.
         config: Configuration of the adapter to be merged.
         name: Its name.
     """
@@ -65,9 +65,9 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
         for key, arm in layers.items():
             if arm.row != row:
                 continue
-            attention, pias = wrappers[key]
+            attention, ffns = wrappers[key]
             inside = f"{arm.index}.{row.attention}"
-            places = [(attention, inside, f"{inside}.{row.core}".rstrip("."))]
+            places = [(ffn, *2 * [ffn.name.removeprefix(f"{arm.container}.")]) for ffn in ffns]
             if key in skipped:
                 form["skip"].append(arm.index)
                 stand_in = attention.eas_stand_in.get(name)
@@ -75,16 +75,18 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
                 if stand_in is not None:
                     device, dtype = attention._get_base_layer_device_and_dtype(attention.base_layer)
                     stand_ins[arm.attention] = stand_in.detach().to(device, dtype, copy=True)
-                places = [(pia, ffn, ffn) for pia, ffn in zip(pias, arm.ffns_in_list, strict=True)]
+            else:
+                places.append((attention, inside, f"{inside}.{row.core}".rstrip(".")))
             for wrapper, inside, where in places:
-                if wrapper is None or not wrapper.has_adapter(name):
+                if wrapper is None or not wrapper.acts(name):
                     continue
                 if config.router == "prompt":
                     kept[where] = _routed_adapter(wrapper, name)
-                elif wrapper.folder.is_shifted(name):
-                    kept[where] = wrapper.folder.input_shifts(name)[wrapper]
-                elif config.use_bias:
-                    form["biased"] += [f"{inside}.{linear}".rstrip(".") for linear in wrapper.folder.without_bias()]
+                elif wrapper.is_shifted(name):
+                    shifts = wrapper.input_shifts(name)
+                    kept |= {where: shifts[arm]} if arm in shifts else {}
+                elif config.use_bias and arm == wrapper.arm:  # a FFN may follow several attentions
+                    form["biased"] += [f"{inside}.{linear}".rstrip(".") for linear in wrapper.without_bias()]
         form["adapters"] = {where: adapter.record for where, adapter in kept.items()}
         forms.append(form)
         containers.append(container)
@@ -147,13 +149,14 @@ def _change_config(model: PreTrainedModel, eas: dict) -> None:
 
 def _routed_adapter(wrapper: EASLayer, name: str) -> modeling_eas.RoutedAdapter:
     adapter: Adapter = wrapper.adapter(name)
+    prompt_down, prompt_down_bias = wrapper.information(name, wrapper.arm) if wrapper.is_ffn else (None, None)
     device, dtype = wrapper._get_base_layer_device_and_dtype(wrapper.base_layer)
     temperature = wrapper.eas_config[name].temperature
     routed = modeling_eas.RoutedAdapter(
         wrapper.hidden_size,
         adapter.down.shape[0],
         bias=adapter.down_bias is not None,
-        propagates=adapter.prompt_down is not None,
+        propagates=prompt_down is not None,
         device=device,
         dtype=dtype,
     )
@@ -161,7 +164,7 @@ def _routed_adapter(wrapper: EASLayer, name: str) -> modeling_eas.RoutedAdapter:
         (routed.router, wrapper.eas_router[name] / temperature, wrapper.eas_router_bias[name] / temperature),
         (routed.down, adapter.down, adapter.down_bias),
         (routed.up, adapter.up.flatten(0, 1), None if adapter.up_bias is None else adapter.up_bias.flatten()),
-        (routed.prompt_down, adapter.prompt_down, adapter.prompt_down_bias),
+        (routed.prompt_down, prompt_down, prompt_down_bias),
     ]
     with torch.no_grad():
         for projection, weight, bias in weights:

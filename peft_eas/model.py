@@ -50,9 +50,9 @@ class EASModel(BaseTuner):
             peft_config.target_modules = names - {""}
         self._places: dict[str, list[Arm]] = {arm.attention: [arm] for arm in layers.values()}
         for arm in layers.values():
-            for ffn in arm.ffns if arm.is_skippable else ():
+            for ffn in arm.ffns:
                 self._places.setdefault(ffn, []).append(arm)
-        for arms in self._places.values():  # a self-attention's PIA takes the mean of what the FFN reads, as it was
+        for arms in self._places.values():  # for a self-attention, the mean is of what the FFN reads, as it was
             arms.sort(key=lambda arm: bool(arm.row.context))
         targeted = {name for name in self._places if self._check_target_module_exists(peft_config, name)}
         if not targeted and isinstance(peft_config.target_modules, set):
@@ -75,7 +75,7 @@ class EASModel(BaseTuner):
         if peft_config.router == "prompt" and any(arm.row.pools != "prompt" for arm in layers.values()):
             raise ValueError(
                 f"`router='prompt'` is for decoders that read a prompt, but {type(model).__name__} has other "
-                "attentions, too: use `router='static'`."
+                "attentions, too: use `router='none'`."
             )
         count = peft_config.count_to_skip(len(skippable))
         if count > len(skippable):
@@ -130,19 +130,17 @@ class EASModel(BaseTuner):
                 wrapper = EASFeedForward(target, arms, [self._pooled_size(arm) for arm in arms], current_key)
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
-        skipped = peft_config.skip_layers
-        for part in [target] if is_attention else target.pias:
-            part.eas_config[adapter_name] = peft_config
-            is_skipped = None if skipped is None else self._layers.key_of(part.arm) in skipped
-            if is_attention:
-                part.set_gate(adapter_name, bool(is_skipped))
-            # Until the set is chosen, both the attention's adapter and the PIA are needed.
-            if is_skipped is None or is_skipped != is_attention:
-                part.create_adapter(adapter_name, peft_config)
-            if is_attention and is_skipped is not False:
-                part.create_stand_in(adapter_name, peft_config)
-            if adapter_name not in self.active_adapters:
-                part.set_requires_grad(adapter_name, requires_grad=False)
+        target.eas_config[adapter_name] = peft_config
+        skipped = None
+        if peft_config.skip_layers is not None:
+            skipped = [arm for arm in arms if self._layers.key_of(arm) in peft_config.skip_layers]
+        if is_attention:
+            target.set_gate(adapter_name, bool(skipped))
+        # until the set is chosen, all that any set needs
+        names = target.adapter_layer_names if skipped is None else target.names(peft_config, skipped)
+        target.create_parameters(adapter_name, peft_config, names)
+        if adapter_name not in self.active_adapters:
+            target.set_requires_grad(adapter_name, requires_grad=False)
 
     def _pooled_size(self, arm: Arm) -> int | None:
         """Size of the tokens that a cross-attention looks at; `None` where these are those of the residual stream."""
@@ -167,25 +165,25 @@ class EASModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attentions = []
-        for key in self._layers:
-            attention, pias = self._wrappers(key, model)
+        for key, arm in self._layers.items():
+            attention, ffns = self._wrappers(key, model)
             if attention is not None:
                 attentions.append(attention)
                 attention.measured = attentions[0].measured
-                for pia in pias:
-                    pia.gates = attention.gates
+                for ffn in ffns:
+                    ffn.attentions[arm] = attention
         watch_prompt(model, AnyNeedsPrompt(attentions))
         if model.can_generate():
             model.generate = functools.partial(_generate, model)
 
-    def _wrappers(self, key: int | str, model: nn.Module | None = None) -> tuple[EASAttention | None, list[EASLayer]]:
-        """A wrapped attention, `None` if it has no adapter, and the PIAs that stand for it, if its FFNs have some."""
+    def _wrappers(
+        self, key: int | str, model: nn.Module | None = None
+    ) -> tuple[EASAttention | None, list[EASFeedForward]]:
+        """A wrapped attention, `None` if it has no adapter, and the wrapped FFNs behind it."""
         model = self.model if model is None else model
-        arm = self._layers[key]
-        attention = model.get_submodule(arm.attention)
-        ffns = map(model.get_submodule, arm.ffns if arm.is_skippable else ())
-        pias = [ffn.pia_of(arm) for ffn in ffns if isinstance(ffn, EASFeedForward)]
-        return attention if isinstance(attention, EASAttention) else None, pias
+        attention, *ffns = map(model.get_submodule, (self._layers[key].attention, *self._layers[key].ffns))
+        is_wrapped = isinstance(attention, EASAttention)
+        return attention if is_wrapped else None, [ffn for ffn in ffns if isinstance(ffn, EASFeedForward)]
 
     # The skip set -----------------------------------------------------------------------------------------------------
 
@@ -201,8 +199,8 @@ class EASModel(BaseTuner):
     def set_skip_layers(self, skip_layers: list[int | str], adapter_name: str | None = None) -> None:
         """Skip just these attentions.
 
-        An adapter or PIA that is needed for the first time is created, as an identity; one that is no longer needed is
-        kept, frozen, for the case that the set changes back.
+        What is needed for the first time is created: the adapter of an attention as an identity, a stand-in as zero.
+        What is no longer needed is kept, frozen, for the case that the set changes back.
 
         Args:
             skip_layers: Indices of layers or names of attentions, as in `EASConfig`.
@@ -220,17 +218,14 @@ class EASModel(BaseTuner):
             raise ValueError(
                 f"Adapter {adapter_name!r} is merged: call `unmerge_adapter()` before changing its skip set."
             )
-        like = next(w.eas_B[adapter_name] for w in _all(targeted) if w.has_adapter(adapter_name))
-        for index, (attention, pias) in targeted.items():
-            is_skipped = index in skip_layers
-            attention.set_gate(adapter_name, is_skipped)
-            if is_skipped:
-                attention.create_stand_in(adapter_name, config, dtype=like.dtype)
-            for wrapper in (attention, *pias):
-                if (wrapper is attention) != is_skipped and not wrapper.has_adapter(adapter_name):
-                    wrapper.create_adapter(adapter_name, config, dtype=like.dtype)
-                wrapper.frozen_peft_weight_names[adapter_name] = wrapper.idle_names(is_skipped)
-                wrapper.set_adapter(wrapper.active_adapters, inference_mode=config.inference_mode)
+        wrappers = _all(targeted)
+        like = next(w.eas_up[adapter_name] for w in wrappers if w.has_adapter(adapter_name))
+        for key, (attention, _) in targeted.items():
+            attention.set_gate(adapter_name, key in skip_layers)
+        for wrapper in wrappers:
+            names = wrapper.names(config, wrapper.skipped(adapter_name))
+            wrapper.create_parameters(adapter_name, config, names, dtype=like.dtype)
+            wrapper.freeze_idle(adapter_name)
         config.settle(skip_layers)
 
     def skip_gates(self, adapter_name: str | None = None) -> SkipGates:
@@ -257,30 +252,37 @@ class EASModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
 
     def _targeted(self, adapter_name: str) -> Wrappers:
-        """The attentions that the adapter can skip, with their PIAs."""
+        """The attentions that the adapter can skip, with the FFNs behind them."""
         targeted = {}
         for key, arm in self._layers.items():
-            attention, pias = self._wrappers(key)
-            is_complete = arm.is_skippable and attention is not None and len(pias) == len(arm.ffns)
-            if is_complete and all(adapter_name in wrapper.eas_config for wrapper in (attention, *pias)):
-                targeted[key] = attention, pias
+            attention, ffns = self._wrappers(key)
+            is_complete = arm.is_skippable and attention is not None and len(ffns) == len(arm.ffns)
+            if is_complete and all(adapter_name in wrapper.eas_config for wrapper in (attention, *ffns)):
+                targeted[key] = attention, ffns
         return targeted
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: EASConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Follow the skip set of a checkpoint that is loaded into an adapter that exists (resume, best model)."""
+        """Follow the skip set of a checkpoint that is loaded into an adapter that exists (resume, best model).
+
+        Raises:
+            ValueError: for an adapter of peft_eas 0.1, whose parameters are others.
+        """
+        if any(".eas_B" in key for key in state_dict):
+            raise ValueError(
+                "This adapter was trained with peft_eas 0.1, whose adapters had another form. Ways out: merge it with "
+                "peft_eas 0.1, or train it anew."
+            )
         prefix = "base_model.model."
         tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
         if tuner is not None:
             keys = {i: f"{prefix}{arm.attention}.eas_skip" for i, arm in tuner._layers.items()}
             saved = [i for i, key in keys.items() if key in state_dict and bool(state_dict[key])]
             if saved != tuner._skipped_by(adapter_name):
-                arms = [tuner._layers[i] for i in saved]
-                places = [ffn for arm in arms for ffn in arm.ffns]
-                places += [arm.attention for arm in arms if arm.row.attention_inputs]
-                has_both = all(any(key.startswith(f"{prefix}{p}.eas_B") for key in state_dict) for p in places)
+                places = [tuner._layers[i].attention for i in saved if tuner._layers[i].row.attention_inputs]
+                has_both = all(any(key.startswith(f"{prefix}{p}.eas_up") for key in state_dict) for p in places)
                 if tuner.peft_config[adapter_name].skip_layers is None and has_both:
                     tuner.skip_gates(adapter_name).set(saved)  # the search that saved it may go on
                 else:
@@ -292,7 +294,7 @@ class EASModel(BaseTuner):
     ) -> FrozenContext:
         """Replace what the layers take from each prompt by its mean over the prompts of `dataloader`.
 
-        From then on the adapter is one with `propagation="none"` and `router="static"`, and with biases: it merges into
+        From then on the adapter is one with `propagation="none"` and a static router, and with biases: it merges into
         plain weights, which other engines run, needs no prompt, and can be trained further (with a new optimizer). Says
         by how much loss and logits moved.
 
@@ -307,7 +309,7 @@ class EASModel(BaseTuner):
         if adapter_name is None:
             (adapter_name,) = self.active_adapters
         config = self.peft_config[adapter_name]
-        if config.propagation == "none" and config.router == "static":
+        if config.propagation == "none" and config.router != "prompt":
             raise ValueError(f"Adapter {adapter_name!r} does not depend on the prompt: there is nothing to freeze.")
         if config.skip_layers is None:
             raise ValueError("No set of attentions to skip has been chosen yet: freeze the context after the search.")
@@ -322,15 +324,16 @@ class EASModel(BaseTuner):
         if [adapter_name] != self.active_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is not active: call `set_adapter({adapter_name!r})` first.")
         skipped = self._skipped_by(adapter_name)
-        # a decoder's attentions have one PIA each
-        used = {i: w for i, (a, pias) in wrappers.items() for w in (pias if i in skipped else [a]) if w is not None}
+        # a decoder's attentions have one FFN each
+        used = {i: w for i, (a, ffns) in wrappers.items() for w in (ffns if i in skipped else [a]) if w is not None}
         used = {i: w for i, w in used.items() if w.has_adapter(adapter_name)}
         dependent = used if config.router == "prompt" else [i for i in skipped if i in used]
         states, moved = freeze(self.model, dependent, skipped, dataloader)
         self.skip_gates(adapter_name).drop_idle()
         for index, wrapper in used.items():
             wrapper.freeze_context(adapter_name, states.get(index, {}))
-        config.propagation, config.router, config.use_bias = "none", "static", True
+        config.propagation, config.use_bias = "none", True
+        config.router = "static" if config.router == "prompt" else config.router
         print(moved)
         return moved
 
@@ -438,7 +441,8 @@ class EASModel(BaseTuner):
 
 
 def _all(wrappers: Wrappers) -> list[EASLayer]:
-    return [w for attention, pias in wrappers.values() for w in (attention, *pias) if w is not None]
+    """All of them, once each."""
+    return list(dict.fromkeys(w for attention, ffns in wrappers.values() for w in (attention, *ffns) if w is not None))
 
 
 class AnyNeedsPrompt:

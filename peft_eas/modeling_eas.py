@@ -168,7 +168,7 @@ class PromptBoundary:
         if _is_packed(inputs, mask):
             raise ValueError(
                 f"{_SUBJECT} can't be told from its neighbours in a packed row. Ways out: rows that are not packed; or "
-                "a model with `propagation='none'` and `router='static'`."
+                "a model with `propagation='none'` and `router='none'`."
             )
         if explicit is not None:
             return _checked(explicit.to(mask.device).bool() & mask)
@@ -283,7 +283,7 @@ def _boundaries(model: PreTrainedModel) -> list[PreTrainedModel]:
 _SUBJECT = "The prompt of a model with `propagation='prompt'` or `router='prompt'`"
 _WAYS_OUT = (
     "Ways out: labels that are -100 for the prompt's tokens; `with peft_eas.prompt_mask(mask): ...` around the "
-    "forward; or a model with `propagation='none'` and `router='static'`."
+    "forward; or a model with `propagation='none'` and `router='none'`."
 )
 
 
@@ -539,11 +539,9 @@ def _attended(attention_mask: torch.Tensor | None, batch: int, length: int) -> t
     return (mask.flatten(1, -2).any(dim=1) if mask.dim() > 2 else mask).expand(batch, length)
 
 
-def by_row(adapter: Callable, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
-    """`adapter(z, context)` for `z (B, T, d)`, or for the `(B * T, d)` that some families' FFNs are given."""
-    if z.dim() == 3:
-        return adapter(z, context)
-    return adapter(z.reshape(context.rows, -1, z.shape[-1]), context).reshape(z.shape)
+def by_row(adapter: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, rows: int) -> torch.Tensor:
+    """`adapter(z)` for `z (B, T, d)`, or for the `(B * T, d)` that some families' FFNs are given; `rows` is `B`."""
+    return adapter(z) if z.dim() == 3 else adapter(z.reshape(rows, -1, z.shape[-1])).reshape(z.shape)
 
 
 def change_input(args: tuple, kwargs: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple, dict]:
@@ -745,7 +743,7 @@ class InputShift(nn.Module):
 class RoutedAdapter(nn.Module):
     """An adapter with `router="prompt"`, which no static weight can hold: kept as a rank-`r` product.
 
-    Equations (1) and (2) of docs/method.md, with scaling, temperature, the PIA's 1/2 and the groups multiplied in.
+    Equations (1) and (2) of docs/method.md, with scaling, temperature and the groups multiplied in.
 
     Args:
         width: `d`.
@@ -805,13 +803,19 @@ def depends_on_prompt(eas: dict) -> bool:
 def _adapt_attention_input(bypass: Bypass, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a retained attention with a kept adapter."""
     context = bypass.context(args, kwargs, cache_state)
-    return change_input(args, kwargs, lambda z: by_row(attention.eas_adapter, z, context))
+    return change_input(args, kwargs, lambda z: attention.eas_adapter(z, context))
 
 
 def _adapt_ffn_input(form: dict, attention: str, ffn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the FFN of a skipped attention with a kept adapter."""
     context = take_context(attention) or PromptContext(None, {})
-    return change_input(args, kwargs, lambda z: by_row(getattr(ffn, _adapter_name(form)), z, context))
+    adapter = getattr(ffn, _adapter_name(form))
+    return change_input(args, kwargs, lambda z: by_row(lambda rows: adapter(rows, context), z, context.rows))
+
+
+def _shift_ffn_input(form: dict, ffn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of the FFN of a retained attention with a kept adapter: biases that its linears can't have."""
+    return change_input(args, kwargs, lambda z: getattr(ffn, _adapter_name(form))(z, PromptContext(None, {})))
 
 
 def _adapter_name(form: dict) -> str:
@@ -917,11 +921,13 @@ def keep_adapter(layers: nn.ModuleList, form: dict, name: str, adapter: InputShi
     setattr(module, _adapter_name(form), adapter.train(module.training))
     index, inside = name.split(".", 1)
     index = int(index)
-    if inside in (form["ffn"], form["ffn_back"]) and index - form["ffn_after"] in form["skip"]:
+    if inside == f"{form['attention']}.{form['core']}".rstrip(".") and index in form["present"]:
+        hook = functools.partial(_adapt_attention_input, Bypass(form, index, module))
+    elif index - form["ffn_after"] in form["skip"]:
         attention = form["attention"] if inside == form["ffn"] else looking_back(form["attention"])
         hook = functools.partial(_adapt_ffn_input, form, attention)
     else:
-        hook = functools.partial(_adapt_attention_input, Bypass(form, index, module))
+        hook = functools.partial(_shift_ffn_input, form)
     # that of a self-attention takes the mean of the input as it was
     module.register_forward_pre_hook(hook, with_kwargs=True, prepend=not form["context"])
 

@@ -1,11 +1,12 @@
 """The mathematics of the adapters and of their folds, on plain tensors.
 
-Shapes: hidden size `d`, rank `r`, `g` groups, linear outputs `o`. Two branches share one down-projection. With the
-scaling `s`, the branch weights `alpha` and the prompt's information `p` (section numbers are those of docs/method.md):
+Shapes: hidden size `d`, rank `r`, `g` groups, linear outputs `o`. All branches (one, or two) share one down-projection.
+With the scaling `s`, the weights `alpha` of the branches (1 if there is one) and the prompt's information `p` (equation
+numbers are those of docs/method.md):
 
-    adapt(z) = z + s * sum_j alpha_j * ((z A^T + a) B_j^T + b_j)                    (1)  retained attention
-    pia(z)   = z + s * sum_j alpha_j * (1/2 (z C^T + c + p) B_j^T + b_j)            (2)  skipped attention
-    p        = mean over the prompt's tokens of (z A^T + a)                         (3)
+    adapt(z) = z + s * sum_j alpha_j * ((z A^T + a) B_j^T + b_j)                    (1)  attention, or FFN
+    pia(z)   = z + s * sum_j alpha_j * ((z A^T + a + p) B_j^T + b_j)                (2)  FFN of a skipped attention
+    p        = mean over the prompt's tokens of (z C^T + c)                         (3)
 
 Both are `z + h U^T + u` with `h` the down-projected input, so one fold serves both.
 """
@@ -20,27 +21,27 @@ LARGEST_AMPLIFICATION = 1e3
 
 
 def dense_up(blocks: torch.Tensor) -> torch.Tensor:
-    """Grouped up-projections as matrices: `(2, g, d/g, r/g) -> (2, d, r)`, block-diagonal."""
-    return torch.stack([torch.block_diag(*branch) for branch in blocks])
+    """Grouped up-projections as matrices: `(branches, g, d/g, r/g) -> (branches, d, r)`, block-diagonal."""
+    return blocks[:, 0] if blocks.shape[1] == 1 else torch.stack([torch.block_diag(*branch) for branch in blocks])
 
 
-def mix(per_branch: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """Sum of the two branches weighted by `alpha (2,)`: `(2, ...) -> (...)`."""
-    return torch.tensordot(alpha, per_branch, dims=1)
+def mix(per_branch: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
+    """Sum of the branches weighted by `alpha (2,)`, or the only one: `(branches, ...) -> (...)`."""
+    return per_branch[0] if alpha is None else torch.tensordot(alpha, per_branch, dims=1)
 
 
 def up_project(
-    hidden: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor | None, alpha: torch.Tensor
+    hidden: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor | None, alpha: torch.Tensor | None
 ) -> torch.Tensor:
     """The adapter's output `sum_j alpha_j * (hidden up_j^T + up_bias_j)`: `(B, T, r) -> (B, T, d)`.
 
     Args:
         hidden: Down-projected input `(B, T, r)`.
-        up: `(2, d, r)`.
-        up_bias: `(2, d)` or `None`.
-        alpha: `(2,)` learned weights, or `(B, 1, 2)` weights of each sequence.
+        up: `(branches, d, r)`.
+        up_bias: `(branches, d)` or `None`.
+        alpha: `(2,)` learned weights, `(B, 1, 2)` weights of each sequence, or `None` if there is one branch.
     """
-    if alpha.dim() == 1:
+    if alpha is None or alpha.dim() == 1:
         return F.linear(hidden, mix(up, alpha), None if up_bias is None else mix(up_bias, alpha))
     first, second = (F.linear(hidden, up[j], None if up_bias is None else up_bias[j]) for j in range(2))
     return alpha[..., :1] * first + alpha[..., 1:] * second

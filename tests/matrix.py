@@ -1265,7 +1265,7 @@ def skipped(model: PreTrainedModel) -> list[int | str]:
 def adapted(model_type: str, seed: int = 2, **settings) -> PeftModel:
     base = tiny_model(model_type)
     task = EXAMPLES[model_type].task if model_type in EXAMPLES else "CAUSAL_LM"
-    config = EASConfig(**dict(skip_layers=skipped(base), task_type=task) | settings)
+    config = EASConfig(**dict(skip_layers=skipped(base), task_type=task, propagation="prompt") | settings)
     model = get_peft_model(base, config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -1378,9 +1378,9 @@ def reloaded(merged: PreTrainedModel, model_type: str) -> PreTrainedModel:
 
 
 def merging(model_type: str) -> None:
-    """Merged equals unmerged, with and without propagation and biases."""
-    for settings in (dict(), dict(propagation="none"), dict(router="prompt")):
-        if "router" in settings and any(
+    """Merged equals unmerged, with and without propagation, with one branch and two."""
+    for settings in (dict(router="static", groups=2), dict(propagation="none"), dict(router="prompt")):
+        if settings.get("router") == "prompt" and any(
             arm.row.pools != "prompt" for arm in find_layers(tiny_model(model_type)).values()
         ):
             continue  # refused, see test_encoders.py

@@ -12,25 +12,25 @@ import torch
 
 def branches(h: torch.Tensor, p: dict, alpha: torch.Tensor, scaling: float) -> torch.Tensor:
     """s * sum_j alpha_j (h B_j^T + b_j) with block-diagonal B_j; h (B, T, r), alpha (B, 2)."""
-    blocks = p["B"]
-    _, groups, out_size, in_size = blocks.shape
+    blocks = p["up"]
+    count, groups, out_size, in_size = blocks.shape
     total = 0
-    for j in range(2):
+    for j in range(count):
         parts = []
         for g in range(groups):
             part = h[..., g * in_size : (g + 1) * in_size]
             parts.append(torch.einsum("bti,oi->bto", part, blocks[j, g]))
         branch = torch.cat(parts, dim=-1)
         assert branch.shape[-1] == groups * out_size
-        if "b" in p:
-            branch = branch + p["b"][j]
+        if "up_bias" in p:
+            branch = branch + p["up_bias"][j]
         total = total + alpha[:, j, None, None] * branch
     return scaling * total
 
 
-def down(z: torch.Tensor, p: dict, name: str) -> torch.Tensor:
+def down(z: torch.Tensor, p: dict, name: str = "down", bias: str = "down_bias") -> torch.Tensor:
     h = torch.einsum("btd,rd->btr", z, p[name])
-    return h + p[name.lower()] if name.lower() in p else h
+    return h + p[bias] if bias in p else h
 
 
 def prompt_average(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
@@ -39,6 +39,8 @@ def prompt_average(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
 
 
 def weights_of_branches(z: torch.Tensor, p: dict, prompt: torch.Tensor, temperature: float) -> torch.Tensor:
+    if "router" not in p:
+        return torch.ones(z.shape[0], 1, dtype=z.dtype)
     if "router_bias" not in p:
         return torch.softmax(p["router"], dim=0).expand(z.shape[0], 2)
     mean = prompt_average(z, prompt)[:, 0]
@@ -47,15 +49,15 @@ def weights_of_branches(z: torch.Tensor, p: dict, prompt: torch.Tensor, temperat
 
 def adapt(z: torch.Tensor, p: dict, prompt: torch.Tensor, config) -> torch.Tensor:
     alpha = weights_of_branches(z, p, prompt, config.temperature)
-    return z + branches(down(z, p, "A"), p, alpha, config.scaling)
+    return z + branches(down(z, p), p, alpha, config.scaling)
 
 
 def pia(z: torch.Tensor, p: dict, prompt: torch.Tensor, config) -> torch.Tensor:
     alpha = weights_of_branches(z, p, prompt, config.temperature)
-    h = down(z, p, "C")
+    h = down(z, p)
     if config.propagation == "prompt":
-        h = h + prompt_average(down(z, p, "A"), prompt)
-    return z + branches(h / 2, p, alpha, config.scaling)
+        h = h + prompt_average(down(z, p, "self_C", "self_c"), prompt)
+    return z + branches(h, p, alpha, config.scaling)
 
 
 def adapters(peft_model) -> dict[str, dict[str, torch.Tensor]]:
@@ -84,11 +86,13 @@ def logits(base, parameters: dict, config, inputs: dict, prompt: torch.Tensor) -
             layer.self_attn.forward = lambda hidden_states, c=c, **kw: (torch.zeros_like(hidden_states) + c, None)
             if hasattr(layer, "pre_feedforward_layernorm"):  # then the other one is behind the attention
                 layer.post_attention_layernorm = torch.nn.Identity()
-            p = parameters[f"{prefix}{index}.mlp"]
-            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-                before(linear, lambda z, p=p: pia(z, p, prompt, config))
+            in_front = pia
         else:
             p = parameters[f"{prefix}{index}.self_attn"]
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 before(linear, lambda z, p=p: adapt(z, p, prompt, config))
+            in_front = adapt
+        p = parameters.get(f"{prefix}{index}.mlp")
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj) if p else ():
+            before(linear, lambda z, p=p, in_front=in_front: in_front(z, p, prompt, config))
     return model(**inputs, use_cache=False).logits

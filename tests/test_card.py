@@ -61,7 +61,7 @@ def test_the_base_is_known_from_the_merged_model(family):
 @pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f != "llava"])
 def test_operations_are_those_of_the_formula(family, skip):
     """Two for each weight of a matrix and token, and four for each value of a query and pair of tokens."""
-    merged, tokens = merge(tiny.model(family), skip, propagation="none", use_bias=False), 128
+    merged, tokens = merge(tiny.model(family), skip, use_bias=False), 128
     for model, attentions in ((tiny.model(family), 6), (merged, 6 - len(skip))):
         weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         expected = 2 * tokens * weights + attentions * 4 * (4 * 8) * tokens**2
@@ -142,7 +142,7 @@ def test_metadata(merged, hub):
     assert "| prefill | 1.13 |" in made.text
     assert "`r=4`, `r_pia=8`" in made.text
     assert "one forward" in made.text
-    assert "one forward" not in model_card(merge(tiny.model("llama"), propagation="none")).text
+    assert "one forward" not in model_card(merge(tiny.model("llama"))).text
 
 
 def test_what_is_not_known_is_left_out(hub, tmp_path, monkeypatch):

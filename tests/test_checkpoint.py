@@ -22,10 +22,10 @@ from transformers import (
 )
 
 KINDS = {
-    "plain": dict(propagation="none", use_bias=False),
-    "biases": dict(propagation="none"),
-    "prompt": dict(),
-    "routed": dict(router="prompt"),
+    "plain": dict(use_bias=False),
+    "biases": dict(),
+    "prompt": dict(propagation="prompt"),
+    "routed": dict(router="prompt", propagation="prompt"),
 }
 
 

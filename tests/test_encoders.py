@@ -75,20 +75,22 @@ def test_an_encoder_computes_the_formulas(settings):
         name = f"bert.encoder.layer.{index}"
         if index in config.skip_layers:
             leaves(layer.attention.output.dense, parameters[f"{name}.attention"]["stand_in"])
-            before(
-                layer.intermediate.dense,
-                lambda z, p=parameters[f"{name}.intermediate"]: reference.pia(z, p, mask, config),
-            )
+            in_front = reference.pia
         else:
             for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
                 before(linear, lambda z, p=parameters[f"{name}.attention"]: reference.adapt(z, p, mask, config))
+            in_front = reference.adapt
+        before(
+            layer.intermediate.dense,
+            lambda z, p=parameters[f"{name}.intermediate"], in_front=in_front: in_front(z, p, mask, config),
+        )
     expected = run(model, "bert").float()
     torch.testing.assert_close(matrix.logits(adapted, "bert"), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(propagation="none"), dict(use_bias=False, scaling=0.5)], ids=str)
 def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
-    """A cross-attention's PIA pools the encoder's tokens, a decoder's own nothing; before one FFN they add up."""
+    """Of a cross-attention the encoder's tokens are pooled, of a decoder's own nothing."""
     adapted = matrix.adapted("bart", **settings)
     config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
     inputs = matrix.tiny_inputs("bart")
@@ -103,49 +105,51 @@ def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
 
     model.model.encoder.register_forward_hook(remember)
 
-    def delta(z, p, others=None):
-        """Equation (2) without its first term."""
-        h = reference.down(z, p, "C")
-        if others is not None and config.propagation == "prompt":
-            h = h + reference.prompt_average(reference.down(others, p, "A"), source)
+    def pia(z, p, name=None, others=None):
+        """Equation (2); with nothing to pool it is (1)."""
+        h = reference.down(z, p)
+        if name is not None and config.propagation == "prompt":
+            h = h + reference.prompt_average(reference.down(others, p, f"{name}_C", f"{name}_c"), source)
         alpha = reference.weights_of_branches(z, p, None, config.temperature)
-        return reference.branches(h / 2, p, alpha, config.scaling)
+        return z + reference.branches(h, p, alpha, config.scaling)
 
     both = 0
     for index, layer in enumerate(model.model.encoder.layers):
         name = f"model.encoder.layers.{index}"
+        p = parameters[f"{name}.fc1"]
         if f"encoder.{index}.self" in config.skip_layers:
             leaves(layer.self_attn.out_proj, parameters[f"{name}.self_attn"]["stand_in"])
-            before(layer.fc1, lambda z, p=parameters[f"{name}.fc1"]: z + delta(z, p, z))
+            before(layer.fc1, lambda z, p=p: pia(z, p, "self", z))
         else:
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 before(linear, lambda z, p=parameters[f"{name}.self_attn"]: reference.adapt(z, p, source, config))
+            before(layer.fc1, lambda z, p=p: pia(z, p))
     for index, layer in enumerate(model.model.decoder.layers):
-        name, pias = f"model.decoder.layers.{index}", []
-        if f"decoder.{index}.self" in config.skip_layers:
+        name = f"model.decoder.layers.{index}"
+        skips = [f"decoder.{index}.{kind}" in config.skip_layers for kind in ("self", "cross")]
+        p = parameters[f"{name}.fc1"]
+        if skips[0]:
             leaves(layer.self_attn.out_proj, parameters[f"{name}.self_attn"]["stand_in"])
-            pias.append(lambda z, p=parameters[f"{name}.fc1"]: delta(z, p))
         else:
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 before(linear, lambda z, p=parameters[f"{name}.self_attn"]: reference.adapt(z, p, everything, config))
-        if f"decoder.{index}.cross" in config.skip_layers:
+        if skips[1]:
             leaves(layer.encoder_attn.out_proj, parameters[f"{name}.encoder_attn"]["stand_in"])
-            further = parameters[f"{name}.fc1.eas_further.cross" if index else f"{name}.fc1"]
-            pias.append(lambda z, p=further: delta(z, p, read["encoder"]))
+            before(layer.fc1, lambda z, p=p: pia(z, p, "cross", read["encoder"]))
         else:
             before(
                 layer.encoder_attn.q_proj,
                 lambda z, p=parameters[f"{name}.encoder_attn"]: reference.adapt(z, p, everything, config),
             )
-        both += len(pias) == 2
-        before(layer.fc1, lambda z, pias=pias: z + sum(pia(z) for pia in pias))
+            before(layer.fc1, lambda z, p=p: pia(z, p))
+        both += all(skips)
     assert both
     expected = run(model, "bart").float()
     torch.testing.assert_close(matrix.logits(adapted, "bart"), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_attention_that_looks_both_ways_computes_the_formulas():
-    """LXMERT's words look at regions, then regions at words: a PIA for each, which pools what was looked at."""
+    """LXMERT's words look at regions, then regions at words: the FFN of either is told what was looked at."""
     adapted = matrix.adapted("lxmert", skip_layers=["cross.1.cross", "cross_vision.1.self"])
     config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
     inputs = matrix.tiny_inputs("lxmert")
@@ -161,29 +165,28 @@ def test_an_attention_that_looks_both_ways_computes_the_formulas():
 
     model.lxmert.encoder.x_layers[1].register_forward_pre_hook(remember)
 
-    def delta(z, p, others, mask):
-        h = reference.down(z, p, "C") + reference.prompt_average(reference.down(others, p, "A"), mask)
+    def pia(z, p, *told):
+        h = reference.down(z, p)
+        for kind, others, mask in told:
+            h = h + reference.prompt_average(reference.down(others, p, f"{kind}_C", f"{kind}_c"), mask)
         alpha = reference.weights_of_branches(z, p, None, config.temperature)
-        return reference.branches(h / 2, p, alpha, config.scaling)
+        return z + reference.branches(h, p, alpha, config.scaling)
 
     for name, module in model.named_modules():
-        own = f"{name}.eas_further.cross"
+        p = parameters.get(name)
         if name.endswith(("x_layers.1.visual_attention", "x_layers.1.visn_self_att")):
             leaves(module.output.dense, parameters[name]["stand_in"])
         elif name.endswith("x_layers.1.lang_inter"):
-            p = parameters[own]
-            before(module.dense, lambda z, p=p: z + delta(z, p, read["regions"], regions))
+            before(module.dense, lambda z, p=p: pia(z, p, ("cross", read["regions"], regions)))
         elif name.endswith("x_layers.1.visn_inter"):
-            both = parameters[name], parameters[own]
-            before(
-                module.dense,
-                lambda z, p=both: z + delta(z, p[0], z, regions) + delta(z, p[1], read["words"], words),
-            )
-        elif name in parameters:  # an attention that stays: its queries, and those keys and values of the same tokens
+            before(module.dense, lambda z, p=p: pia(z, p, ("self", z, regions), ("cross", read["words"], words)))
+        elif p and name.endswith(("intermediate", "_inter")):
+            before(module.dense, lambda z, p=p: pia(z, p))
+        elif p:  # an attention that stays: its queries, and those keys and values of the same tokens
             core = module.att if hasattr(module, "att") else module.self
             linears = [core.query] if hasattr(module, "att") else [core.query, core.key, core.value]
             for linear in linears:
-                before(linear, lambda z, p=parameters[name]: reference.adapt(z, p, everything, config))
+                before(linear, lambda z, p=p: reference.adapt(z, p, everything, config))
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
         expected = model(**inputs).question_answering_score.float()
@@ -238,7 +241,7 @@ def test_attentions_that_are_not_there_are_refused(model_type, skip_layers, mess
 
 @pytest.mark.parametrize("model_type", ["bert", "bart", "clip"])
 def test_a_router_that_reads_the_prompt_is_for_decoders(model_type):
-    with pytest.raises(ValueError, match=r"router='prompt'.*use `router='static'`"):
+    with pytest.raises(ValueError, match=r"router='prompt'.*use `router='none'`"):
         get_peft_model(matrix.tiny_model(model_type), EASConfig(router="prompt"))
 
 
@@ -256,10 +259,8 @@ def test_attentions_whose_adapter_could_not_be_folded_have_none():
     adapted = {name.split(".layer.")[1] for name, _ in model.named_parameters() if ".eas_" in name}
     of_attentions = sorted(name for name in adapted if ".attention." in name)
     assert of_attentions == [f"{i}.attention.eas_stand_in.default" for i in (0, 2)]
-    assert {name.split(".eas_")[0] for name in adapted.difference(of_attentions)} == {
-        "0.intermediate",
-        "2.intermediate",
-    }
+    of_ffns = {name.split(".eas_")[0] for name in adapted.difference(of_attentions)}
+    assert of_ffns == {f"{i}.intermediate" for i in range(4)}
 
 
 def test_contexts_of_encoders_are_not_frozen():

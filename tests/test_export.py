@@ -437,7 +437,7 @@ def test_onnxruntime_computes_what_the_merged_model_computes(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     family = "gemma3_text"  # sliding windows, norms everywhere
     small = {"num_hidden_layers": 3, "layer_types": tiny.MIXED[:3]}  # exporting a layer takes seconds
-    model = get_peft_model(tiny.model(family, changes=small), EASConfig(skip_layers=[1], propagation="none"))
+    model = get_peft_model(tiny.model(family, changes=small), EASConfig(skip_layers=[1]))
     tiny.shake(model)
     model, tokenizer = model.merge_and_unload().train(), byte_level()
     quietly(model, tmp_path / "out", "onnx", tokenizer)
@@ -477,11 +477,11 @@ def refused(tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_no_format_can_hold_is_refused(format, refused, tmp_path):
-    refused(format, "merge_and_unload", adapted(propagation="none"))
-    for settings in (dict(), dict(propagation="none", router="prompt")):
+    refused(format, "merge_and_unload", adapted())
+    for settings in (dict(propagation="prompt"), dict(router="prompt")):
         merged = adapted(**settings).merge_and_unload()
         refused(format, r"depend on the prompt.*freeze_context.*propagation='none'", merged)
-    refused(format, "reads more than text", adapted("llava", propagation="none").merge_and_unload())
+    refused(format, "reads more than text", adapted("llava").merge_and_unload())
     quantised = tiny.model("llama")
     quantised.config.quantization_config = {"quant_method": "gptq"}
     refused(format, "unquantised base", quantised)
@@ -492,12 +492,12 @@ def test_what_no_format_can_hold_is_refused(format, refused, tmp_path):
 @pytest.mark.parametrize("format", LLAMAS)
 def test_what_is_no_llama_is_refused(format, refused):
     for family, why in (("qwen3", "normalises queries"), ("gemma3_text", "has norms")):
-        model = adapted(family, propagation="none").merge_and_unload()
+        model = adapted(family).merge_and_unload()
         refused(format, f"{why}.*MistralForCausalLM.*'onnx'", model)
     head = AutoModelForSequenceClassification.from_config(tiny.config("llama"))
     refused(format, "LlamaForSequenceClassification can't be", head)
     for family in ("mistral", "qwen2"):
-        model = adapted(family, propagation="none").merge_and_unload()
+        model = adapted(family).merge_and_unload()
         refused(format, r"6 tokens back.*max_position_embeddings = 6", model)
     refused(format, "'gelu', but", merged(hidden_act="gelu"))
     partial = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
@@ -530,7 +530,7 @@ def test_windows_that_make_no_difference_are_none(tmp_path):
         ("short", tiny.model("mistral", changes={"sliding_window": 16, "max_position_embeddings": 16}), [2]),
         ("all skipped", tiny.model("qwen2"), [0, 2, 4]),  # the sliding ones
     ):
-        model = get_peft_model(base, EASConfig(skip_layers=skip, propagation="none")).merge_and_unload().eval()
+        model = get_peft_model(base, EASConfig(skip_layers=skip)).merge_and_unload().eval()
         quietly(model, tmp_path / name, "nemotron-nas")
         assert relative_error(deci_logits(tmp_path / name, ids), model(ids).logits) < 1e-5
 
@@ -616,7 +616,7 @@ def test_command(llama_cpp, tmp_path, capsys):
 @torch.no_grad()
 def test_a_pretrained_model_in_llama_cpp(llama_cpp, tmp_path):
     """SmolLM2-135M without 8 of 30 attentions: the tokens of transformers on 20 prompts, and close probabilities."""
-    config = EASConfig(skip_layers=[6, 7, 8, 12, 17, 21, 22, 29], propagation="none")
+    config = EASConfig(skip_layers=[6, 7, 8, 12, 17, 21, 22, 29])
     model, tokenizer = get_peft_model(load_model(), config), load_tokenizer()
     tiny.shake(model, scale=0.01)
     model = model.merge_and_unload().eval()

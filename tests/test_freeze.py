@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from peft_eas import prompt_mask
 
 SETTINGS = [
-    dict(),
-    dict(use_bias=False),
-    dict(router="prompt"),
-    dict(router="prompt", propagation="none", use_bias=False),
+    dict(propagation="prompt"),
+    dict(propagation="prompt", use_bias=False),
+    dict(propagation="prompt", router="prompt"),
+    dict(router="prompt", use_bias=False),
 ]
 
 

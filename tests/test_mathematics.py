@@ -12,7 +12,7 @@ from peft_eas import EASConfig, pia
 
 SETTINGS = [
     dict(propagation=p, router=r, use_bias=b)
-    for p, r, b in itertools.product(("prompt", "none"), ("static", "prompt"), (True, False))
+    for p, r, b in itertools.product(("none", "prompt"), ("none", "static", "prompt"), (True, False))
 ]
 
 
@@ -60,7 +60,7 @@ def test_groups(groups):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("router", ["static", "prompt"])
+@pytest.mark.parametrize("router", ["none", "static", "prompt"])
 def test_a_fresh_adapter_changes_nothing_but_the_skipping(family, router):
     inputs = tiny.inputs(family)
     base = tiny.model(family)

@@ -27,10 +27,10 @@ from peft_eas.modeling_eas import skipped
 SETTINGS = [
     dict(),
     dict(use_bias=False),
-    dict(propagation="none"),
-    dict(propagation="none", use_bias=False),
-    dict(router="prompt"),
-    dict(router="prompt", propagation="none", use_bias=False),
+    dict(propagation="prompt"),
+    dict(propagation="prompt", use_bias=False, router="static", groups=2),
+    dict(router="prompt", propagation="prompt"),
+    dict(router="prompt", use_bias=False),
 ]
 
 
@@ -123,7 +123,7 @@ def test_what_is_stripped(family, settings, tmp_path):
     assert not set(gone) & set(parameters)
     assert set(base) - set(gone) <= set(parameters)
     assert all(parameters[n] == base[n] for n in set(base) - set(gone))
-    if settings == dict(propagation="none", use_bias=False):  # plain weights, and what stands in
+    if settings == dict(use_bias=False):  # plain weights, and what stands in
         new = set(parameters) - (set(base) - set(gone))
         assert {n.split(".layers.")[1] for n in new} == {"0.self_attn.stand_in", "3.self_attn.stand_in"}
     config = json.loads((tmp_path / "config.json").read_text())
@@ -296,7 +296,7 @@ def test_disabling_a_merged_adapter_gives_the_base():
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["eas_A", "eas_C", "eas_B"])
+@pytest.mark.parametrize("name", ["eas_down", "eas_self_C", "eas_up"])
 @pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
 def test_safe_merge_refuses_nan(name, method):
     model, inputs = adapted(), tiny.inputs("llama")

@@ -252,7 +252,7 @@ def test_outputs_that_users_ask_for():
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("settings", [dict(), dict(router="prompt"), dict(propagation="none")], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(propagation="prompt"), dict(router="prompt", propagation="prompt")], ids=str)
 def test_torch_compile_without_graph_breaks(settings, merged):
     torch._dynamo.reset()
     inputs = tiny.inputs("llama")

@@ -99,7 +99,7 @@ def test_dropping_one_attention_costs_what_was_measured_before(smollm2):
     reviews = movie_reviews(0, 16)[1]
     batch = tokenizer([review.text for review in reviews], padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    model = get_peft_model(copy.deepcopy(base), EASConfig(skip_layers=[], propagation="none")).eval()
+    model = get_peft_model(copy.deepcopy(base), EASConfig(skip_layers=[])).eval()
     losses = {}
     with torch.no_grad():
         for layer in (None, 0, 7, 8):

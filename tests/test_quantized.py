@@ -28,8 +28,8 @@ KINDS = {
     "nf4 in bfloat16": FOUR_BITS | dict(bnb_4bit_quant_storage=torch.bfloat16),  # as FSDP needs it
     "int8": dict(load_in_8bit=True),
 }
-SETTINGS = [dict(), dict(propagation="none"), dict(router="prompt")]
-FOLDED = {f"model.layers.{i}.mlp.{name}_proj" for i in (0, 3) for name in ("gate", "up")} | {
+SETTINGS = [dict(), dict(propagation="prompt"), dict(router="prompt", propagation="prompt")]
+FOLDED = {f"model.layers.{i}.mlp.{name}_proj" for i in range(6) for name in ("gate", "up")} | {
     f"model.layers.{i}.self_attn.{name}_proj" for i in (1, 2, 4, 5) for name in "qkv"
 }
 
@@ -153,7 +153,7 @@ def saved(folder):
 
 # besides the usual ones: linears that bitsandbytes has to turn around, a FFN that is one linear, stacked experts
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "gpt2", "opt", "mixtral"])
-@pytest.mark.parametrize("settings", [dict(), dict(propagation="none")], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(propagation="prompt")], ids=str)
 def test_families(load, family, settings, tmp_path):
     model, inputs = adapted(load("nf4", family), **settings), tiny.inputs(family)
     kept = inputs["attention_mask"].bool()

@@ -22,7 +22,7 @@ def batches(family):
 def test_loss_is_the_loss_of_a_skip_set_of_one(family):
     data = batches(family)
     scores = score_attentions(tiny.model(family), data, method="loss")
-    model = get_peft_model(tiny.model(family), EASConfig(skip_layers=[], propagation="none")).eval()
+    model = get_peft_model(tiny.model(family), EASConfig(skip_layers=[])).eval()
 
     @torch.no_grad()
     def loss():
@@ -83,7 +83,7 @@ def test_other_families(family):
         a, b = (seen[i, after].view(*kept.shape, -1)[kept].double() for after in (False, True))
         assert score == pytest.approx(float((1 - torch.cosine_similarity(a, b, dim=-1)).mean()), rel=1e-4, abs=1e-6)
     by_loss = score_attentions(matrix.tiny_model(family), [inputs], method="loss")
-    tuned = get_peft_model(matrix.tiny_model(family), EASConfig(skip_layers=[], propagation="none")).eval()
+    tuned = get_peft_model(matrix.tiny_model(family), EASConfig(skip_layers=[])).eval()
     with torch.no_grad():
         whole = float(tuned(**inputs).loss)
         for i, score in by_loss.items():
@@ -170,7 +170,7 @@ def test_what_can_not_be_scored_is_said():
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_what_is_timed_is_the_model_without_these_attentions(family):
     inputs = matrix.tiny_inputs(family)
-    model = get_peft_model(matrix.tiny_model(family), EASConfig(skip_layers=[], propagation="none")).eval()
+    model = get_peft_model(matrix.tiny_model(family), EASConfig(skip_layers=[])).eval()
     names = [find_layers(matrix.tiny_model(family))[i].attention for i in (0, 2)]
     whole = model(**inputs).logits
     with model.disable_adapter(), budget.without(model.base_model.model, names):

@@ -17,7 +17,7 @@ SKIP = [0, 3, 4]
 
 
 def tuned(family="llama", **settings):
-    return get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=SKIP, propagation="none") | settings))
+    return get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=SKIP) | settings))
 
 
 def stand_ins(model, adapter="default"):
@@ -93,7 +93,7 @@ def test_a_stand_in_is_what_is_trained_and_merged():
 
 def test_other_adapters_stay_as_they_are():
     model = tuned()
-    model.add_adapter("second", EASConfig(skip_layers=[1], propagation="none"))
+    model.add_adapter("second", EASConfig(skip_layers=[1]))
     initialize_eas_weights(model, [tiny.inputs("llama")], "second")
     assert not any(value.any() for value in stand_ins(model).values())
     assert list(stand_ins(model, "second")) == [1]

@@ -10,7 +10,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from peft_eas import EASConfig
 
-SETTINGS = [dict(), dict(router="prompt"), dict(propagation="none")]
+SETTINGS = [dict(), dict(propagation="prompt"), dict(router="prompt", propagation="prompt")]
 
 
 def adapted(family="llama", seed=0, **settings):

@@ -65,5 +65,5 @@ def _check(model: PreTrainedModel) -> None:
             "Something stays of this model's adapters beside its weights (layers depend on the prompt, or experts have "
             "no biases), which other engines know nothing of. Ways out: "
             "`model.freeze_context(dataloader)` on the model with adapters before it is merged, or training with "
-            "`propagation='none'` and `router='static'`; for mixtures of experts, `use_bias=False` as well."
+            "`propagation='none'` and `router='none'`; for mixtures of experts, `use_bias=False` as well."
         )
