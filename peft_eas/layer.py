@@ -133,18 +133,13 @@ class EASLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, config: EASConfig, names: Iterable[str], dtype: torch.dtype | None = None
     ) -> None:
         """Create those of these parameters that an adapter has and lacks; of the base's dtype by default."""
-        created = []
+        device, base_dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         for name in names:
             parameters = getattr(self, name)
             if adapter_name not in parameters and (value := self._initial(name, config)) is not None:
-                parameters[adapter_name] = nn.Parameter(value)
-                created.append(name)
+                parameters[adapter_name] = nn.Parameter(value.to(device=device, dtype=dtype or base_dtype))
         if adapter_name not in self.eas_dropout:
             self.eas_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        for name in created if dtype is not None else ():
-            parameters = getattr(self, name)
-            parameters[adapter_name] = parameters[adapter_name].to(dtype)
 
     def parameters_of(self, adapter_name: str, names: Iterable[str] | None = None) -> list[nn.Parameter]:
         """The parameters of an adapter, or those of these names."""

@@ -334,6 +334,7 @@ class EASModel(BaseTuner):
             wrapper.freeze_context(adapter_name, states.get(index, {}))
         config.propagation, config.use_bias = "none", True
         config.router = "static" if config.router == "prompt" else config.router
+        self.set_skip_layers(skipped, adapter_name)  # a static router has adapters that the prompt's has not
         print(moved)
         return moved
 

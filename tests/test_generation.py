@@ -23,7 +23,9 @@ MODES = {
 
 
 def adapted(family, skip_layers, state="unmerged", **settings):
-    model = get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=skip_layers, propagation="prompt") | settings)).eval()
+    model = get_peft_model(
+        tiny.model(family), EASConfig(**dict(skip_layers=skip_layers, propagation="prompt") | settings)
+    ).eval()
     tiny.shake(model)
     if state == "folded":
         model.merge_adapter()

@@ -299,7 +299,7 @@ def test_disabling_a_merged_adapter_gives_the_base():
 @pytest.mark.parametrize("name", ["eas_down", "eas_self_C", "eas_up"])
 @pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
 def test_safe_merge_refuses_nan(name, method):
-    model, inputs = adapted(), tiny.inputs("llama")
+    model, inputs = adapted(propagation="prompt"), tiny.inputs("llama")
     weights = {n: p.clone() for n, p in model.named_parameters() if "eas_" not in n}
     parameter = next(p for n, p in model.named_parameters() if f".{name}." in n)
     with torch.no_grad():

@@ -129,7 +129,9 @@ def test_trainable_parameters_are_those_in_use():
     assert all("eas_" in n for n in trainable)
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trainable
     layers = {n.split(".layers.")[1].split(".eas_")[0] for n in trainable}
-    assert layers == {"0.mlp", "3.mlp", *(f"{index}.self_attn" for index in range(6))}
+    assert layers == {f"{index}.{module}" for index in range(6) for module in ("self_attn", "mlp")}
+    adapted_attentions = {n.split(".layers.")[1][0] for n in trainable if "self_attn.eas_up" in n}
+    assert adapted_attentions == {"1", "2", "4", "5"}
     stand_ins = {n.split(".layers.")[1][0] for n in trainable if "eas_stand_in" in n}
     assert stand_ins == {"0", "3"}
 
@@ -252,7 +254,9 @@ def test_outputs_that_users_ask_for():
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("settings", [dict(), dict(propagation="prompt"), dict(router="prompt", propagation="prompt")], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(propagation="prompt"), dict(router="prompt", propagation="prompt")], ids=str
+)
 def test_torch_compile_without_graph_breaks(settings, merged):
     torch._dynamo.reset()
     inputs = tiny.inputs("llama")

@@ -12,7 +12,9 @@ SETTINGS = [dict(), dict(router="prompt"), dict(router="prompt", propagation="no
 
 
 def adapted(family="llama", merged=False, base=None, **settings):
-    model = get_peft_model(base or tiny.model(family), EASConfig(**dict(skip_layers=[0, 3], propagation="prompt") | settings)).eval()
+    model = get_peft_model(
+        base or tiny.model(family), EASConfig(**dict(skip_layers=[0, 3], propagation="prompt") | settings)
+    ).eval()
     tiny.shake(model)
     return model.merge_and_unload().eval() if merged else model
 

@@ -453,7 +453,7 @@ def test_weights_repacked_for_the_cpu_are_refused(load):
 @pytest.mark.parametrize("kwargs", [dict(), dict(requantize=True)], ids=str)
 def test_safe_merge_refuses_nan(load, kwargs):
     model = adapted(load("nf4"))
-    parameter = next(p for n, p in model.named_parameters() if ".eas_B." in n)
+    parameter = next(p for n, p in model.named_parameters() if ".eas_up." in n)
     parameter.data.view(-1)[0] = float("nan")
     before = state(model)
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
@@ -500,7 +500,7 @@ def test_searched_trained_saved_merged(load, kind, kwargs, tmp_path):
 
 
 def test_frozen_context(load):
-    model = adapted(load("nf4"))
+    model = adapted(load("nf4"), propagation="prompt")
     model.freeze_context([batch()])
     inputs = tiny.inputs("llama")
     expected = model(**inputs).logits

@@ -1,6 +1,5 @@
 """Stand-ins: what a skipped attention leaves, how it is measured, and that nothing else changes."""
 
-import json
 import math
 import warnings
 
@@ -8,10 +7,10 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from peft_eas import EASCallback, EASConfig, initialize_eas_weights
-from peft_eas.config import EASType
 
 SKIP = [0, 3, 4]
 
@@ -195,20 +194,14 @@ def test_a_batch_that_the_model_does_not_take(tmp_path):
         train(tuned(), tmp_path, EASCallback([{"chosen": torch.ones(3)}] * 4))
 
 
-def test_adapters_of_before_had_none(tmp_path):
-    """They load, and compute what they did."""
-    model = tuned(stand_in="zero").eval()
-    tiny.shake(model)
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    saved = json.loads(file.read_text())
-    assert saved.pop("stand_in") == "zero"
-    file.write_text(json.dumps(saved))
-    loaded = PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
-    assert loaded.peft_config["default"].peft_type == EASType.EAS
-    assert not stand_ins(loaded)
-    inputs = tiny.inputs("llama")
-    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+def test_adapters_of_another_form_are_refused(tmp_path):
+    """Those of 0.1 had other parameters: `eas_B` where there is `eas_up` now."""
+    tuned().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    saved = {name.replace("eas_up", "eas_B"): value for name, value in load_file(file).items()}
+    save_file(saved, file)
+    with pytest.raises(ValueError, match=r"peft_eas 0\.1.*Ways out"):
+        PeftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
 
 @pytest.mark.parametrize("value", ["median", None, True])

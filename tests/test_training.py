@@ -188,7 +188,7 @@ def test_load_best_model_at_end_brings_its_skip_set_back(tmp_path):
 
 
 def test_label_smoothing_takes_the_labels_away_and_is_refused(tmp_path):
-    run = trainer(tmp_path, adapted(), label_smoothing_factor=0.1)
+    run = trainer(tmp_path, adapted(propagation="prompt"), label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="without `labels`"):
         run.train()
-    trainer(tmp_path, adapted(propagation="none"), label_smoothing_factor=0.1, max_steps=1).train()
+    trainer(tmp_path, adapted(), label_smoothing_factor=0.1, max_steps=1).train()
