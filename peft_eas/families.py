@@ -66,7 +66,7 @@ class Attentions:
             with a `|` between them, the first that a layer has is meant.
         ffn_back: Of a cross-attention that its layer calls a second time, for the tokens that were looked at to look
             back (LXMERT): the FFN of these, with the same `ffn_inputs`. It is skipped both times or not at all, and
-            there is a PIA before either FFN.
+            either FFN is told of the other.
         ffn_masks_input: Whether the FFN makes zeros of its input where there is padding, as Mamba does: what is added
             to the input can't then be made a bias.
         stacked_axis: Which axis of stacked weights is the input's: -1 for `(experts, out, in)`, -2 for `(experts, in,
@@ -300,7 +300,7 @@ _ROWS = (
     Family("muse_glimmer_text", attention_inputs=(*SPLIT, "gate_proj"), output_norms=POST),
     Family("vaultgemma"),
     # the last layers have queries alone, and the keys and values of earlier ones; where layers have experts, too, the
-    # PIA stands before `mlp`, which they add to
+    # adapter stands before `mlp`, which they add to
     Family("gemma3n_text", has="k_proj", keeps_if="store_full_length_kv", attention_norms=(), output_norms=POST),
     *(
         Family(model_type, has="k_proj", keeps_if="store_full_length_kv", output_norms=POST)
@@ -337,14 +337,14 @@ _ROWS = (
     Family("dbrx", layers="blocks", attention="norm_attn_norm.attn", attention_inputs=("Wqkv",),
            attention_norms=("norm_attn_norm.norm_1",), ffn="ffn",
            ffn_inputs=("router.layer", "experts.mlp.w1", "experts.mlp.v1")),
-    # the layer looks at the class of `mlp`, so the PIA stands before the shared experts in it, which the first layers
-    # have not; what else reads their input gets what it got
+    # the layer looks at the class of `mlp`, so the adapter stands before the shared experts in it, which the first
+    # layers have not; what else reads their input gets what it got
     Family("ernie4_5_vl_moe_text", ffn="mlp.shared_experts"),
     Family("flex_olmo", attention_norms=(), output_norms=POST, ffn_inputs=ROUTED),
     Family("gpt_oss", ffn_inputs=("router", "experts.gate_up_proj"), stacked_axis=-2),
     Family("granitemoe", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("granitemoe_swa", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
-    # the experts and a shared FFN read one norm: the PIA stands before one of them, the other gets what it got
+    # the experts and a shared FFN read one norm: the adapter stands before one of them, the other gets what it got
     Family("granitemoeshared", ffn="block_sparse_moe", ffn_inputs=("router", "experts.gate_up_proj")),
     Family("hunyuan_v1_moe",
            ffn_inputs=("gate.wg", "experts.gate_up_proj", "shared_mlp.gate_proj", "shared_mlp.up_proj")),

@@ -636,7 +636,7 @@ def test_what_can_not_be_searched(tmp_path, caplog):
     model.set_skip_layers([1])
     model.peft_config["default"].skip_layers = None
     model.skip_gates().drop_idle()
-    with pytest.raises(ValueError, match="both the adapter and the PIA"):
+    with pytest.raises(ValueError, match="both the adapter and the stand-in"):
         run(tmp_path, model)
 
 

@@ -106,7 +106,7 @@ class EASCallback(TrainerCallback):
         lr: Learning rate of the preferences.
         warm_start: What the preferences start from: scores of the base model (see `score_attentions`), `"deviation"`,
             `"kl"` or `"similarity"`; `"loss"`, measured after the warm-up, by how much the held-out loss grows when
-            just this attention is skipped, its PIA and stand-in in place; `"depth"`, the deeper the better; or scores
+            just this attention is skipped, its stand-in in place; `"depth"`, the deeper the better; or scores
             by layer index, low for redundant. `None`: all alike.
 
     Raises:
@@ -283,8 +283,8 @@ class _Search:
         self.config = tuner.peft_config[self.gates.adapter_name]
         if not self.gates.are_complete():
             raise ValueError(
-                "A search needs both the adapter and the PIA of every layer, and some have been dropped or never "
-                "made: begin with a fresh adapter, `get_peft_model(model, EASConfig(num_skip=...))`."
+                "A search needs both the adapter and the stand-in of every attention, and some have been dropped or "
+                "never made: begin with a fresh adapter, `get_peft_model(model, EASConfig(num_skip=...))`."
             )
         self.device = next(tuner.parameters()).device
         self.metrics: dict[str, float] = {}
@@ -488,8 +488,8 @@ class _Search:
         return _sample(self.held_out, self._trained_on())
 
     def _warm_start(self) -> None:
-        """Let the preferences start from scores: of the base model at once, of losses with PIAs after the warm-up, in
-        which these learn something."""
+        """Let the preferences start from scores: of the base model at once, of losses with adapters after the warm-up,
+        in which these learn something."""
         given, layers = self.settings.warm_start, self.state.layers
         if given is None:
             return
