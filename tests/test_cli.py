@@ -129,8 +129,13 @@ def test_merge_of_a_vision_language_model(base, tmp_path, capsys):
     assert processor.tokenizer.eos_token == "<eos>"
 
 
-def test_merge_without_the_prompt(base, adapter, data, tmp_path, capsys):
-    out = tmp_path / "frozen"
+def test_merge_without_the_prompt(base, data, tmp_path, capsys):
+    adapter, out = tmp_path / "adapter", tmp_path / "frozen"
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), EASConfig(skip_layers=[1], propagation="prompt")
+    )
+    tiny.shake(adapted)
+    adapted.save_pretrained(adapter)
     assert cli.main(["merge", str(adapter), str(out), "--freeze-context", str(data)]) == 0
     assert "context frozen to the mean of 24 prompts: loss" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(out)
@@ -160,7 +165,7 @@ def test_merge_writes_a_card(base, adapter, tmp_path, capsys):
     assert card.data.eval_results == [result]
     assert card.data.base_model is None  # a folder
     assert str(tmp_path) not in str(card)
-    assert "`r=8`, `r_pia=32`" in card.text
+    assert "`r=16`, `r_pia=32`" in card.text
     capsys.readouterr()
     assert cli.main(["inspect", str(tmp_path / "out")]) == 0
     picture = re.search(r"0 [.#]{6} 5", capsys.readouterr().out)[0]
@@ -216,7 +221,7 @@ def test_what_the_user_can_put_right_is_said_in_one_line(base, data, adapter, tm
         assert said in fails(capsys, "score", base, tmp_path / "odd.jsonl")
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     train = ["train", base, tmp_path / "text.jsonl", "--output_dir", tmp_path / "out"]
-    assert "without a prompt" in fails(capsys, *train)
+    assert "without a prompt" in fails(capsys, *train, "--propagation", "prompt")
     assert "`max_loss_increase`" in fails(capsys, *train, "--num-skip", "auto")
     assert "`--warm-start` is for a search" in fails(capsys, *train, "--skip-layers", "1", "--warm-start", "loss")
     assert "['--no_such_option', '1']" in fails(capsys, *train, "--no_such_option", "1")
@@ -236,9 +241,9 @@ def test_what_the_user_can_put_right_is_said_in_one_line(base, data, adapter, tm
         assert stopped.value.code == 2
 
 
-def test_text_without_prompts_trains_without_propagation(base, adapter, tmp_path, capsys):
+def test_text_without_prompts_trains(base, adapter, tmp_path, capsys):
     (tmp_path / "text.csv").write_text("text\n" + "".join(f"w{i} w{2 * i} w{i + 1}\n" for i in range(12)))
-    options = "--propagation none --skip-layers 1 4 --max_steps 2 --report_to none --use_cpu --learning_rate 0.002"
+    options = "--skip-layers 1 4 --max_steps 2 --report_to none --use_cpu --learning_rate 0.002"
     command = ["train", str(base), str(tmp_path / "text.csv"), "--output_dir", str(tmp_path / "out")]
     assert cli.main([*command, *options.split()]) == 0
     assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out").skip_layers == [1, 4]

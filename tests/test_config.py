@@ -30,7 +30,7 @@ WRONG = {
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values], ids=str)
 def test_a_wrong_value_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
-        EASConfig(**{name: value})
+        EASConfig(**{"groups": 2, name: value})
 
 
 def test_num_skip_and_skip_layers_must_agree():

@@ -194,7 +194,7 @@ def test_names_of_runs_are_those_of_their_rows_and_none_is_twice():
 def test_only_picks_runs_whose_name_contains_all_and_those_they_need():
     runs = evidence.wanted_runs(["tweets", "drop, means, LoRA", "3 skipped", "seed 4"])
     assert [run.key.split(", ", 1)[1] for run in runs] == [
-        *(f"tweets, LoRA, 0 skipped, seed 0, rate {rate}" for rate in ("0.001", "0.003", "0.01")),
+        *(f"tweets, LoRA, 0 skipped, seed 0, rate {rate}" for rate in ("0.001", "0.002", "0.004")),
         "tweets, drop, means, LoRA, 3 skipped, seed 4",
     ]
 
@@ -315,7 +315,7 @@ def test_summary_and_picture_of_anything_there_is(tmp_path):
     free = [{"text": "Python source", "method": "deepest, zeros", "skipped": 8, "kl": 4.6, "kl_se": 0.1}]
     text = evidence.summarise(rows, free)
     assert "## MiniLM, tweets" in text
-    assert "**0.001**: 0.001, 0.003: 0.003, 0.01: 0.010" in text
+    assert "**0.001**: 0.001, 0.002: 0.002, 0.004: 0.004" in text
     assert "MiniLM, tweets, random, 3 skipped, seed 1" in text  # left out, and said so
     assert "| deepest, zeros |  | 4.600 ± 0.100 |  |  |" in text
     evidence.draw(rows, tmp_path / "evidence.png")

@@ -40,6 +40,7 @@ MODELS = {
     "tied, rope of llama3": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     "rope linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "biases of its own": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "attention biases of its own": ("llama", {"attention_bias": True}),
     "large heads, size 512": ("llama", {"head_dim": 16, "intermediate_size": 512}),
     "mistral": ("mistral", FULL),
     "qwen2": ("qwen2", FULL),
@@ -539,7 +540,10 @@ def test_warnings_name_what_an_engine_would_do_silently(tmp_path):
     for number, (settings, match) in enumerate(
         [
             (dict(), "TensorRT-LLM ignores all biases and SGLang those of FFNs"),
-            (dict(skip=[], use_bias=True), "TensorRT-LLM ignores all biases, without"),
+            (
+                dict(name="attention biases of its own", use_bias=False, stand_in="zero"),
+                "TensorRT-LLM ignores all biases, without",
+            ),
             (dict(skip=[0], use_bias=False, stand_in="zero"), "Layer 0 has no attention.*KV cache"),
         ]
     ):
