@@ -30,7 +30,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +81,7 @@ from real_data import (
 RESULTS = Path(__file__).resolve().parent / "results"
 SEARCH = 128  # examples to choose attentions with, which are not trained on
 SCORED = 64  # of them, for scores
+GIVEN = "EAS, given set"  # by score, and skipped from the first step
 WAIT = 10  # seconds, until looking again what other processes have done
 
 
@@ -125,7 +126,9 @@ class Task:
     test: int
     seeds: int = 3
     rates: dict[str, tuple[float, ...]] = field(
-        default_factory=lambda: {"LoRA": (1e-3, 2e-3, 4e-3)} | dict.fromkeys(("EAS", "0.1.0"), (5e-4, 1e-3, 2e-3))
+        default_factory=lambda: (
+            {"LoRA": (1e-3, 2e-3, 4e-3)} | dict.fromkeys(("EAS", GIVEN, "0.1.0"), (5e-4, 1e-3, 2e-3))
+        )
     )
 
     has_prompts = True
@@ -359,7 +362,8 @@ def in_batches(examples: Sequence, size: int, collate: Callable[[list], dict]) -
 def _mini_lm(name: str, kind: str, test: int, validation: int = 300) -> Task:
     return Classification(
         model="MiniLM", name=name, kind=kind, layers=6, counts=(2, 3), steps=150, batch_size=16, validation=validation,
-        test=test, seeds=5, rates=dict.fromkeys(("LoRA", "EAS", "0.1.0"), (1e-3, 2e-3, 4e-3)),
+        test=test, seeds=5,
+        rates=dict.fromkeys(("LoRA", GIVEN), (1e-3, 2e-3, 4e-3)) | dict.fromkeys(("EAS", "0.1.0"), (5e-4, 1e-3, 2e-3)),
         adapted={"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
     )  # fmt: skip
 
@@ -421,7 +425,7 @@ class Method:
     Attributes:
         chosen: How: `"nothing"` is skipped, by a `"search"` while training, by `"depth"`, at `"random"`, by a score of
             `score_attentions`, or by its `"default"` one.
-        adapter: The kind of adapter, which also says whose learning rate it is. `"LoRA"` learns on a model whose chosen
+        adapter: The kind of training, which says whose learning rate it is. `"LoRA"` learns on a model whose chosen
             attentions are gone.
         settings: Of the `EASConfig`.
         trainer: The Trainer.
@@ -442,21 +446,23 @@ MAIN = {
     "drop, LoRA": Method("similarity", "LoRA", {"stand_in": "zero"}),
     "drop, means, LoRA": Method("similarity", "LoRA", {"stand_in": "mean"}),
     "0.1.0": Method("search", "0.1.0", version="0.1."),
+    GIVEN: Method("default", GIVEN),
     "EAS": Method("search"),
 }
 ABLATIONS = {
-    "EAS, given set": Method("default"),
-    "zero stand-in": Method("default", settings={"stand_in": "zero"}),
-    "deepest": Method("depth"),
-    "random": Method("random"),
-    "set by similarity": Method("similarity"),
-    "set by kl": Method("kl"),
-    "set by deviation": Method("deviation"),
-    "retained FFNs not adapted": Method("default", adapts_retained_ffns=False),
-    "two branches": Method("default", settings={"router": "static", "groups": 2}),
-    "propagation": Method("default", settings={"propagation": "prompt"}),
-    "no biases": Method("default", settings={"use_bias": False}),
-    "distilled": Method("default", trainer=Distilled),
+    name: replace(method, adapter=GIVEN)
+    for name, method in {
+        "zero stand-in": Method("default", settings={"stand_in": "zero"}),
+        "deepest": Method("depth"),
+        "random": Method("random"),
+        "set by similarity": Method("similarity"),
+        "set by kl": Method("kl"),
+        "retained FFNs not adapted": Method("default", adapts_retained_ffns=False),
+        "two branches": Method("default", settings={"router": "static", "groups": 2}),
+        "propagation": Method("default", settings={"propagation": "prompt"}),
+        "no biases": Method("default", settings={"use_bias": False}),
+        "distilled": Method("default", trainer=Distilled),
+    }.items()
 }
 METHODS = MAIN | ABLATIONS
 
