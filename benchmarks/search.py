@@ -53,6 +53,8 @@ BANDITS = {
     "bandit from similarity": "similarity",
     "bandit from loss": "loss",
 }
+# as adapters were when the rows were made, with 0.1.0, but for the halved sum of PIAs and the FFNs of retained attentions
+PAPER: dict = {"r": 8, "groups": 2, "router": "static", "propagation": "prompt", "stand_in": "zero"}
 ABLATIONS: dict[str, dict] = {
     "without propagation": {"propagation": "none"},
     "without biases": {"use_bias": False},
@@ -179,7 +181,7 @@ def train(run: Run, task: Task, folder: str) -> tuple[PeftModel, dict]:
     else:
         skip_layers, learning_rate = set_of(run, task), EAS_LEARNING_RATE
         wanted = {"num_skip": run.count} if skip_layers is None else {"skip_layers": skip_layers}
-        config = EASConfig(**wanted, **run.settings, stand_in="zero", task_type="CAUSAL_LM")
+        config = EASConfig(**wanted, **PAPER | run.settings, task_type="CAUSAL_LM")
         if skip_layers is None:
             callbacks.append(EASCallback(task.search, warm_start=BANDITS[run.method]))
         if "gamma2" in run.method:

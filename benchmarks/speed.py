@@ -168,8 +168,9 @@ def run_training(args: argparse.Namespace) -> dict:
     configs = {
         "LoRA": lora,
         "control": lora,
-        "EAS, propagation prompt": EASConfig(r=8, skip_layers=skip, task_type="CAUSAL_LM"),
-        "EAS, propagation none": EASConfig(r=8, skip_layers=skip, propagation="none", task_type="CAUSAL_LM"),
+        "LoRA, all linears": LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "EAS": EASConfig(skip_layers=skip, task_type="CAUSAL_LM"),
+        "EAS, propagation prompt": EASConfig(skip_layers=skip, propagation="prompt", task_type="CAUSAL_LM"),
     }
     works, facts = {}, {}
     for name, config in configs.items():

@@ -37,15 +37,15 @@ sys.modules["diffusers"] = diffusers
 
 # Just layer 0 is skipped, because a test restricts the tuner to it by `layers_to_transform=[0]`.
 VARIANTS = {
-    "propagation": {"skip_layers": [0]},
-    "local": {"skip_layers": [0], "propagation": "none", "use_bias": False},
-    "router": {"skip_layers": [0], "router": "prompt"},
+    "defaults": {"skip_layers": [0]},
+    "propagation": {"skip_layers": [0], "propagation": "prompt", "router": "static", "groups": 2, "use_bias": False},
+    "router": {"skip_layers": [0], "propagation": "prompt", "router": "prompt"},
     "unsearched": {},
 }
 # Likewise, in the only attention of that layer that both can spare; `router="prompt"` is for decoders alone.
 ENCODER_DECODER_VARIANTS = {
-    "propagation": {"skip_layers": ["decoder.0.cross"]},
-    "local": {"skip_layers": ["decoder.0.cross"], "propagation": "none", "use_bias": False},
+    "defaults": {"skip_layers": ["decoder.0.cross"]},
+    "propagation": {"skip_layers": ["decoder.0.cross"], "propagation": "prompt", "use_bias": False},
     "unsearched": {},
 }
 
