@@ -53,7 +53,7 @@ BANDITS = {
     "bandit from similarity": "similarity",
     "bandit from loss": "loss",
 }
-# as adapters were when the rows were made, with 0.1.0, but for the halved sum of PIAs and the FFNs of retained attentions
+# as adapters were when the rows were made, by 0.1.0, but for the halved sum of PIAs and the FFNs of retained layers
 PAPER: dict = {"r": 8, "groups": 2, "router": "static", "propagation": "prompt", "stand_in": "zero"}
 ABLATIONS: dict[str, dict] = {
     "without propagation": {"propagation": "none"},
