@@ -423,8 +423,8 @@ class Method:
     """How attentions are chosen, and what learns.
 
     Attributes:
-        chosen: How: `"nothing"` is skipped, by a `"search"` while training, by `"depth"`, at `"random"`, by a score of
-            `score_attentions`, or by its `"default"` one.
+        chosen: How: `"nothing"` is skipped, by a `"search"` while training, by `"depth"`, at `"random"`, or by a score
+            of `score_attentions`.
         adapter: The kind of training, which says whose learning rate it is. `"LoRA"` learns on a model whose chosen
             attentions are gone.
         settings: Of the `EASConfig`.
@@ -446,22 +446,22 @@ MAIN = {
     "drop, LoRA": Method("similarity", "LoRA", {"stand_in": "zero"}),
     "drop, means, LoRA": Method("similarity", "LoRA", {"stand_in": "mean"}),
     "0.1.0": Method("search", "0.1.0", version="0.1."),
-    GIVEN: Method("default", GIVEN),
+    GIVEN: Method("deviation", GIVEN),
     "EAS": Method("search"),
 }
 ABLATIONS = {
     name: replace(method, adapter=GIVEN)
     for name, method in {
-        "zero stand-in": Method("default", settings={"stand_in": "zero"}),
+        "zero stand-in": Method("deviation", settings={"stand_in": "zero"}),
         "deepest": Method("depth"),
         "random": Method("random"),
         "set by similarity": Method("similarity"),
         "set by kl": Method("kl"),
-        "retained FFNs not adapted": Method("default", adapts_retained_ffns=False),
-        "two branches": Method("default", settings={"router": "static", "groups": 2}),
-        "propagation": Method("default", settings={"propagation": "prompt"}),
-        "no biases": Method("default", settings={"use_bias": False}),
-        "distilled": Method("default", trainer=Distilled),
+        "retained FFNs not adapted": Method("deviation", adapts_retained_ffns=False),
+        "two branches": Method("deviation", settings={"router": "static", "groups": 2}),
+        "propagation": Method("deviation", settings={"propagation": "prompt"}),
+        "no biases": Method("deviation", settings={"use_bias": False}),
+        "distilled": Method("deviation", trainer=Distilled),
     }.items()
 }
 METHODS = MAIN | ABLATIONS
@@ -533,7 +533,7 @@ def all_runs() -> list[Run]:
 def scores(task: Task, method: str, seed: int) -> dict[int | str, float]:
     """Scores of the attentions of the pretrained model; the seed is that of a fresh head."""
     set_seed(seed)
-    return score_attentions(task.load(), task.scored_batches(), **({} if method == "default" else {"method": method}))
+    return score_attentions(task.load(), task.scored_batches(), method=method)
 
 
 def set_of(run: Run) -> list[int | str] | None:

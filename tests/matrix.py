@@ -183,7 +183,8 @@ PARTICULAR: dict[str, dict] = {
     "glm4v_moe_text": MROPE_WHOLE,
     "glm4v_text": MROPE,
     "glmasr_encoder": dict(intermediate_size=64),
-    "glm_moe_dsa": DSA | dict(indexer_types=["full", "shared", "shared", "full"]),
+    # with fewer, transformers 5.23 looks at other tokens with a cache than without, in the base model, too
+    "glm_moe_dsa": DSA | dict(indexer_types=["full", "shared", "shared", "full"], index_topk=64),
     "glm_ocr_text": MROPE_WHOLE,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
     "granite4_vision": dict(
