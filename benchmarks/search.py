@@ -38,10 +38,11 @@ from peft_eas import EASCallback, EASConfig, score_attentions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from real_data import collator, load_model, load_tokenizer, movie_reviews, tokenise
-from sentiment import EAS_LEARNING_RATE, LORA_LEARNING_RATE, accuracy_and_loss, next_token_logits
+from sentiment import accuracy_and_loss, next_token_logits
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TRAIN, TEST, SEARCH = 1120, 600, 128
+LORA_LEARNING_RATE, EAS_LEARNING_RATE = 5e-4, 1e-3
 BATCH_SIZE = 8
 MAX_LENGTH = 80  # of a review, in characters
 COUNTS = (8, 12, 4)
