@@ -127,7 +127,9 @@ def test_nemotron_nas_computes_what_the_merged_model_computes(name, use_bias, tm
     assert relative_error(deci_logits(tmp_path / "out", ids), model(ids).logits) < 1e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert [block["attention"]["no_op"] for block in config["block_configs"]] == [False, False, True] * 2
-    assert config["attention_bias"] is (use_bias or name in ("biases of its own", "qwen2"))
+    assert config["attention_bias"] is (
+        use_bias or name in ("biases of its own", "attention biases of its own", "qwen2")
+    )
     assert config["mlp_bias"] is True  # what stands in for the attentions of layers 2 and 5
     model = merged(name, use_bias=use_bias, stand_in="zero")
     quietly(model, tmp_path / "without", "nemotron-nas")
