@@ -108,36 +108,37 @@ class EASLayer(nn.Module, BaseTunerLayer):
         used = self.names(self.eas_config[adapter_name], self.skipped(adapter_name, training))
         return [name for name in self.adapter_layer_names if name not in used]
 
-    def _initial(self, name: str, config: EASConfig) -> torch.Tensor | None:
-        """A parameter of a fresh adapter, which is an identity if `config.init_weights`; `None` if it has none.
+    def initial(self, config: EASConfig) -> dict[str, torch.Tensor]:
+        """All parameters of a fresh adapter, by name; those of (1) are an identity if `config.init_weights`.
 
         None for a module whose weights are others', too: see `Attentions.attention_inputs`.
         """
         if not self.inputs:
-            return None
-        d, rank = self.hidden_size, config.r_pia if self.is_ffn else config.r
+            return {}
+        d, groups, rank = self.hidden_size, config.groups, config.r_pia if self.is_ffn else config.r
         branches = 1 if config.router == "none" else 2
-        if name == "eas_down":
-            return _kaiming(rank, d)
-        if name == "eas_up":
-            blocks = torch.empty(branches, config.groups, d // config.groups, rank // config.groups)
-            return nn.init.zeros_(blocks) if config.init_weights else nn.init.normal_(blocks, std=0.02)
-        if name in ("eas_down_bias", "eas_up_bias"):
-            return torch.zeros(*((rank,) if name == "eas_down_bias" else (branches, d))) if config.use_bias else None
-        if name == "eas_router" and config.router == "prompt":  # drawn, since two equal branches would never part
-            return _kaiming(2, d)
-        has_it = config.router == "prompt" or (name == "eas_router" and config.router == "static")
-        return torch.zeros(2) if has_it else None
+        blocks = torch.empty(branches, groups, d // groups, rank // groups)
+        parameters = {
+            "eas_down": _kaiming(rank, d),
+            "eas_up": nn.init.zeros_(blocks) if config.init_weights else nn.init.normal_(blocks, std=0.02),
+        }
+        if config.use_bias:
+            parameters |= {"eas_down_bias": torch.zeros(rank), "eas_up_bias": torch.zeros(branches, d)}
+        if config.router == "static":
+            parameters["eas_router"] = torch.zeros(2)
+        if config.router == "prompt":  # drawn, since two equal branches would never part
+            parameters |= {"eas_router": _kaiming(2, d), "eas_router_bias": torch.zeros(2)}
+        return parameters
 
     def create_parameters(
         self, adapter_name: str, config: EASConfig, names: Iterable[str], dtype: torch.dtype | None = None
     ) -> None:
         """Create those of these parameters that an adapter has and lacks; of the base's dtype by default."""
+        missing = [name for name in names if adapter_name not in getattr(self, name)]
         device, base_dtype = self._get_base_layer_device_and_dtype(self.base_layer)
-        for name in names:
-            parameters = getattr(self, name)
-            if adapter_name not in parameters and (value := self._initial(name, config)) is not None:
-                parameters[adapter_name] = nn.Parameter(value.to(device=device, dtype=dtype or base_dtype))
+        for name, value in self.initial(config).items() if missing else ():
+            if name in missing:
+                getattr(self, name)[adapter_name] = nn.Parameter(value.to(device=device, dtype=dtype or base_dtype))
         if adapter_name not in self.eas_dropout:
             self.eas_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
@@ -216,6 +217,11 @@ class EASLayer(nn.Module, BaseTunerLayer):
         """Those of these attentions of whose tokens an adapter here is told (3) when they are skipped."""
         return []
 
+    def informed(self, adapter_name: str) -> dict[Arm, tuple[torch.Tensor, torch.Tensor | None]]:
+        """`C (r, d)` and `c (r,)` of (3), by the attention that is skipped. Those of retained ones may be there, but
+        idle."""
+        return {}
+
     def freeze_context(self, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
         """Make constants of what an adapter takes from the prompt; its biases are created if it has none.
 
@@ -241,8 +247,8 @@ class EASLayer(nn.Module, BaseTunerLayer):
     def _touched(self, hidden_states: torch.Tensor, adapter_name: str) -> torch.Tensor:
         if not (self.touch_idle and self.training):
             return hidden_states
-        zero = 0.0 * sum(p.sum() for p in self.parameters_of(adapter_name, self.idle(adapter_name, training=True)))
-        return hidden_states + zero.to(hidden_states.dtype) if isinstance(zero, torch.Tensor) else hidden_states
+        idle = self.parameters_of(adapter_name, self.idle(adapter_name, training=True))
+        return hidden_states + sum((0.0 * parameter.sum() for parameter in idle), hidden_states.new_zeros(()))
 
     # Folding ----------------------------------------------------------------------------------------------------------
 
@@ -337,7 +343,9 @@ class EASLayer(nn.Module, BaseTunerLayer):
         up, constant = pia.input_shift(*adapter)
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         shifts = {}
-        for arm, information in self._informed(adapter_name).items():
+        informed = self.informed(adapter_name)
+        for arm in informed or [self.arm]:
+            information, _ = informed.get(arm, (None, None))
             rank = 0 if information is None else len(information)
             has_bias = constant is not None and not shifts  # there is one constant for all of them
             pooled = self.hidden_size if information is None else information.shape[1]
@@ -350,15 +358,14 @@ class EASLayer(nn.Module, BaseTunerLayer):
             shifts[arm] = shift.requires_grad_(False)
         return shifts
 
-    def _informed(self, adapter_name: str) -> dict[Arm, torch.Tensor | None]:
-        """`C` of (3) by the attention that is skipped; if there is none, `None` by the first attention."""
-        return {self.arm: None}
-
     def mixed(self, adapter_name: str) -> Adapter:
         """What is folded: the branches added up, `up (d, r)` and `up_bias (d,)`; the bias of (3) in `down_bias`."""
         adapter, alpha = self.adapter(adapter_name), self._alpha(adapter_name)
-        up_bias = None if adapter.up_bias is None else pia.mix(adapter.up_bias, alpha)
-        return adapter._replace(up=pia.mix(adapter.up, alpha), up_bias=up_bias)
+        down_bias, up_bias = adapter.down_bias, adapter.up_bias
+        if self.eas_config[adapter_name].use_bias:
+            down_bias = sum((bias for _, bias in self.informed(adapter_name).values()), down_bias)
+            up_bias = pia.mix(up_bias, alpha)
+        return Adapter(adapter.down, down_bias, pia.mix(adapter.up, alpha), up_bias)
 
     def unmerge(self) -> None:
         """Put the original linears back: the very tensors, so nothing is lost to rounding."""
@@ -456,10 +463,9 @@ class EASAttention(EASLayer):
     def names(self, config: EASConfig, skipped: Collection[Arm]) -> tuple[str, ...]:
         return ("eas_stand_in",) if self.arm in skipped else OWN
 
-    def _initial(self, name: str, config: EASConfig) -> torch.Tensor | None:
-        if name != "eas_stand_in":
-            return super()._initial(name, config)
-        return torch.zeros(self.stream_size) if self.stream_size and config.stand_in == "mean" else None
+    def initial(self, config: EASConfig) -> dict[str, torch.Tensor]:
+        has_stand_in = self.stream_size and config.stand_in == "mean"
+        return super().initial(config) | ({"eas_stand_in": torch.zeros(self.stream_size)} if has_stand_in else {})
 
     def needs_prompt(self) -> bool:
         """Whether this layer, as it stands, depends on the prompt of a decoder."""
@@ -558,7 +564,7 @@ class EASFeedForward(EASLayer):
         super().__init__(base_layer, arms[0])
         self.name = name
         self.arms = arms
-        self.pooled_sizes = [size or self.hidden_size for size in pooled_sizes]
+        self.pooled_sizes = {arm: size or self.hidden_size for arm, size in zip(arms, pooled_sizes, strict=True)}
         self.attentions: dict[Arm, EASAttention] = {}  # a plain dictionary: they are no children
 
     def skipped(self, adapter_name: str, training: bool = False) -> list[Arm]:
@@ -574,42 +580,33 @@ class EASFeedForward(EASLayer):
     def telling(self, config: EASConfig, arms: Iterable[Arm]) -> list[Arm]:
         return [a for a in arms if config.propagation == "prompt" and a.is_skippable and a.row.pools != "nothing"]
 
-    def _initial(self, name: str, config: EASConfig) -> torch.Tensor | None:
-        widths = dict(zip(self.arms, self.pooled_sizes, strict=True))
+    def initial(self, config: EASConfig) -> dict[str, torch.Tensor]:
+        parameters = super().initial(config)
         for arm in self.telling(config, self.arms):
-            if name == f"eas_{arm.row.kind}_C":
-                return _kaiming(config.r_pia, widths[arm])
-            if name == f"eas_{arm.row.kind}_c":
-                return torch.zeros(config.r_pia) if config.use_bias else None
-        return super()._initial(name, config) if name in OWN else None
+            parameters[f"eas_{arm.row.kind}_C"] = _kaiming(config.r_pia, self.pooled_sizes[arm])
+            if config.use_bias:
+                parameters[f"eas_{arm.row.kind}_c"] = torch.zeros(config.r_pia)
+        return parameters
 
-    def information(self, adapter_name: str, arm: Arm) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`C (r, d)` and `c (r,)` of (3) for an attention; `None` if it tells nothing."""
-        return tuple(getattr(self, f"eas_{arm.row.kind}_{letter}").get(adapter_name) for letter in "Cc")
+    def informed(self, adapter_name: str) -> dict[Arm, tuple[torch.Tensor, torch.Tensor | None]]:
+        arms = self.telling(self.eas_config[adapter_name], self.skipped(adapter_name))
+        return {arm: self._information(adapter_name, arm) for arm in arms}
+
+    def _information(self, adapter_name: str, arm: Arm) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, bias = (getattr(self, f"eas_{arm.row.kind}_{letter}") for letter in "Cc")
+        return weight[adapter_name], bias.get(adapter_name)
 
     def _told(self, adapter_name: str, arm: Arm, context: PromptContext, wide: torch.Tensor) -> torch.Tensor:
         """`p (B, 1, r)` of (3)."""
-        weight, bias = self.information(adapter_name, arm)
+        weight, bias = self._information(adapter_name, arm)
         return F.linear(self._cast_input_dtype(context.mean(wide), weight.dtype), weight, bias)
-
-    def _informed(self, adapter_name: str) -> dict[Arm, torch.Tensor | None]:
-        telling = self.telling(self.eas_config[adapter_name], self.skipped(adapter_name))
-        return {arm: self.information(adapter_name, arm)[0] for arm in telling} or super()._informed(adapter_name)
-
-    def mixed(self, adapter_name: str) -> Adapter:
-        mixed = super().mixed(adapter_name)
-        for arm in self._informed(adapter_name):
-            _, bias = self.information(adapter_name, arm)
-            if bias is not None:
-                mixed = mixed._replace(down_bias=mixed.down_bias + bias)
-        return mixed
 
     def acts(self, adapter_name: str) -> bool:
         used = adapter_name in self.eas_config and self.names(self.eas_config[adapter_name], self.skipped(adapter_name))
         return bool(used) and self.has_adapter(adapter_name)
 
     def is_shifted(self, adapter_name: str) -> bool:
-        if any(information is not None for information in self._informed(adapter_name).values()):
+        if self.informed(adapter_name):
             return True
         if self.arm.row.ffn_masks_input:
             return self.eas_config[adapter_name].use_bias

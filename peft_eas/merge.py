@@ -67,7 +67,8 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
                 continue
             attention, ffns = wrappers[key]
             inside = f"{arm.index}.{row.attention}"
-            places = [(ffn, *2 * [ffn.name.removeprefix(f"{arm.container}.")]) for ffn in ffns]
+            in_list = [ffn.name.removeprefix(f"{arm.container}.") for ffn in ffns]
+            places = list(zip(ffns, in_list, in_list, strict=True))
             if key in skipped:
                 form["skip"].append(arm.index)
                 stand_in = attention.eas_stand_in.get(name)
@@ -149,7 +150,7 @@ def _change_config(model: PreTrainedModel, eas: dict) -> None:
 
 def _routed_adapter(wrapper: EASLayer, name: str) -> modeling_eas.RoutedAdapter:
     adapter: Adapter = wrapper.adapter(name)
-    prompt_down, prompt_down_bias = wrapper.information(name, wrapper.arm) if wrapper.is_ffn else (None, None)
+    prompt_down, prompt_down_bias = wrapper.informed(name).get(wrapper.arm, (None, None))
     device, dtype = wrapper._get_base_layer_device_and_dtype(wrapper.base_layer)
     temperature = wrapper.eas_config[name].temperature
     routed = modeling_eas.RoutedAdapter(

@@ -232,6 +232,16 @@ def test_a_run_trains_merges_and_is_tested(method, task, monkeypatch):
     json.dumps(made, allow_nan=False)
 
 
+@pytest.mark.parametrize(("method", "all_adapted"), [("retained FFNs not adapted", False), (evidence.GIVEN, True)])
+def test_which_ffns_are_adapted(method, all_adapted, task):
+    run = Run(task, method, 2)
+    model, callbacks = evidence.prepare(run)
+    evidence.train(run, model, callbacks, 1e-2)
+    layers = model.base_model.model.model.layers
+    adapted = [index for index, layer in enumerate(layers) if layer.mlp.eas_up["default"].any()]
+    assert adapted == (list(range(6)) if all_adapted else model.skip_layers)
+
+
 def test_a_windows_loss_is_its_tokens_mean(task):
     model, windows = task.load(), task.splits.test
     losses, right = task.losses(model, windows)

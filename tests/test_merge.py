@@ -296,6 +296,22 @@ def test_disabling_a_merged_adapter_gives_the_base():
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("settings", [dict(skip_layers=[1]), dict(skip_layers=None, num_skip=2)], ids=str)
+def test_what_is_idle_is_not_folded(settings):
+    """Of another skip set, and of a search that has not chosen yet: what FFNs of retained attentions would be told."""
+    model, inputs = adapted(propagation="prompt", **settings), tiny.inputs("llama")
+    if model.skip_layers:
+        model.set_skip_layers([0, 3])
+        tiny.shake(model)
+    assert any("layers.1.mlp.eas_self_c" in name for name, _ in model.named_parameters())
+    kept = inputs["attention_mask"].bool()
+    expected = model(**inputs).logits
+    model.merge_adapter()
+    close(model(**inputs).logits, expected, kept)
+    model.unmerge_adapter()
+    close(model.merge_and_unload()(**inputs).logits, expected, kept)
+
+
 @pytest.mark.parametrize("name", ["eas_down", "eas_self_C", "eas_up"])
 @pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
 def test_safe_merge_refuses_nan(name, method):
