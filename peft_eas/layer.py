@@ -62,7 +62,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = OWN
-    other_param_names: tuple[str, ...] = ("eas_config",)
+    other_param_names: tuple[str, ...] = ("eas_config", "eas_dropout")
     is_ffn: bool
     touch_idle = False
     """Whether parameters that a training forward does not use take part all the same, by adding zero: for

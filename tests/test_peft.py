@@ -91,6 +91,16 @@ def test_several_adapters_with_different_skip_sets(tmp_path):
         model.delete_adapter("a")
 
 
+def test_a_new_adapter_has_nothing_of_a_deleted_one_of_its_name():
+    model = adapted(dropout=0.5)
+    model.add_adapter("other", EASConfig(skip_layers=[1]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", EASConfig(skip_layers=[0, 3]))
+    model.set_adapter("default")
+    assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+
+
 def test_deleting_the_last_adapter_gives_the_base():
     base, inputs = tiny.model("llama"), tiny.inputs("llama")
     expected = base(**inputs).logits
