@@ -152,7 +152,10 @@ def test_set_skip_layers(tmp_path):
     assert model.skip_layers == model.peft_config["default"].skip_layers == [1, 4]
     tiny.shake(model)
     expected = model(**inputs).logits
-    assert all(p.requires_grad for n, p in model.named_parameters() if "layers.4.mlp.eas_" in n)
+    of_attentions = {n.split(".layers.")[1]: p for n, p in model.named_parameters() if "self_attn.eas_" in n}
+    for name, parameter in of_attentions.items():  # what the earlier set needed is kept, frozen
+        assert parameter.requires_grad == ((name[0] in "14") == ("stand_in" in name)), name
+    assert {name[0] for name in of_attentions if "stand_in" in name} == set("0134")
     model.save_pretrained(tmp_path)
     equal(PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()(**inputs).logits, expected)
     with pytest.raises(ValueError, match=r"names \[17\]"):
@@ -227,7 +230,8 @@ def test_half_precision_bases(dtype, autocast):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
     # the skip set made later has the same dtypes
     model.set_skip_layers([1])
-    assert {p.dtype for n, p in model.named_parameters() if "layers.1.mlp.eas_" in n} == dtypes
+    assert {n.split(".layers.")[1][0] for n, _ in model.named_parameters() if "self_attn.eas_up" in n} == set("012345")
+    assert {p.dtype for n, p in model.named_parameters() if "eas_" in n} == dtypes
 
 
 def test_copies_and_pickles_stand_alone():
