@@ -13,7 +13,6 @@ from .config import EASConfig, EASType
 from .export import export
 from .families import FAMILIES, Attentions, Family, register_family
 from .model import EASModel
-from .modeling_eas import prompt_mask
 from .search import EASCallback, plot_search, score_attentions
 from .stand_in import initialize_eas_weights
 
@@ -30,7 +29,6 @@ __all__ = [
     "initialize_eas_weights",
     "model_card",
     "plot_search",
-    "prompt_mask",
     "register_family",
     "score_attentions",
 ]

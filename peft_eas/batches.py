@@ -45,12 +45,12 @@ def counted_tokens(batch: dict, row: Attentions, shape: torch.Size, device: torc
     Those that are no padding; of a causal attention, without the first of a sequence, which looks at itself alone.
     """
     masks = [batch.get("attention_mask")]
-    if row.stack == "decoder" and row.pools != "prompt":  # it has an encoder, and its tokens are the labels
+    if row.stack == "decoder" and (row.answers or not row.causal):  # its tokens are the labels
         labels = batch.get("labels")
         masks = [batch.get("decoder_attention_mask"), None if labels is None else labels != -100]
     fitting = [m for m in masks if isinstance(m, torch.Tensor) and m.shape == shape]
     kept = fitting[0].bool().to(device) if fitting else torch.ones(shape, dtype=torch.bool, device=device)
-    if row.context or row.pools == "attended":
+    if row.context or not row.causal:
         return kept
     positions = batch.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.shape == shape:

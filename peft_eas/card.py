@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, mod
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from .modeling_eas import auto_classes, depends_on_prompt, skipped
+from .modeling_eas import auto_classes, propagates, skipped
 from .work import Work, base_of, count, on_meta
 
 logger = logging.getLogger(__name__)
@@ -202,11 +202,9 @@ def _summary(eas: dict, base_model: str | None) -> str:
     picture = "\n".join(lines)
     total = sum(len(form["present"]) for form in eas["attentions"])
     has_others = "  - no attention" * any("-" in line for line in lines)
-    routed = eas["config"]["router"] == "prompt"
-    stand_ins = "kept beside the weights as low-rank products" if routed else "folded into the weights"
     return (
         f"{base}, fine-tuned with [Effective Attention Skipping](https://arxiv.org/abs/2403.15226) (EAS): {len(skip)} "
-        f"of its {total} attentions are gone, and what stood in for them in training is {stand_ins}.\n\n"
+        f"of its {total} attentions are gone, and the adapters that it was trained with are folded into the weights.\n\n"
         f"```\nlayers  # attention kept  . skipped{has_others}\n{picture}\n```\n\n"
         f"Skipped: {', '.join(map(str, skip)) or 'none'}."
     )
@@ -273,10 +271,10 @@ def _limits(model: PreTrainedModel, eas: dict) -> str:
         f"- It is a model of a class of its own (`model_type: {model.config.model_type}`), for transformers 5.15 or "
         "later. Other engines don't load it as it is.",
     ]
-    if depends_on_prompt(eas) and model.can_generate():
+    if propagates(eas):
         lines.append(
-            "- Its layers use a mean over the prompt, so a prompt has to be read in one forward: no chunked prefill, "
-            "and no second turn on the KV cache of the first. Both are refused with an error."
+            "- Where an attention is gone, a mean over other tokens is left, for which the attention's mask is read: it "
+            "runs with `attn_implementation='sdpa'` and `'eager'`, and not in continuous batching."
         )
     return "\n".join(lines)
 

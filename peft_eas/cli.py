@@ -135,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         "--r", type=_positive, default=16, help="rank of the adapters in front of attentions (default: 16)"
     )
     train.add_argument("--r-pia", type=_positive, default=32, help="rank of those in front of FFNs (default: 32)")
-    train.add_argument("--propagation", choices=["none", "prompt"], default="none", help="default: none")
-    train.add_argument("--router", choices=["none", "static", "prompt"], default="none", help="default: none")
+    train.add_argument("--propagation", choices=["none", "mean"], default="none", help="default: none")
+    train.add_argument("--router", choices=["none", "static"], default="none", help="default: none")
     train.add_argument("--stand-in", choices=["mean", "zero"], default="mean", help="default: mean")
     train.add_argument("--search-steps", type=float, help="length of the search: optimizer steps, or a fraction")
     train.add_argument("--warm-start", choices=[*WARM_STARTS, "none"], help="what the preferences start from")
@@ -153,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the base model")
     merge.add_argument(
         "--freeze-context", metavar="DATA",
-        help="replace what layers take from each prompt by its mean over the prompts of this data: gives plain "
-        "weights, which other engines run",
+        help="with `--propagation mean`: replace what skipped attentions say of other tokens by its mean over this "
+        "data: gives plain weights, which other engines run",
     )  # fmt: skip
 
     family = add(
@@ -237,13 +237,6 @@ def _train(args: argparse.Namespace) -> None:
     tokenizer = _load_tokenizer(args.model)
     given = {name: getattr(args, name) for name in ("data", "search_data", "eval_data") if getattr(args, name)}
     data = {name: _examples(value, tokenizer, args.max_length) for name, value in given.items()}
-    if config.propagation == "prompt" or config.router == "prompt":
-        promptless = [given[name] for name, rows in data.items() if any(row["labels"][0] != -100 for row in rows)]
-        if promptless:
-            raise UsageError(
-                f"{promptless[0]} has examples without a prompt: use columns `prompt` and `completion`, or leave out "
-                "`--propagation prompt` and `--router prompt`."
-            )
     search = {}
     if args.search_steps is not None:
         search["search_steps"] = args.search_steps
@@ -427,6 +420,7 @@ def _about_merged(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} is a {config.model_type} model that was not merged by peft_eas.")
     sizes, _ = _tensors(folder)
     skip, first = skipped(eas), eas["attentions"][0]
+    ranks = [left["rank"] for form in eas["attentions"] for left in form["left"] if left["rank"]]
     quantised = getattr(config, "quantization_config", None)
     about = {
         "kind": f"merged model ({config.model_type}, over {eas['model_type']})",
@@ -434,23 +428,21 @@ def _about_merged(folder: Path) -> dict[str, Any]:
         "attentions": attentions(eas),
         "parameters": f"quantised by {quantised['quant_method']}" if quantised else sum(sizes.values()),
         "biases": f"{sum(len(form['biased']) for form in eas['attentions'])} linears have got a bias",
-        "prompt": _about_kept(eas["attentions"]),
+        "propagation": _about_propagation(ranks),
     }
-    if not eas["by_name"] and first["pools"] == "prompt":
+    if not eas["by_name"] and first["causal"]:
         text, total = config.get_text_config(decoder=True), len(first["present"])
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         values = 2 * head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-        about["kv_cache"] = f"{(total - len(skip)) * values} values a token, instead of {total * values}"
+        kept = (total - len(skip)) * values + sum(ranks)
+        about["kv_cache"] = f"{kept} values a token, instead of {total * values}"
     return about
 
 
-def _about_kept(forms: list[dict]) -> str:
-    records = [record for form in forms for record in form["adapters"].values()]
-    routed = sum(record["kind"] == "routed" for record in records)
-    shifts = sum(record["kind"] == "input_shift" and record["rank"] > 0 for record in records)
-    parts = [f"propagated in {shifts} layers"] * bool(shifts)
-    parts += [f"{routed} adapters have a router that looks at it"] * bool(routed)
-    return "; ".join(parts) or "no layer depends on it"
+def _about_propagation(ranks: list[int]) -> str:
+    if not ranks:
+        return "skipped attentions say nothing of other tokens"
+    return f"{len(ranks)} skipped attentions leave a mean of rank {ranks[0]} over other tokens"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ class EASConfig(PeftConfig):
 
     Args:
         r (`int`): Rank of the adapters in front of attentions; a multiple of `groups`.
-        r_pia (`int`): Rank of the adapters in front of FFNs; a multiple of `groups`.
+        r_pia (`int`): Rank of the adapters in front of FFNs, a multiple of `groups`; and of `propagation="mean"`, where
+            it has to be even.
         num_skip (`int`, `float` or `"auto"`, *optional*): How many attentions to skip: a count (`int`), a fraction in
             (0, 1) (`float`) of the model's attentions, or `"auto"`, which lets the search find the largest set within
             `max_loss_increase`. Defaults to as many as `skip_layers` names, or to a quarter.
@@ -42,13 +43,12 @@ class EASConfig(PeftConfig):
             of layers. If `None`, no attention is skipped until a set is chosen by a search or by
             `model.set_skip_layers(...)`.
         groups (`int`): Number of blocks of block-diagonal up-projections (the paper uses 2).
-        router (`"none"`, `"static"` or `"prompt"`): One up-projection; or two branches, weighted by learned constants
-            or by the paper's function of the prompt, which does not fold into the weights.
-        propagation (`"none"` or `"prompt"`): Whether a PIA adds the mean of the prompt's tokens (the paper's) or not.
+        router (`"none"` or `"static"`): One up-projection; or two branches, weighted by learned constants.
+        propagation (`"none"` or `"mean"`): Whether a skipped attention also leaves a uniform attention of rank `r_pia`:
+            the mean over the tokens that it would have let each token look at.
         stand_in (`"mean"` or `"zero"`): What a skipped attention leaves: a vector for each, which is trained, and which
             an `EASCallback` or `initialize_eas_weights` starts at the mean of what the attention added to the residual
             stream; or nothing.
-        temperature (`float`): Temperature of the softmax of `router="prompt"`.
         dropout (`float`): Dropout probability of the adapters' inputs while training.
         scaling (`float`): Factor `s` of the adapters' output.
         use_bias (`bool`): Whether down- and up-projections have biases. Merged linears then have one, too.
@@ -80,11 +80,12 @@ class EASConfig(PeftConfig):
     )
     groups: int = field(default=1, metadata={"help": "Blocks of the block-diagonal up-projections."})
     router: str = field(
-        default="none", metadata={"help": "'none': one branch; 'static' or 'prompt': the weights of two."}
+        default="none", metadata={"help": "'none': one branch; 'static': two, with learned weights."}
     )
-    propagation: str = field(default="none", metadata={"help": "'none' or 'prompt': what a PIA adds to its tokens."})
+    propagation: str = field(
+        default="none", metadata={"help": "'none' or 'mean': what a skipped attention says of other tokens."}
+    )
     stand_in: str = field(default="mean", metadata={"help": "'mean' or 'zero': what a skipped attention leaves."})
-    temperature: float = field(default=10.0, metadata={"help": "Temperature of router='prompt'."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapters' inputs."})
     scaling: float = field(default=1.0, metadata={"help": "Factor of the adapters' output."})
     use_bias: bool = field(default=True, metadata={"help": "Whether the adapters' projections have biases."})
@@ -110,10 +111,12 @@ class EASConfig(PeftConfig):
             rank = _check_int(name, getattr(self, name), minimum=1)
             if rank % self.groups:
                 raise ValueError(f"`{name}` must be a multiple of `groups`={self.groups}, got {rank}.")
-        _check_choice("router", self.router, ("none", "static", "prompt"))
-        _check_choice("propagation", self.propagation, ("none", "prompt"))
+        self._check_prompt()
+        _check_choice("router", self.router, ("none", "static"))
+        _check_choice("propagation", self.propagation, ("none", "mean"))
+        if self.propagation == "mean" and self.r_pia % 2:
+            raise ValueError(f"`r_pia` must be even with `propagation='mean'`, got {self.r_pia}.")
         _check_choice("stand_in", self.stand_in, ("mean", "zero"))
-        _check_number("temperature", self.temperature, lambda v: v > 0, "a number above 0")
         _check_number("dropout", self.dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
         _check_number("scaling", self.scaling, lambda v: v != 0, "a finite number other than 0")
         for name in ("use_bias", "init_weights"):
@@ -127,6 +130,19 @@ class EASConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+
+    def _check_prompt(self) -> None:
+        if self.propagation == "prompt":
+            raise ValueError(
+                "`propagation='prompt'` was a mean over the prompt's tokens, for which layers had to know what the "
+                "prompt is. Its successor is `propagation='mean'`: over the tokens that the skipped attention would "
+                "have let each token look at."
+            )
+        if self.router == "prompt":
+            raise ValueError(
+                "`router='prompt'` weighted the branches by the prompt, which does not fold into the weights. Its "
+                "successor is `router='static'`, with `propagation='mean'` for what other tokens say."
+            )
 
     def _check_num_skip(self) -> None:
         value = self.num_skip

@@ -53,8 +53,8 @@ class Attentions:
             positions of all; that of a decoder with cross-attentions says how long the KV cache is.
         keeps_if: An attribute of the attentions; one where it is true is never skipped, as later layers take their keys
             and values from it (Gemma 4).
-        pools: What the mean of equation (3) goes over: `"prompt"`, the prompt of a decoder; `"attended"`, all tokens
-            that the attention may look at; `"nothing"`, where all tokens are answers (decoders that have an encoder).
+        causal: Whether a token looks at itself and those before it, where no mask says so.
+        answers: Whether all tokens are answers: of a decoder that has an encoder.
         context: Of a cross-attention, the argument with the tokens that keys and values come from.
         context_inputs: The linears that read these.
         mask: The argument with the attention's mask; `""` if it may look at all tokens (BEiT's has position biases).
@@ -86,7 +86,8 @@ class Attentions:
     returns: tuple[str, ...] | None = ("",)
     keeps_first: bool = False
     keeps_if: str = ""
-    pools: str = "prompt"
+    causal: bool = True
+    answers: bool = False
     context: str = ""
     context_inputs: tuple[str, ...] = ()
     mask: str = "attention_mask"
@@ -112,7 +113,7 @@ class Attentions:
 
 _FORM = (
     "stack", "layers", "attention", "core", "ffn", "ffn_after", "ffn_back", "residual_norm",
-    "adds_residual", "returns", "pools", "context", "mask", "shows_keys",
+    "adds_residual", "returns", "causal", "answers", "context", "mask", "shows_keys",
 )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ class Family(Attentions):
 _BERT = dict(
     stack="encoder", layers="encoder.layer", attention="attention", core="self",
     attention_inputs=tuple(f"self.{name}" for name in QKV), attention_norms=(), residual_norm="output.LayerNorm",
-    pools="attended", ffn="intermediate", ffn_inputs=("dense",),
+    causal=False, ffn="intermediate", ffn_inputs=("dense",),
 )  # fmt: skip
 _BERT_CROSS = dict(
     attention="crossattention", attention_inputs=("self.query",), context="encoder_hidden_states",
@@ -150,24 +151,24 @@ _BERT_CROSS = dict(
 
 
 _VIT = dict(
-    stack="encoder", attention="attention", attention_norms=("layernorm_before",), pools="attended", ffn_inputs=("fc1",)
+    stack="encoder", attention="attention", attention_norms=("layernorm_before",), causal=False, ffn_inputs=("fc1",)
 )  # fmt: skip
 _VILT = dict(
     stack="encoder", layers="encoder.layer", attention="attention",
     attention_inputs=tuple(f"attention.{name}" for name in QKV), attention_norms=("layernorm_before",), returns=(),
-    pools="attended", ffn="intermediate", ffn_inputs=("dense",),
+    causal=False, ffn="intermediate", ffn_inputs=("dense",),
 )  # fmt: skip
 
 
-_AIMV2 = dict(attention="attention", attention_norms=("rms_norm1",), pools="attended", ffn="ffn")
+_AIMV2 = dict(attention="attention", attention_norms=("rms_norm1",), causal=False, ffn="ffn")
 _WAV2VEC2 = dict(
-    stack="encoder", layers="encoder.layers", attention="attention", attention_norms=(), pools="attended",
+    stack="encoder", layers="encoder.layers", attention="attention", attention_norms=(), causal=False,
     ffn="feed_forward", ffn_inputs=("intermediate_dense",),
 )  # fmt: skip
 _WAV2VECS = ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2")
 _CONFORMER = _WAV2VEC2 | dict(attention="self_attn", attention_inputs=(), attention_norms=SELF_NORM, ffn="ffn2")
 _PARAKEET = dict(
-    stack="encoder", layers="encoder.layers", attention_norms=("norm_self_att",), pools="attended",
+    stack="encoder", layers="encoder.layers", attention_norms=("norm_self_att",), causal=False,
     ffn="feed_forward2", ffn_inputs=("linear1",),
 )  # fmt: skip
 
@@ -179,50 +180,50 @@ _ZAMBA = dict(
 
 
 def _clip(stack: str, layers: str) -> dict:
-    return dict(stack=stack, layers=layers, attention_norms=("layer_norm1",), pools="attended", ffn_inputs=("fc1",))
+    return dict(stack=stack, layers=layers, attention_norms=("layer_norm1",), causal=False, ffn_inputs=("fc1",))
 
 
 def _t5(stack: str, ffn: str) -> dict:
     return dict(
         stack=stack, layers=f"{stack}.block", attention="layer.0.SelfAttention", attention_inputs=("q", "k", "v"),
         attention_norms=("layer.0.layer_norm",), returns=("position_bias", ""), keeps_first=True,
-        pools="attended" if stack == "encoder" else "nothing", mask="mask", ffn=ffn,
+        causal=stack != "encoder", answers=stack != "encoder", mask="mask", ffn=ffn,
         ffn_inputs=("wi", "wi_0", "wi_1", "router.classifier", "experts.*.wi"),
     )  # fmt: skip
 
 
 _T5_CROSS = dict(
     attention="layer.1.EncDecAttention", attention_inputs=("q",), attention_norms=("layer.1.layer_norm",),
-    keeps_first=False, context="key_value_states", context_inputs=("k", "v"), pools="attended",
+    keeps_first=False, context="key_value_states", context_inputs=("k", "v"), causal=False,
 )  # fmt: skip
 
 
 _UMT5 = dict(returns=("",), mask="attention_mask")
 _NLLB = dict(ffn="ffn", ffn_inputs=("fc1", "router.classifier", "experts.*.fc1"))
-_MOONSHINE = dict(layers="decoder.layers", keeps_first=True, pools="nothing", ffn_inputs=("fc1",))
+_MOONSHINE = dict(layers="decoder.layers", keeps_first=True, answers=True, ffn_inputs=("fc1",))
 _MOONSHINE_CROSS = _MOONSHINE | dict(
     attention="encoder_attn", attention_inputs=("q_proj",), attention_norms=POST, keeps_first=False,
-    context="key_value_states", context_inputs=("k_proj", "v_proj"), pools="attended",
+    context="key_value_states", context_inputs=("k_proj", "v_proj"), causal=False,
 )  # fmt: skip
 _SEAMLESS = dict(layers="text_decoder.layers", ffn="ffn", ffn_inputs=("fc1",))
 _SPEECHT5 = dict(layers="wrapped_decoder.layers", ffn="feed_forward", ffn_inputs=("intermediate_dense",))
 _T5GEMMA = dict(
     layers="decoder.layers", attention_norms=("pre_self_attn_layernorm",), output_norms=("post_self_attn_layernorm",),
-    keeps_first=True, pools="nothing",
+    keeps_first=True, answers=True,
 )  # fmt: skip
 
 
 def _bart(stack: str, norms: tuple[str, ...] = ()) -> dict:
     return dict(
         stack=stack, layers=f"{stack}.layers", attention_norms=norms, ffn="fc1", ffn_inputs=("",),
-        keeps_first=stack == "decoder", pools="attended" if stack == "encoder" else "nothing",
+        keeps_first=stack == "decoder", causal=stack != "encoder", answers=stack != "encoder",
     )  # fmt: skip
 
 
 def _bart_cross(norms: tuple[str, ...] = ()) -> dict:
     return _bart("decoder", norms) | dict(
         attention="encoder_attn", attention_inputs=("q_proj",), keeps_first=False, context="key_value_states",
-        context_inputs=("k_proj", "v_proj"), pools="attended",
+        context_inputs=("k_proj", "v_proj"), causal=False,
     )  # fmt: skip
 
 
@@ -256,7 +257,7 @@ _ROWS = (
     Family("opt", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
     Family("starcoder2", ffn_inputs=("c_fc",)),
     Family("xglm", attention_norms=("self_attn_layer_norm",), ffn="fc1", ffn_inputs=("",)),
-    Family("bert-generation", **_BERT | dict(stack="decoder", pools="prompt")),
+    Family("bert-generation", **_BERT | dict(stack="decoder", causal=True)),
     Family("ctrl", layers="h", attention="multi_head_attention", attention_inputs=("Wq", "Wk", "Wv"),
            attention_norms=("layernorm1",), ffn="ffn.0", ffn_inputs=("",)),
     # fused projections
@@ -413,16 +414,16 @@ _ROWS = (
                                    residual_norm="LayerNorm", returns=())),
     # others add to the residual stream outside of the attention
     Family("distilbert", stack="encoder", layers="transformer.layer", attention="attention",
-           attention_inputs=("q_lin", "k_lin", "v_lin"), attention_norms=(), pools="attended", ffn="ffn",
+           attention_inputs=("q_lin", "k_lin", "v_lin"), attention_norms=(), causal=False, ffn="ffn",
            ffn_inputs=("lin1",)),
-    Family("eurobert", stack="encoder", pools="attended"),
-    Family("jina_embeddings_v3", stack="encoder", attention_norms=(), pools="attended", ffn_inputs=("fc1",)),
+    Family("eurobert", stack="encoder", causal=False),
+    Family("jina_embeddings_v3", stack="encoder", attention_norms=(), causal=False, ffn_inputs=("fc1",)),
     *(
-        Family(model_type, stack="encoder", attention_norms=(), pools="attended")
+        Family(model_type, stack="encoder", attention_norms=(), causal=False)
         for model_type in ("gte", "nomic_bert")
     ),
     Family("modernbert", stack="encoder", attention="attn", attention_inputs=("Wqkv",), attention_norms=("attn_norm",),
-           pools="attended", ffn_inputs=("Wi",)),
+           causal=False, ffn_inputs=("Wi",)),
     # of images
     *(
         Family(model_type, **_VIT)
@@ -482,10 +483,10 @@ _ROWS = (
     Family("blip", **_BERT | dict(stack="text", layers="text_model.encoder.layer"),
            also=(
                *(
-                   Attentions(**_BERT | dict(stack=stack, layers=layers, pools=pools) | kind)
-                   for stack, layers, pools in (("encoder", "text_encoder.encoder.layer", "attended"),
-                                                ("decoder", "text_decoder.bert.encoder.layer", "nothing"))
-                   for kind in (dict(), _BERT_CROSS | dict(pools="attended"))
+                   Attentions(**_BERT | dict(stack=stack, layers=layers, causal=answers, answers=answers) | kind)
+                   for stack, layers, answers in (("encoder", "text_encoder.encoder.layer", False),
+                                                  ("decoder", "text_decoder.bert.encoder.layer", True))
+                   for kind in (dict(), _BERT_CROSS)
                ),
                Attentions(**_clip("vision", "vision_model.encoder.layers") | dict(attention_inputs=("qkv",))),
            )),
@@ -526,7 +527,7 @@ _ROWS = (
                  Attentions(**_t5("decoder", "layer.2.DenseReluDense") | _T5_CROSS | _UMT5
                             | dict(context="encoder_hidden_states")))),
     Family("pix2struct", stack="encoder", layers="encoder.encoder.layer", attention="attention", attention_inputs=QKV,
-           attention_norms=("pre_attention_layer_norm",), pools="attended", ffn_inputs=("wi_0", "wi_1"),
+           attention_norms=("pre_attention_layer_norm",), causal=False, ffn_inputs=("wi_0", "wi_1"),
            also=(Attentions(**_t5("decoder", "mlp.DenseReluDense")
                             | dict(layers="decoder.layer", attention="self_attention.attention",
                                    attention_inputs=QKV, attention_norms=("self_attention.layer_norm",))),
@@ -571,7 +572,7 @@ _ROWS = (
            also=(Attentions(**_bart("decoder") | _SPEECHT5), Attentions(**_bart_cross() | _SPEECHT5))),
     # with the layers of decoders
     Family("moonshine", **_MOONSHINE
-           | dict(stack="encoder", layers="encoder.layers", keeps_first=False, pools="attended"),
+           | dict(stack="encoder", layers="encoder.layers", keeps_first=False, causal=False, answers=False),
            also=(Attentions(**_MOONSHINE), Attentions(**_MOONSHINE_CROSS))),
     *(
         Family(model_type, **_PARAKEET,
@@ -579,20 +580,20 @@ _ROWS = (
                      Attentions(**_MOONSHINE_CROSS | dict(context="encoder_hidden_states"))))
         for model_type in ("canary", "cohere_asr")
     ),
-    Family("t5gemma", **_T5GEMMA | dict(stack="encoder", layers="encoder.layers", keeps_first=False, pools="attended"),
+    Family("t5gemma", **_T5GEMMA | dict(stack="encoder", layers="encoder.layers", keeps_first=False, causal=False, answers=False),
            also=(Attentions(**_T5GEMMA),
                  Attentions(**_T5GEMMA | dict(attention="cross_attn", attention_inputs=("q_proj",),
                                               attention_norms=("pre_cross_attn_layernorm",),
                                               output_norms=("post_cross_attn_layernorm",), keeps_first=False,
                                               context="encoder_hidden_states", context_inputs=("k_proj", "v_proj"),
-                                              pools="attended")))),
+                                              causal=False)))),
     # around one of these
     Family("florence2", decoder="language_model"),
     *(Family(f"{source}encoder-decoder", decoder="decoder") for source in ("", "speech-", "vision-")),
     # vision-language models
     Family("mllama_text_model", keeps_first=True, shows_keys=True,
            also=(Attentions(attention="cross_attn", attention_inputs=("q_proj",), context="cross_attention_states",
-                            context_inputs=("k_proj", "v_proj"), pools="attended", shows_keys=True),)),
+                            context_inputs=("k_proj", "v_proj"), causal=False, shows_keys=True),)),
     *(
         Family(model_type, decoder="language_model")
         for model_type in (
@@ -759,16 +760,11 @@ def find_layers(model: nn.Module) -> Layers:
     # it may be one of several towers; one that is alone and should have an encoder is something else
     present = [kind for kind in family.attentions if not family.also or has_module(decoder, kind.layers)]
     kinds = family.attentions if row.decoder is None else present
-    has_encoder = any(kind.pools == "attended" and not kind.context for kind in kinds)
+    has_encoder = any(not kind.causal and not kind.context for kind in kinds)
     if has_encoder and getattr(decoder.config, "is_decoder", False):
         raise ValueError(
             f"{type(model).__name__} has `is_decoder=True`, but EAS knows models of type {family.model_type!r} only as "
             "encoders or with one."
-        )
-    if any(getattr(module, "chunk_size_feed_forward", 0) for module in decoder.modules()):
-        raise ValueError(
-            "EAS takes a mean over all tokens before each FFN, which gets them in chunks here: load the model with "
-            "`chunk_size_feed_forward=0`."
         )
     containers, arms = {}, []
     for attentions in present:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import functools
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,33 +19,25 @@ from transformers.pytorch_utils import Conv1D
 from . import pia
 from .config import EASConfig
 from .families import Arm
-from .modeling_eas import (
-    Bypass,
-    InputShift,
-    PromptContext,
-    by_row,
-    cache_state,
-    change_input,
-    enter_layer,
-    looking_back,
-    mask_of,
-    slot_state,
-    take_context,
-)
+from .modeling_eas import Bypass, change_input
 from .quantized import Dequantiser, check_foldable, is_quantised, weight_of
 
 
 class Adapter(NamedTuple):
-    """The parameters of one adapter as the mathematics has them; groups are block-diagonal matrices here."""
+    """The parameters of one adapter as the mathematics has them: groups are block-diagonal matrices here, the branches
+    are added up, and the scaling is in."""
 
     down: torch.Tensor  # (r, d)
     down_bias: torch.Tensor | None  # (r,)
-    up: torch.Tensor  # (branches, d, r), scaling included
-    up_bias: torch.Tensor | None  # (branches, d), scaling included
+    up: torch.Tensor  # (d, r)
+    up_bias: torch.Tensor | None  # (d,)
 
 
-OWN = ("eas_down", "eas_down_bias", "eas_up", "eas_up_bias", "eas_router", "eas_router_bias")
+OWN = ("eas_down", "eas_down_bias", "eas_up", "eas_up_bias", "eas_router")
 """Names of the parameters of an adapter (1): `A`, `a`, `B`, `b` and what `alpha` is made of."""
+
+LEFT = ("eas_stand_in", "eas_mean_down", "eas_mean_up")
+"""Names of the parameters of what a skipped attention leaves (2): `k`, `C` and `D`."""
 
 
 class EASLayer(nn.Module, BaseTunerLayer):
@@ -84,6 +75,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names = {}
         self.merged_adapters: list[str] = []
         self._unfolded: dict[str, nn.Module | nn.Parameter] = {}
+        self._shift: torch.Tensor | None = None  # of a folded adapter, see `input_shift`
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -95,17 +87,17 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
     # Parameters -------------------------------------------------------------------------------------------------------
 
-    def names(self, config: EASConfig, skipped: Collection[Arm]) -> tuple[str, ...]:
-        """Names of the parameters that a forward uses here while these attentions are skipped."""
-        raise NotImplementedError
+    def skips(self, adapter_name: str, training: bool | None = None) -> bool:
+        """Whether a forward skips this module: one in the present mode, or of training or not."""
+        return False
 
-    def skipped(self, adapter_name: str, training: bool = False) -> list[Arm]:
-        """The attentions that concern this module and are skipped; in training forwards, by the set that is drawn."""
-        raise NotImplementedError
+    def names(self, is_skipped: bool) -> tuple[str, ...]:
+        """Names of the parameters that a forward uses here."""
+        return OWN
 
     def idle(self, adapter_name: str, training: bool = False) -> list[str]:
-        """Names of the parameters that a forward does not use now."""
-        used = self.names(self.eas_config[adapter_name], self.skipped(adapter_name, training))
+        """Names of the parameters that a forward does not use now; in training forwards, by the set that is drawn."""
+        used = self.names(self.skips(adapter_name, training))
         return [name for name in self.adapter_layer_names if name not in used]
 
     def initial(self, config: EASConfig) -> dict[str, torch.Tensor]:
@@ -126,8 +118,6 @@ class EASLayer(nn.Module, BaseTunerLayer):
             parameters |= {"eas_down_bias": torch.zeros(rank), "eas_up_bias": torch.zeros(branches, d)}
         if config.router == "static":
             parameters["eas_router"] = torch.zeros(2)
-        if config.router == "prompt":  # drawn, since two equal branches would never part
-            parameters |= {"eas_router": _kaiming(2, d), "eas_router_bias": torch.zeros(2)}
         return parameters
 
     def create_parameters(
@@ -165,13 +155,15 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
     def adapter(self, adapter_name: str) -> Adapter:
         """The parameters of an adapter, in the form that the mathematics has them."""
-        scaling = self.eas_config[adapter_name].scaling
+        config, alpha = self.eas_config[adapter_name], None
+        if config.router == "static":
+            alpha = torch.softmax(self.eas_router[adapter_name], dim=-1)
         up_bias = self.eas_up_bias.get(adapter_name)
         return Adapter(
             down=self.eas_down[adapter_name],
             down_bias=self.eas_down_bias.get(adapter_name),
-            up=pia.dense_up(self.eas_up[adapter_name]) * scaling,
-            up_bias=None if up_bias is None else up_bias * scaling,
+            up=pia.mix(pia.dense_up(self.eas_up[adapter_name]), alpha) * config.scaling,
+            up_bias=None if up_bias is None else pia.mix(up_bias, alpha) * config.scaling,
         )
 
     def acting_adapter(self) -> str | None:
@@ -183,66 +175,14 @@ class EASLayer(nn.Module, BaseTunerLayer):
         names = self.merged_adapters or self.active_adapters
         return names[0] if names and names[0] in self.eas_config else None
 
-    def adapted(self, adapter_name: str, z: torch.Tensor, contexts: dict[Arm, PromptContext]) -> torch.Tensor:
-        """`adapt(z)` (1) of the input `z (B, T, d)`; of a FFN `pia(z)` (2), with the contexts of what is skipped."""
-        config, adapter = self.eas_config[adapter_name], self.adapter(adapter_name)
+    def adapted(self, adapter_name: str, z: torch.Tensor) -> torch.Tensor:
+        """`adapt(z)` (1) of the input `z (B, T, d)`; what is left of it where the adapter is folded."""
+        if self.merged:
+            return z if self._shift is None else z + self._shift.to(z.device)
+        adapter = self.adapter(adapter_name)
         wide = self.eas_dropout[adapter_name](self._cast_input_dtype(z, adapter.down.dtype))
         hidden = F.linear(wide, adapter.down, adapter.down_bias)
-        for arm in self.telling(config, contexts):
-            hidden = hidden + contexts[arm].once(
-                "p", functools.partial(self._told, adapter_name, arm, contexts[arm], wide)
-            )
-        alpha = self._alpha(adapter_name, next(iter(contexts.values()), None), wide)
-        return z + pia.up_project(hidden, adapter.up, adapter.up_bias, alpha).to(z.dtype)
-
-    def _alpha(
-        self, adapter_name: str, context: PromptContext | None = None, wide: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
-        """Weights of the branches: `None` if there is one, `(2,)`, or by the prompt `(B, 1, 2)`."""
-        config = self.eas_config[adapter_name]
-        if config.router == "none":
-            return None
-        router = self.eas_router[adapter_name]
-        if config.router == "static":
-            return torch.softmax(router, dim=-1)
-
-        def by_prompt() -> torch.Tensor:
-            mean = self._cast_input_dtype(context.mean(wide), router.dtype)
-            scores = F.linear(mean, router, self.eas_router_bias[adapter_name])
-            return torch.softmax(scores / config.temperature, dim=-1)
-
-        return context.once("alpha", by_prompt)
-
-    def telling(self, config: EASConfig, arms: Iterable[Arm]) -> list[Arm]:
-        """Those of these attentions of whose tokens an adapter here is told (3) when they are skipped."""
-        return []
-
-    def informed(self, adapter_name: str) -> dict[Arm, tuple[torch.Tensor, torch.Tensor | None]]:
-        """`C (r, d)` and `c (r,)` of (3), by the attention that is skipped. Those of retained ones may be there, but
-        idle."""
-        return {}
-
-    def freeze_context(self, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
-        """Make constants of what an adapter takes from the prompt; its biases are created if it has none.
-
-        Args:
-            adapter_name: The adapter.
-            state: What to put in its place: `p (r,)` of equation (3), `alpha (2,)` of `router="prompt"`.
-        """
-        like = self.eas_up[adapter_name]
-
-        def put(name: str, value: torch.Tensor) -> None:
-            getattr(self, name)[adapter_name] = nn.Parameter(value.to(like), requires_grad=like.requires_grad)
-
-        sizes = {"eas_down_bias": len(self.eas_down[adapter_name]), "eas_up_bias": (len(like), self.hidden_size)}
-        for name, size in sizes.items():
-            if adapter_name not in getattr(self, name):
-                put(name, torch.zeros(size))
-        if "alpha" in state:
-            put("eas_router", state["alpha"].log())
-            del self.eas_router_bias[adapter_name]
-        if "p" in state:
-            put("eas_down_bias", self.eas_down_bias[adapter_name].data.double() + state["p"])
+        return z + F.linear(hidden, adapter.up, adapter.up_bias).to(z.dtype)
 
     def _touched(self, hidden_states: torch.Tensor, adapter_name: str) -> torch.Tensor:
         if not (self.touch_idle and self.training):
@@ -255,10 +195,6 @@ class EASLayer(nn.Module, BaseTunerLayer):
     def acts(self, adapter_name: str) -> bool:
         """Whether this adapter changes the input here."""
         raise NotImplementedError
-
-    def is_folded_by(self, adapter_name: str) -> bool:
-        """Whether this adapter changes the input here, and in a way that the weights can hold."""
-        return self.acts(adapter_name) and self.eas_config[adapter_name].router != "prompt"
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold an adapter into the linears that read this module's input; they are kept aside for `unmerge`.
@@ -275,7 +211,8 @@ class EASLayer(nn.Module, BaseTunerLayer):
             return
         if safe_merge:
             self.check_finite(adapter_name)
-        if self.is_folded_by(adapter_name):
+        if self.acts(adapter_name):
+            self._shift = self.input_shift(adapter_name) if self.is_shifted(adapter_name) else None
             self._unfolded = self.fold(adapter_name)
         self.merged_adapters.append(adapter_name)
 
@@ -303,14 +240,14 @@ class EASLayer(nn.Module, BaseTunerLayer):
             ValueError: in the words of PEFT's other tuners.
         """
         tensors = list(self.parameters_of(adapter_name))
-        if self.is_folded_by(adapter_name):
+        if self.acts(adapter_name):
             tensors += [t for _, linear in self._folded(adapter_name) for t in _tensors(linear)]
         if not all(torch.isfinite(t).all() for t in tensors):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
 
     def _folded(self, adapter_name: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
         """What reads this module's input, one by one, with the adapter folded in."""
-        adapter = self.mixed(adapter_name)
+        adapter = self.adapter(adapter_name)
         biases = (None, None) if self.is_shifted(adapter_name) else (adapter.down_bias, adapter.up_bias)
         for name in self.inputs:
             linear = _get(self.base_layer, name)
@@ -337,35 +274,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
         return [name for name, linear in linears.items() if linear.bias is None]
 
     @torch.no_grad()
-    def input_shifts(self, adapter_name: str) -> dict[Arm, InputShift]:
-        """What a folded adapter leaves to be added to the input, equation (10), by the attention that it comes from."""
-        adapter = self.mixed(adapter_name)
-        up, constant = pia.input_shift(*adapter)
+    def input_shift(self, adapter_name: str) -> torch.Tensor:
+        """What a folded adapter leaves to be added to the input, `(d,)`, equation (10)."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
-        shifts = {}
-        informed = self.informed(adapter_name)
-        for arm in informed or [self.arm]:
-            information, _ = informed.get(arm, (None, None))
-            rank = 0 if information is None else len(information)
-            has_bias = constant is not None and not shifts  # there is one constant for all of them
-            pooled = self.hidden_size if information is None else information.shape[1]
-            shift = InputShift(self.hidden_size, rank, has_bias, pooled, device=device, dtype=dtype)
-            if rank:
-                shift.down.weight.copy_(information)
-                shift.up.weight.copy_(up)
-            if has_bias:
-                shift.bias.copy_(constant)
-            shifts[arm] = shift.requires_grad_(False)
-        return shifts
-
-    def mixed(self, adapter_name: str) -> Adapter:
-        """What is folded: the branches added up, `up (d, r)` and `up_bias (d,)`; the bias of (3) in `down_bias`."""
-        adapter, alpha = self.adapter(adapter_name), self._alpha(adapter_name)
-        down_bias, up_bias = adapter.down_bias, adapter.up_bias
-        if self.eas_config[adapter_name].use_bias:
-            down_bias = sum((bias for _, bias in self.informed(adapter_name).values()), down_bias)
-            up_bias = pia.mix(up_bias, alpha)
-        return Adapter(adapter.down, down_bias, pia.mix(adapter.up, alpha), up_bias)
+        return pia.input_shift(*self.adapter(adapter_name)).to(device, dtype)
 
     def unmerge(self) -> None:
         """Put the original linears back: the very tensors, so nothing is lost to rounding."""
@@ -377,7 +289,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
             if isinstance(linear, nn.Parameter):
                 linear.data = linear.data.to(device)
             self._put(name, linear.to(device) if isinstance(linear, nn.Module) else linear)
-        self._unfolded = {}
+        self._unfolded, self._shift = {}, None
         self.merged_adapters = []
 
     def unload_and_optionally_merge_module(
@@ -392,7 +304,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
         elif not self.merged:
             names = check_adapters_to_merge(self, adapter_names)
-            if names and names[0] in self.eas_config and self.is_folded_by(names[0]):
+            if names and names[0] in self.eas_config and self.acts(names[0]):
                 self.fold(names[0])
         return self.base_layer
 
@@ -420,18 +332,25 @@ class EASAttention(EASLayer):
         base_layer: The attention.
         arm: What it is in its model.
         stream_size: Size of the residual stream that it adds to; 0 for one that is never skipped.
-        output_norms: The norms behind it, which a stand-in does not go through.
+        context_size: Size of the tokens that a cross-attention looks at.
+        output_norms: The norms behind it, which what it leaves does not go through.
     """
 
     is_ffn = False
-    adapter_layer_names = (*OWN, "eas_stand_in")
+    adapter_layer_names = (*OWN, *LEFT)
     other_param_names = (*EASLayer.other_param_names, "gates", "eas_skip", "drawn")
 
     def __init__(
-        self, base_layer: nn.Module, arm: Arm, stream_size: int = 0, output_norms: Iterable[nn.Module] = ()
+        self,
+        base_layer: nn.Module,
+        arm: Arm,
+        stream_size: int = 0,
+        context_size: int | None = None,
+        output_norms: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__(base_layer, arm)
         self.stream_size = stream_size
+        self.pooled_size = context_size or self.hidden_size or stream_size
         self.bypass = Bypass(arm.row.form(), arm.index, base_layer)
         self._hooks = [norm.register_forward_hook(self._passed) for norm in output_norms]
         if arm.row.core:
@@ -453,46 +372,43 @@ class EASAttention(EASLayer):
         self.eas_skip[adapter_name] = torch.tensor(skip, device=device)
 
     def skips(self, adapter_name: str, training: bool | None = None) -> bool:
-        """Whether a forward skips this attention: one in the present mode, or of training or not."""
         gate = self.gates[adapter_name]
         return self.drawn.get(adapter_name, gate) if (self.training if training is None else training) else gate
 
-    def skipped(self, adapter_name: str, training: bool = False) -> list[Arm]:
-        return [self.arm] if self.skips(adapter_name, training) else []
-
-    def names(self, config: EASConfig, skipped: Collection[Arm]) -> tuple[str, ...]:
-        return ("eas_stand_in",) if self.arm in skipped else OWN
+    def names(self, is_skipped: bool) -> tuple[str, ...]:
+        return LEFT if is_skipped else OWN
 
     def initial(self, config: EASConfig) -> dict[str, torch.Tensor]:
-        has_stand_in = self.stream_size and config.stand_in == "mean"
-        return super().initial(config) | ({"eas_stand_in": torch.zeros(self.stream_size)} if has_stand_in else {})
+        parameters = super().initial(config)
+        if self.stream_size and config.stand_in == "mean":
+            parameters["eas_stand_in"] = torch.zeros(self.stream_size)
+        if self.stream_size and config.propagation == "mean":
+            up = torch.empty(self.stream_size, config.r_pia)
+            parameters |= {
+                "eas_mean_down": _kaiming(config.r_pia, self.pooled_size),
+                "eas_mean_up": nn.init.zeros_(up) if config.init_weights else nn.init.normal_(up, std=0.02),
+            }
+        return parameters
 
-    def needs_prompt(self) -> bool:
-        """Whether this layer, as it stands, depends on the prompt of a decoder."""
-        name = self.acting_adapter()
-        if name is None or self.arm.row.pools != "prompt":
-            return False
-        config = self.eas_config[name]
-        return config.router == "prompt" or (self.skips(name) and config.propagation == "prompt")
+    def left(self, adapter_name: str) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """What is left where the attention is skipped (2): `k (d,)`, `C (r, d')` and `D (d, r)`, scaling included."""
+        constant, down, up = (getattr(self, name).get(adapter_name) for name in LEFT)
+        return constant, down, None if up is None else up * self.eas_config[adapter_name].scaling
 
     def acts(self, adapter_name: str) -> bool:
         return self.has_adapter(adapter_name) and not self.gates[adapter_name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = self.acting_adapter()
-        if name is not None and self.skips(name):
-            enter_layer(self.bypass.form, self.bypass.context(args, kwargs, slot_state))
-            first = args[0] if args else kwargs["hidden_states"]
+        if name is None:
+            return self.base_layer(*args, **kwargs)
+        if self.skips(name):
             if self.training and name not in self.measured:
                 self._check_measured(name)
-            stream = self.bypass.stream(args, kwargs, self.base_layer, self._stand_in(name, first))
+            stream = self.bypass.stream(args, kwargs, self.base_layer, self._added(name, args, kwargs))
             return self.bypass.returned(self._touched(stream, name), args, kwargs)
-        enter_layer(self.bypass.form, None)
-        if name is not None:
-            args, kwargs = change_input(args, kwargs, lambda z: self._touched(z, name))
-        if self.arm.row.core:
-            mask_of(kwargs)
-        else:
+        args, kwargs = change_input(args, kwargs, lambda z: self._touched(z, name))
+        if not self.arm.row.core:
             args, kwargs = self._adapted(self.base_layer, args, kwargs)
         return self.base_layer(*args, **kwargs)
 
@@ -509,12 +425,17 @@ class EASAttention(EASLayer):
                 stacklevel=2,
             )
 
-    def _stand_in(self, adapter_name: str, first: torch.Tensor) -> torch.Tensor:
-        """What a skipped attention adds to the stream `first (B, T, ...)`: `(B, T, d)`."""
-        nothing = first.new_zeros(*first.shape[:-1], self.stream_size)
-        if adapter_name not in self.eas_stand_in:
-            return nothing
-        return nothing + self.eas_stand_in[adapter_name].to(first.dtype)
+    def _added(self, adapter_name: str, args: tuple, kwargs: dict) -> torch.Tensor:
+        """What a skipped attention adds to the stream, `(B, T, d)`."""
+        constant, down, up = self.left(adapter_name)
+        first = args[0] if args else kwargs["hidden_states"]
+        added = first.new_zeros(*first.shape[:-1], self.stream_size)
+        if down is None:
+            self.bypass.pass_over(args, kwargs)
+        else:
+            information = self.bypass.information(args, kwargs, down)
+            added = added + F.linear(information.to(up.dtype), up).to(first.dtype)
+        return added if constant is None else added + constant.to(first.dtype)
 
     def _passed(self, norm: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         """The output of a norm behind the attention: a stand-in is what is left after it."""
@@ -524,15 +445,9 @@ class EASAttention(EASLayer):
     def _adapted(self, core: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of the attention, or of its core, with the input as the active adapter gives it."""
         name = self.acting_adapter()
-        routed = name is not None and self.eas_config[name].router == "prompt"
-        context = self.bypass.context(args, kwargs, cache_state if routed else _nowhere)
         if name is None or not self.has_adapter(name):
             return args, kwargs
-        if not (self.merged and self.is_folded_by(name)):
-            return change_input(args, kwargs, lambda z: self.adapted(name, z, {self.arm: context}))
-        if self.is_shifted(name):
-            return change_input(args, kwargs, lambda z: self.input_shifts(name)[self.arm](z, context))
-        return args, kwargs
+        return change_input(args, kwargs, lambda z: self.adapted(name, z))
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -544,117 +459,37 @@ class EASAttention(EASLayer):
 
 
 class EASFeedForward(EASLayer):
-    """A FFN with an adapter in front: (1), or a PIA (2) while an attention of its layer is skipped, told of the tokens
-    that this would have looked at. What a self- and a cross-attention tell that are both skipped adds up.
+    """A FFN with an adapter in front (1), which is the PIA where an attention of its layer is skipped.
 
     Args:
         base_layer: The FFN.
-        arms: The attentions of its layer, a self-attention first.
-        pooled_sizes: Size of the tokens that each of them takes keys and values from; `None`: that of the FFN's input.
+        arm: The attention, or the first of those that it follows.
         name: Name of the FFN in the model.
-
-    Attributes:
-        attentions: The wrapped ones among these attentions; `EASModel` puts them here.
     """
 
     is_ffn = True
-    adapter_layer_names = (*OWN, "eas_self_C", "eas_self_c", "eas_cross_C", "eas_cross_c")
 
-    def __init__(self, base_layer: nn.Module, arms: list[Arm], pooled_sizes: list[int | None], name: str) -> None:
-        super().__init__(base_layer, arms[0])
+    def __init__(self, base_layer: nn.Module, arm: Arm, name: str) -> None:
+        super().__init__(base_layer, arm)
         self.name = name
-        self.arms = arms
-        self.pooled_sizes = {arm: size or self.hidden_size for arm, size in zip(arms, pooled_sizes, strict=True)}
-        self.attentions: dict[Arm, EASAttention] = {}  # a plain dictionary: they are no children
-
-    def skipped(self, adapter_name: str, training: bool = False) -> list[Arm]:
-        attentions = {arm: a for arm, a in self.attentions.items() if adapter_name in a.gates}
-        return [arm for arm, attention in attentions.items() if attention.skips(adapter_name, training)]
-
-    def names(self, config: EASConfig, skipped: Collection[Arm]) -> tuple[str, ...]:
-        if config.router == "prompt" and not skipped:  # only skipped attentions say what the prompt is
-            return ()
-        kinds = [arm.row.kind for arm in self.telling(config, skipped)]
-        return (*OWN, *(f"eas_{kind}_{letter}" for kind in kinds for letter in "Cc"))
-
-    def telling(self, config: EASConfig, arms: Iterable[Arm]) -> list[Arm]:
-        return [a for a in arms if config.propagation == "prompt" and a.is_skippable and a.row.pools != "nothing"]
-
-    def initial(self, config: EASConfig) -> dict[str, torch.Tensor]:
-        parameters = super().initial(config)
-        for arm in self.telling(config, self.arms):
-            parameters[f"eas_{arm.row.kind}_C"] = _kaiming(config.r_pia, self.pooled_sizes[arm])
-            if config.use_bias:
-                parameters[f"eas_{arm.row.kind}_c"] = torch.zeros(config.r_pia)
-        return parameters
-
-    def informed(self, adapter_name: str) -> dict[Arm, tuple[torch.Tensor, torch.Tensor | None]]:
-        arms = self.telling(self.eas_config[adapter_name], self.skipped(adapter_name))
-        return {arm: self._information(adapter_name, arm) for arm in arms}
-
-    def _information(self, adapter_name: str, arm: Arm) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, bias = (getattr(self, f"eas_{arm.row.kind}_{letter}") for letter in "Cc")
-        return weight[adapter_name], bias.get(adapter_name)
-
-    def _told(self, adapter_name: str, arm: Arm, context: PromptContext, wide: torch.Tensor) -> torch.Tensor:
-        """`p (B, 1, r)` of (3)."""
-        weight, bias = self._information(adapter_name, arm)
-        return F.linear(self._cast_input_dtype(context.mean(wide), weight.dtype), weight, bias)
 
     def acts(self, adapter_name: str) -> bool:
-        used = adapter_name in self.eas_config and self.names(self.eas_config[adapter_name], self.skipped(adapter_name))
-        return bool(used) and self.has_adapter(adapter_name)
+        return self.has_adapter(adapter_name)
 
     def is_shifted(self, adapter_name: str) -> bool:
-        if self.informed(adapter_name):
-            return True
         if self.arm.row.ffn_masks_input:
             return self.eas_config[adapter_name].use_bias
         return super().is_shifted(adapter_name)
 
-    def freeze_context(self, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
-        super().freeze_context(adapter_name, state)
-        for parameters in (self.eas_self_C, self.eas_self_c):
-            if adapter_name in parameters:
-                del parameters[adapter_name]
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = self.acting_adapter()
-        entered = {arm: take_context(self._attention_of(arm)) for arm in self.arms}
-        contexts = {arm: context for arm, context in entered.items() if context is not None}
-        if name is not None:
-            args, kwargs = change_input(args, kwargs, lambda z: self._adapted(name, self._touched(z, name), contexts))
+        if name is not None and self.has_adapter(name):
+            args, kwargs = change_input(args, kwargs, lambda z: self.adapted(name, self._touched(z, name)))
         return self.base_layer(*args, **kwargs)
-
-    def _attention_of(self, arm: Arm) -> str:
-        """What the attention is called that enters the context here, see `enter_layer`."""
-        return arm.row.attention if self.name == arm.ffns[0] else looking_back(arm.row.attention)
-
-    def _adapted(self, name: str, z: torch.Tensor, contexts: dict[Arm, PromptContext]) -> torch.Tensor:
-        if not self.has_adapter(name) or (self.eas_config[name].router == "prompt" and not contexts):
-            return z
-        if not (self.merged and self.is_folded_by(name)):
-            change = functools.partial(self.adapted, name, contexts=contexts)
-        elif self.is_shifted(name):
-            change = functools.partial(self._shifted, name, contexts)
-        else:
-            return z
-        return by_row(change, z, next((context.rows for context in contexts.values()), 1))
-
-    def _shifted(self, adapter_name: str, contexts: dict[Arm, PromptContext], z: torch.Tensor) -> torch.Tensor:
-        """What a folded FFN has to be given instead of `z (B, T, d)`."""
-        for arm, shift in self.input_shifts(adapter_name).items():
-            z = shift(z, contexts.get(arm) or PromptContext(None, {}))
-        return z
 
 
 Wrappers = dict[int | str, tuple[EASAttention | None, list[EASFeedForward]]]
 """The attentions of a model, each wrapped (`None`: it has no adapter), with the wrapped FFNs behind it."""
-
-
-def _nowhere(cache: object, layer_idx: int) -> dict[str, torch.Tensor]:
-    """Where what depends on nothing is kept."""
-    return {}
 
 
 def inputs_of(module: nn.Module, arm: Arm, is_ffn: bool) -> tuple[tuple[str, ...], int]:

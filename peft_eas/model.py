@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,6 @@ from .freeze import FrozenContext, freeze
 from .gates import SkipGates
 from .layer import EASAttention, EASFeedForward, EASLayer, Wrappers, check_single, inputs_of
 from .merge import finish_merge, plan_merge
-from .modeling_eas import generation, unwatch_prompt, watch_prompt
 from .quantized import Dequantiser, Requantiser, dequantise, is_quantised, unquantised_dtype
 
 
@@ -52,8 +50,6 @@ class EASModel(BaseTuner):
         for arm in layers.values():
             for ffn in arm.ffns:
                 self._places.setdefault(ffn, []).append(arm)
-        for arms in self._places.values():  # for a self-attention, the mean is of what the FFN reads, as it was
-            arms.sort(key=lambda arm: bool(arm.row.context))
         targeted = {name for name in self._places if self._check_target_module_exists(peft_config, name)}
         if not targeted and isinstance(peft_config.target_modules, set):
             raise ValueError(
@@ -72,11 +68,6 @@ class EASModel(BaseTuner):
         skippable = [key for key, arm in layers.items() if arm.is_skippable and {arm.attention, *arm.ffns} <= targeted]
         if peft_config.skip_layers is not None:
             peft_config.skip_layers = self._checked(peft_config.skip_layers, skippable)
-        if peft_config.router == "prompt" and any(arm.row.pools != "prompt" for arm in layers.values()):
-            raise ValueError(
-                f"`router='prompt'` is for decoders that read a prompt, but {type(model).__name__} has other "
-                "attentions, too: use `router='none'`."
-            )
         count = peft_config.count_to_skip(len(skippable))
         if count > len(skippable):
             raise ValueError(f"`num_skip`={count} is more than the {len(skippable)} attentions that can be skipped.")
@@ -125,24 +116,24 @@ class EASModel(BaseTuner):
         is_attention = current_key == arms[0].attention
         if not isinstance(target, EASLayer):
             if is_attention:
-                wrapper = EASAttention(target, arms[0], self._stream_size(arms[0]), self._output_norms(arms[0]))
+                sizes = self._stream_size(arms[0]), self._context_size(arms[0])
+                wrapper = EASAttention(target, arms[0], *sizes, self._output_norms(arms[0]))
             else:
-                wrapper = EASFeedForward(target, arms, [self._pooled_size(arm) for arm in arms], current_key)
+                wrapper = EASFeedForward(target, arms[0], current_key)
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
         target.eas_config[adapter_name] = peft_config
-        skipped = None
+        names = target.adapter_layer_names  # until the set is chosen, all that any set needs
         if peft_config.skip_layers is not None:
-            skipped = [arm for arm in arms if self._layers.key_of(arm) in peft_config.skip_layers]
+            names = target.names(self._layers.key_of(arms[0]) in peft_config.skip_layers)
         if is_attention:
-            target.set_gate(adapter_name, bool(skipped))
-        # until the set is chosen, all that any set needs
-        names = target.adapter_layer_names if skipped is None else target.names(peft_config, skipped)
+            skipped = peft_config.skip_layers or ()
+            target.set_gate(adapter_name, self._layers.key_of(arms[0]) in skipped)
         target.create_parameters(adapter_name, peft_config, names)
         if adapter_name not in self.active_adapters:
             target.set_requires_grad(adapter_name, requires_grad=False)
 
-    def _pooled_size(self, arm: Arm) -> int | None:
+    def _context_size(self, arm: Arm) -> int | None:
         """Size of the tokens that a cross-attention looks at; `None` where these are those of the residual stream."""
         if not arm.row.context:
             return None
@@ -166,15 +157,10 @@ class EASModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attentions = []
         for key, arm in self._layers.items():
-            attention, ffns = self._wrappers(key, model)
+            attention, _ = self._wrappers(key, model)
             if attention is not None:
                 attentions.append(attention)
                 attention.measured = attentions[0].measured
-                for ffn in ffns:
-                    ffn.attentions[arm] = attention
-        watch_prompt(model, AnyNeedsPrompt(attentions))
-        if model.can_generate():
-            model.generate = functools.partial(_generate, model)
 
     def _wrappers(
         self, key: int | str, model: nn.Module | None = None
@@ -223,7 +209,7 @@ class EASModel(BaseTuner):
         for key, (attention, _) in targeted.items():
             attention.set_gate(adapter_name, key in skip_layers)
         for wrapper in wrappers:
-            names = wrapper.names(config, wrapper.skipped(adapter_name))
+            names = wrapper.names(wrapper.skips(adapter_name, training=False))
             wrapper.create_parameters(adapter_name, config, names, dtype=like.dtype)
             wrapper.freeze_idle(adapter_name)
         config.settle(skip_layers)
@@ -292,49 +278,35 @@ class EASModel(BaseTuner):
     def freeze_context(
         self, dataloader: Iterable[dict[str, torch.Tensor]], adapter_name: str | None = None
     ) -> FrozenContext:
-        """Replace what the layers take from each prompt by its mean over the prompts of `dataloader`.
+        """Replace what skipped attentions say of other tokens (3) by its mean over the tokens of `dataloader`.
 
-        From then on the adapter is one with `propagation="none"` and a static router, and with biases: it merges into
-        plain weights, which other engines run, needs no prompt, and can be trained further (with a new optimizer). Says
-        by how much loss and logits moved.
+        From then on the adapter is one with `propagation="none"`, whose stand-ins hold that mean: it merges into plain
+        weights, which other engines run, and can be trained further (with a new optimizer). Says by how much loss and
+        logits moved.
 
         Args:
-            dataloader: Batches as for training, with labels that say which tokens are the prompt; read twice.
+            dataloader: Batches as for training; read twice.
             adapter_name: Adapter; the active one by default.
 
         Raises:
-            ValueError: if the adapter does not depend on the prompt, has no skip set yet, or is merged; and without any
-                rows. The model is then as it was.
+            ValueError: if the adapter has `propagation="none"`, has no skip set yet, is merged or not active; and
+                without any tokens. The model is then as it was.
         """
         if adapter_name is None:
             (adapter_name,) = self.active_adapters
         config = self.peft_config[adapter_name]
-        if config.propagation == "none" and config.router != "prompt":
-            raise ValueError(f"Adapter {adapter_name!r} does not depend on the prompt: there is nothing to freeze.")
+        if config.propagation == "none":
+            raise ValueError(f"Adapter {adapter_name!r} has `propagation='none'`: there is nothing to freeze.")
         if config.skip_layers is None:
             raise ValueError("No set of attentions to skip has been chosen yet: freeze the context after the search.")
-        if any(arm.row.pools != "prompt" for arm in self._layers.values()):
-            raise ValueError(
-                f"Contexts can be frozen in models that are a decoder alone, but {type(self.model).__name__} has other "
-                "attentions, too: train with `propagation='none'` for plain weights."
-            )
-        wrappers = {i: self._wrappers(i) for i in self._layers}
-        if any(adapter_name in w.merged_adapters for w in _all(wrappers)):
+        targeted = self._targeted(adapter_name)
+        if any(adapter_name in w.merged_adapters for w in _all(targeted)):
             raise ValueError(f"Adapter {adapter_name!r} is merged: call `unmerge_adapter()` first.")
         if [adapter_name] != self.active_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is not active: call `set_adapter({adapter_name!r})` first.")
-        skipped = self._skipped_by(adapter_name)
-        # a decoder's attentions have one FFN each
-        used = {i: w for i, (a, ffns) in wrappers.items() for w in (ffns if i in skipped else [a]) if w is not None}
-        used = {i: w for i, w in used.items() if w.has_adapter(adapter_name)}
-        dependent = used if config.router == "prompt" else [i for i in skipped if i in used]
-        states, moved = freeze(self.model, dependent, skipped, dataloader)
-        self.skip_gates(adapter_name).drop_idle()
-        for index, wrapper in used.items():
-            wrapper.freeze_context(adapter_name, states.get(index, {}))
-        config.propagation, config.use_bias = "none", True
-        config.router = "static" if config.router == "prompt" else config.router
-        self.set_skip_layers(skipped, adapter_name)  # a static router has adapters that the prompt's has not
+        moved = freeze(self.model, [attention for attention, _ in targeted.values()], adapter_name, dataloader)
+        config.propagation, config.stand_in = "none", "mean"
+        self.set_skip_layers(config.skip_layers, adapter_name)
         print(moved)
         return moved
 
@@ -429,8 +401,6 @@ class EASModel(BaseTuner):
         ties = getattr(model, "all_tied_weights_keys", None) or {}
         if is_tied and ties and all(model.get_parameter(a) is model.get_parameter(b) for a, b in ties.items()):
             model.config.tie_word_embeddings = True
-        unwatch_prompt(model)
-        model.__dict__.pop("generate", None)
         if plan is None:
             return model
         model = finish_merge(model, plan)
@@ -444,19 +414,3 @@ class EASModel(BaseTuner):
 def _all(wrappers: Wrappers) -> list[EASLayer]:
     """All of them, once each."""
     return list(dict.fromkeys(w for attention, ffns in wrappers.values() for w in (attention, *ffns) if w is not None))
-
-
-class AnyNeedsPrompt:
-    """Whether some of these attentions' layers depend on the prompt now."""
-
-    def __init__(self, attentions: list[EASAttention]) -> None:
-        self.attentions = attentions
-
-    def __call__(self) -> bool:
-        return any(attention.needs_prompt() for attention in self.attentions)
-
-
-def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`generate` of a model with adapters: the class's own, with the prompt's length known to the forwards."""
-    with generation(args, kwargs):
-        return type(model).generate(model, *args, **kwargs)

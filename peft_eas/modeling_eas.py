@@ -5,24 +5,18 @@ model needs, for every family, and imports nothing but torch and transformers: i
 `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` loads it where `peft_eas` is not installed. The
 names `EAS<class>` (`EASLlamaForCausalLM`, `EASLlamaConfig`, ...) are made on demand from the transformers `<class>`.
 
-What is skipped and folded is recorded in `config.eas`; see `restructure`. Where the layers depend on the prompt
-(`propagation="prompt"`, `router="prompt"`), the outermost model finds out which tokens are the prompt
-(`PromptBoundary`) and hands a mask down to the layers; what a layer makes of it is kept in that layer's entry of the
-KV cache (`PromptSlot`). Encoders and cross-attentions know their tokens by themselves (`AttendedContext`).
+What is skipped and folded is recorded in `config.eas`; see `restructure`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
 import inspect
 import os
 import re
 import tempfile
-import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,320 +28,62 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.models.auto import modeling_auto
 
-PROMPT_MASK = "eas_prompt_mask"
-"""Keyword by which the mask `(B, T)` of the prompt's tokens travels from the outermost model to the layers."""
-
-FORMAT = 4
+FORMAT = 5
 """Version of `config.eas`; a file of another version is refused."""
 
 
-class _Local(threading.local):
-    """What belongs to this thread's current forward or `generate`."""
-
-    mask: torch.Tensor | None = None  # of the forward under way, for layers that get no further keywords
-    contexts: dict[str, PromptContext]  # of the skipped attentions of the layer under way, for its FFN, by their names
-
-    def __init__(self) -> None:
-        self.contexts = {}
-
-    explicit: torch.Tensor | None = None  # see `prompt_mask`
-    generations: tuple[_Generation, ...] = ()  # the calls of `generate` under way, outermost first
-
-
-class _Generation:
-    """One call of `generate`.
-
-    Args:
-        prompt_length: How many tokens its prompt has.
-        is_assistant: Whether it is one of many that draft for another `generate`.
-        is_guided: Whether a second sequence is read beside, for classifier-free guidance.
-
-    Attributes:
-        started: Whether the first forward has been, in this call or, for an assistant, in an earlier one.
-    """
-
-    def __init__(self, prompt_length: int, is_assistant: bool, is_guided: bool) -> None:
-        self.prompt_length = prompt_length
-        self.started = is_assistant
-        self.is_guided = is_guided
-
-
-_local = _Local()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Which tokens are the prompt
+# What a skipped attention leaves
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def prompt_mask(mask: torch.Tensor) -> Iterator[None]:
-    """Say which tokens are the prompt, for the forwards inside of the `with`.
-
-    Needed where a model can't know it: training without labels (DPO, GRPO, label smoothing), or scoring a continuation
-    without labels. For a forward that continues a KV cache, give a mask without any true value.
+def uniform_attention(values: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """Attention with queries of zero, equation (3) of docs/method.md: a mean over the tokens that are looked at.
 
     Args:
-        mask: `(B, T)`, true (or non-zero) for the prompt's tokens; the shape of the `input_ids`.
+        values: `(B, S, r)`.
+        allowed: `(B or 1, T or 1, S)`, whether each token may look at each; `None`: all at all.
+
+    Returns:
+        `(B, T or 1, r)`; zero for a token that may look at none, such as padding.
     """
-    before, _local.explicit = _local.explicit, mask
-    try:
-        yield
-    finally:
-        _local.explicit = before
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    if allowed is None:
+        return wide.mean(dim=1, keepdim=True).to(values.dtype)
+    weights = allowed.to(wide.dtype)
+    return (weights @ wide / weights.sum(-1, keepdim=True).clamp(min=1)).to(values.dtype)
 
 
-@contextlib.contextmanager
-def generation(args: tuple, kwargs: dict) -> Iterator[None]:
-    """Let the forwards inside know the length of the prompt that `generate(*args, **kwargs)` was given."""
-    given = kwargs.get("inputs_embeds")
-    if given is None:
-        given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    config = kwargs.get("generation_config")
-    guidance = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
-    entered = _Generation(
-        prompt_length=1 if given is None else given.shape[1],
-        is_assistant=bool(getattr(config, "is_assistant", False)),
-        is_guided=guidance not in (None, 1),
-    )
-    before = _local.generations
-    _local.generations = (*before, entered)
-    try:
-        yield
-    finally:
-        _local.generations = before
+def causal_mean(values: torch.Tensor, length: int) -> torch.Tensor:
+    """The same where each token looks at itself and those before it: of `(B, S, r)` the last `length` means."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    counts = torch.arange(1, values.shape[1] + 1, device=values.device)[:, None]
+    return (wide.cumsum(dim=1) / counts)[:, -length:].to(values.dtype)
 
 
-class PromptBoundary:
-    """Forward pre-hook of the outermost model: finds the prompt's tokens and hands their mask to the layers.
-
-    The prompt is what `prompt_mask` says; else the tokens before the first that has a label, if a generative model gets
-    labels; else, at inference, all tokens up to the length that `generate` was given; padding never. A forward that
-    continues a KV cache has none: its layers use what the prefill left there.
+def looked_at(attention_mask: torch.Tensor, length: int, total: int, is_causal: bool) -> torch.Tensor:
+    """Whether each of `length` tokens may look at each of `total`, `(B or 1, T or 1, S)`, by an attention's mask.
 
     Args:
-        model: The outermost model.
-        is_needed: Whether some layer depends on the prompt now.
+        attention_mask: `(B, S)` of tokens that are no padding, or `(B, heads or 1, T or 1, S)`, or without the heads;
+            bool, numbers of which 0 means no, or numbers below 0 that are added to scores.
+        length: `T`; they are the last of the `S`.
+        total: `S`.
+        is_causal: Whether a token looks at none that follow, where the mask does not say which tokens look.
     """
-
-    def __init__(self, model: PreTrainedModel, is_needed: Callable[[], bool]) -> None:
-        parameters = inspect.signature(type(model).forward).parameters.values()
-        self.names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
-        self.generative = model.can_generate()
-        self.is_needed = is_needed
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if module.training:
-            _recompute_as_computed(module)
-        # a model within a model, such as that of BLIP-2, has the outer one's mask already
-        if kwargs.get(PROMPT_MASK) is not None or _local.mask is not None or not self.is_needed():
-            return None
-        mask = self._find(dict(zip(self.names, args, strict=False)) | kwargs, module.training)
-        if _local.generations:
-            _local.generations[-1].started = True
-        if mask is None:
-            return None
-        _local.mask = mask
-        return args, kwargs | {PROMPT_MASK: mask}
-
-    def _find(self, inputs: dict, training: bool) -> torch.Tensor | None:
-        tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
-        if tokens is None:
-            raise ValueError(f"{_SUBJECT} needs `input_ids` or `inputs_embeds`.")
-        batch, length = tokens.shape[:2]
-        explicit = _local.explicit
-        if explicit is not None and explicit.shape != (batch, length):
-            raise ValueError(
-                f"`prompt_mask` got a mask of shape {tuple(explicit.shape)}, but the forward has {batch} rows of "
-                f"{length} tokens: give a mask of shape {(batch, length)}."
-            )
-        if _continues(inputs.get("past_key_values")):
-            self._check_continuation(explicit, length)
-            return None
-        mask = _not_padding(inputs.get("attention_mask"), batch, length, tokens.device)
-        if _is_packed(inputs, mask):
-            raise ValueError(
-                f"{_SUBJECT} can't be told from its neighbours in a packed row. Ways out: rows that are not packed; or "
-                "a model with `propagation='none'` and `router='none'`."
-            )
-        if explicit is not None:
-            return _checked(explicit.to(mask.device).bool() & mask)
-        labels = inputs.get("labels") if self.generative else None
-        if labels is not None:
-            # what follows the first answer, such as a further question, would tell the answer about its future
-            return _checked(((labels.to(mask.device) != -100).cumsum(-1) == 0) & mask)
-        if self.generative and training and torch.is_grad_enabled():
-            raise ValueError(
-                f"{_SUBJECT} is not known: the model is being trained without `labels`, and its answers must not be "
-                f"taken for a prompt. {_WAYS_OUT}"
-            )
-        if _local.generations:
-            entered = _local.generations[-1]
-            if entered.is_guided and not inputs.get("use_cache"):
-                raise ValueError(
-                    f"{_SUBJECT} can't be told from the one that guides it (`guidance_scale`) without a KV cache: set "
-                    "`use_cache=True`."
-                )
-            if entered.is_guided and entered.started:
-                return mask  # all of the other sequence's, whose cache is made by this forward
-            if length < entered.prompt_length:
-                raise ValueError(
-                    f"{_SUBJECT} must be read in one forward, but the first one has {length} of its "
-                    f"{entered.prompt_length} tokens (chunked prefill, say): set `prefill_chunk_size=None`. "
-                    f"{_WAYS_OUT}"
-                )
-            mask = mask & (torch.arange(length, device=mask.device) < entered.prompt_length)
-        return mask
-
-    @staticmethod
-    def _check_continuation(explicit: torch.Tensor | None, length: int) -> None:
-        if explicit is not None:
-            if explicit.any():
-                raise ValueError(f"{_SUBJECT} was read already by this KV cache: no further tokens can be added to it.")
-            return
-        # Inside of `generate`, several tokens after the first forward are drafts to be verified; so are those of an
-        # assistant, whose own `generate` runs inside of another.
-        are_drafts = _local.generations and _local.generations[-1].started
-        if length > 1 and not are_drafts:
-            raise ValueError(
-                f"{_SUBJECT} was read already by this KV cache, and {length} more tokens come at once. If they belong "
-                "to the prompt (a further turn, chunked prefill), start with a new cache and all tokens; if not, say "
-                "so: `with prompt_mask(torch.zeros(batch, tokens)): model(...)`."
-            )
-
-
-class _AsComputed:
-    """A layer's checkpointing function; what it recomputes finds the mask of its own forward, not of a later one, and
-    the skipped attention of the layer before, if that is where it is (Nemotron-H)."""
-
-    def __init__(self, checkpoint: Callable) -> None:
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable, *args, **kwargs):
-        mask, contexts = _local.mask, dict(_local.contexts)
-
-        def run(*inputs):
-            before, _local.mask = _local.mask, mask
-            _local.contexts = {attention: context.anew() for attention, context in contexts.items()}
-            try:
-                return function(*inputs)
-            finally:
-                _local.mask = before
-
-        return self.checkpoint(run, *args, **kwargs)
-
-
-def _recompute_as_computed(model: nn.Module) -> None:
-    for layer in model.modules():
-        checkpoint = vars(layer).get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, _AsComputed):
-            layer._gradient_checkpointing_func = _AsComputed(checkpoint)
-
-
-def _forget_mask(module: nn.Module, args: tuple, output: object) -> None:
-    _local.mask = None
-
-
-def mask_of(kwargs: dict) -> torch.Tensor | None:
-    """The prompt's mask, taken out of an attention's keywords; or, in families that pass none on, that of the forward
-    under way."""
-    return kwargs.pop(PROMPT_MASK, _local.mask)
-
-
-def watch_prompt(model: PreTrainedModel, is_needed: Callable[[], bool]) -> None:
-    """Let `model` find the prompt in each forward (see `PromptBoundary`); a model within it, too, if that generates."""
-    unwatch_prompt(model)
-    for module in _boundaries(model):
-        module.register_forward_pre_hook(PromptBoundary(module, is_needed), with_kwargs=True)
-        module.register_forward_hook(_forget_mask, always_call=True)
-
-
-def unwatch_prompt(model: PreTrainedModel) -> None:
-    """Undo `watch_prompt`."""
-    for module in _boundaries(model):
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, PromptBoundary):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is _forget_mask:
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-
-
-def _boundaries(model: PreTrainedModel) -> list[PreTrainedModel]:
-    inner = (m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel) and m.can_generate())
-    return [model, *inner]
-
-
-_SUBJECT = "The prompt of a model with `propagation='prompt'` or `router='prompt'`"
-_WAYS_OUT = (
-    "Ways out: labels that are -100 for the prompt's tokens; `with peft_eas.prompt_mask(mask): ...` around the "
-    "forward; or a model with `propagation='none'` and `router='none'`."
-)
-
-
-def _continues(cache: object) -> bool:
-    """Whether `cache` holds what an earlier forward made of the prompt."""
-    layers = getattr(cache, "layers", ())
-    return any(getattr(layer, "prompt_state", None) for layer in layers)
-
-
-def _not_padding(attention_mask: object, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """Tokens that are not padding, `(B, T)`, from whatever form of mask the model was given."""
-    if isinstance(attention_mask, dict):  # prepared by `generate` for hybrid models: any kind serves
-        attention_mask = next((m for m in attention_mask.values() if m is not None), None)
-    if attention_mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    if not isinstance(attention_mask, torch.Tensor):
-        raise ValueError(f"{_SUBJECT} can't be read off a {type(attention_mask).__name__}. {_WAYS_OUT}")
-    if attention_mask.dim() == 4:  # every token that is not padding attends to itself
-        own = torch.diagonal(attention_mask[:, 0, :, :length], dim1=-2, dim2=-1)
-        return (own if own.dtype == torch.bool else own >= 0).expand(batch, length)
-    return attention_mask[:, -length:].bool()
-
-
-def _is_packed(inputs: dict, not_padding: torch.Tensor) -> bool:
-    """Whether a row holds several sequences: by the arguments of flash attention, or positions that start anew."""
-    if inputs.get("cu_seq_lens_q") is not None or inputs.get("seq_idx") is not None:
-        return True
-    positions = inputs.get("position_ids")
-    if positions is None or positions.dim() != 2 or torch.compiler.is_compiling():
-        return False
-    both = not_padding[:, 1:] & not_padding[:, :-1]
-    return bool(((positions.diff(dim=-1) < 0) & both).any())
-
-
-def _checked(mask: torch.Tensor) -> torch.Tensor:
-    if not torch.compiler.is_compiling() and not mask.any(dim=-1).all():
-        rows = (~mask.any(dim=-1)).nonzero().flatten().tolist()
-        raise ValueError(f"{_SUBJECT} is empty in row(s) {rows}: the first token has a label. {_WAYS_OUT}")
+    mask = attention_mask[..., :total]
+    mask = mask >= 0 if mask.is_floating_point() else mask.bool()
+    if mask.dim() == 4:
+        mask = mask.any(dim=1)
+    elif mask.dim() == 2:
+        mask = mask[:, None]
+    if is_causal and mask.shape[1] == 1 < length:
+        mask = mask & torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
     return mask
 
 
-def prompt_mean(z: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean, in float32 or wider, of `z (B, T, d)` over the tokens where `mask (B, T)` is true, or all: `(B, 1, d)`.
-
-    Zero for a row without such tokens, as a text without an image is to a cross-attention.
-    """
-    wide = z.to(torch.promote_types(z.dtype, torch.float32))
-    if mask is None:
-        return wide.mean(dim=1, keepdim=True).to(z.dtype)
-    weights = mask.to(device=z.device, dtype=wide.dtype).unsqueeze(1)
-    return ((weights @ wide) / weights.sum(-1, keepdim=True).clamp(min=1)).to(z.dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a layer makes of the prompt, and where it is kept
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class PromptSlot(getattr(cache_utils, "DummyLayer", object)):
-    """Cache entry of a skipped attention: no keys and no values, only what the layer keeps of the prompt.
-
-    `prompt_state` holds tensors `(B, 1, n)` by name. It belongs to the generation that made the cache, follows beams
-    and repeats with it, and is empty for models that don't depend on the prompt.
-    """
+class EmptyEntry(getattr(cache_utils, "DummyLayer", object)):
+    """Cache entry of a skipped attention that keeps nothing: no keys and no values."""
 
     is_compileable = True
     is_croppable = True
@@ -358,7 +94,6 @@ class PromptSlot(getattr(cache_utils, "DummyLayer", object)):
     def __init__(self, **kwargs) -> None:
         self.is_initialized = True
         self.keys = self.values = None
-        self.prompt_state: dict[str, torch.Tensor] = {}
 
     def update(self, key_states, value_states, *args, **kwargs):
         if key_states is None and value_states is None:  # how DDP rebuilds a cache
@@ -373,7 +108,6 @@ class PromptSlot(getattr(cache_utils, "DummyLayer", object)):
 
     def reset(self) -> None:
         self.keys = None
-        self.prompt_state.clear()
 
     def crop(self, tokens_to_remove: int) -> None: ...
 
@@ -381,21 +115,14 @@ class PromptSlot(getattr(cache_utils, "DummyLayer", object)):
 
     def prefetch(self) -> None: ...
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+    def batch_repeat_interleave(self, repeats: int) -> None: ...
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map(lambda t: t[indices])
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for name, value in self.prompt_state.items():
-            self.prompt_state[name] = function(value)
+    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
 
 
-class StateSlot(cache_utils.LinearAttentionLayer, PromptSlot):
+class StateEntry(cache_utils.LinearAttentionLayer, EmptyEntry):
     """The same where the entry has the state of another mixer of the layer, too, which it keeps (Falcon-H1).
 
     Args:
@@ -405,162 +132,33 @@ class StateSlot(cache_utils.LinearAttentionLayer, PromptSlot):
     def __init__(self, entry: cache_utils.LinearAttentionLayer) -> None:
         super().__init__(entry.number_of_states)
         vars(self).update({name: getattr(entry, name) for name in vars(self)})
-        PromptSlot.__init__(self)
+        EmptyEntry.__init__(self)
 
     def reset(self) -> None:
         super().reset()
-        PromptSlot.reset(self)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        PromptSlot.reorder_cache(self, beam_idx)
-
-
-def cache_of(kwargs: dict) -> cache_utils.Cache | None:
-    """The KV cache among the arguments of an attention; older families call it `layer_past`."""
-    cache = kwargs.get("past_key_values")
-    return kwargs.get("layer_past") if cache is None else cache
-
-
-def prompt_slot(cache: cache_utils.Cache, layer_idx: int) -> PromptSlot:
-    """The entry of skipped layer `layer_idx` in `cache`, which takes the place of the keys' and values'.
-
-    Raises:
-        ValueError: if the cache holds keys and values of this layer already.
-    """
-    layer = _entry(cache, layer_idx)
-    if not isinstance(layer, PromptSlot):
-        if layer.is_initialized and int(layer.get_seq_length()) > 0:
-            raise ValueError(
-                f"This KV cache holds keys and values of layer {layer_idx}, whose attention is skipped now. Start with "
-                "a new cache after changing which attentions are skipped."
-            )
-        has_state = isinstance(layer, cache_utils.LinearAttentionLayer)
-        cache.layers[layer_idx] = StateSlot(layer) if has_state else PromptSlot()
-    return cache.layers[layer_idx]
-
-
-def _entry(cache: cache_utils.Cache, layer_idx: int) -> object:
-    while len(cache.layers) <= layer_idx:  # a cache that grows as it is filled
-        cache.layers.append(cache.layer_class_to_replicate())
-    return cache.layers[layer_idx]
-
-
-class PromptContext:
-    """What one layer knows of the prompt in one forward.
-
-    Args:
-        mask: `(B, T)` mask of the prompt's tokens in a prefill or in training; `None` while decoding.
-        state: What the prefill left, if there is a cache to keep it.
-    """
-
-    def __init__(self, mask: torch.Tensor | None, state: dict[str, torch.Tensor]) -> None:
-        if mask is not None:
-            state.clear()
-        self.mask = mask
-        self.state = state
-
-    @property
-    def rows(self) -> int:
-        """`B`, as far as it matters: 1 if nothing depends on the row."""
-        known = self.mask if self.mask is not None else next(iter(self.state.values()), None)
-        return 1 if known is None else len(known)
-
-    def anew(self) -> PromptContext:
-        """The same, before anything further was computed of it."""
-        context = copy.copy(self)
-        context.state = dict(self.state)
-        return context
-
-    def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The value `name (B, 1, n)`, computed in a prefill and remembered from then on."""
-        if name not in self.state:
-            self.state[name] = compute()
-        return self.state[name]
-
-    def mean(self, z: torch.Tensor) -> torch.Tensor:
-        """Mean `(B, 1, d)` over the prompt's tokens of `z (B, T, d)`, the input of an attention or a FFN."""
-        if self.mask is None:
-            raise ValueError(
-                f"{_SUBJECT} has not been read by this KV cache. Pass the cache of the prefill, or call the outermost "
-                "model rather than a part of it."
-            )
-        return prompt_mean(z, self.mask)
-
-
-class AttendedContext(PromptContext):
-    """What a layer knows of the tokens that its attention would look at, where all of them are there from the start.
-
-    Args:
-        hidden_states: `(B, T, d)`, the attention's input.
-        attention_mask: The attention's mask, in whatever form it was given.
-        state: What an earlier forward left, if there is a cache to keep it.
-        is_cross: Whether it is a cross-attention.
-        others: `(B, S, d')`, the other modality's tokens or the encoder's, for a cross-attention.
-    """
-
-    def __init__(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        state: dict[str, torch.Tensor],
-        is_cross: bool = False,
-        others: torch.Tensor | None = None,
-    ) -> None:
-        self.tokens = hidden_states
-        self.mask = attention_mask
-        self.state = state
-        self.is_cross = is_cross
-        self.others = others
-
-    @property
-    def rows(self) -> int:
-        return len(self.tokens)
-
-    def mean(self, z: torch.Tensor) -> torch.Tensor:
-        tokens = self.others if self.is_cross else z
-        if tokens is None:
-            raise ValueError("A skipped cross-attention was given nothing to look at, and its KV cache knows nothing.")
-        tokens = tokens.reshape(self.rows, -1, tokens.shape[-1])  # Mllama's come tile by tile
-        return prompt_mean(tokens, _attended(self.mask, self.rows, tokens.shape[1]))
-
-
-def _attended(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    """Tokens that some query may look at, `(B, S)`; `None` if all."""
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, torch.Tensor):
-        raise ValueError(
-            f"Which tokens are padding can't be read off a {type(attention_mask).__name__}: load the model with "
-            "`attn_implementation='sdpa'` or `'eager'`."
-        )
-    mask = attention_mask[..., -length:]
-    mask = mask >= 0 if mask.is_floating_point() else mask.bool()
-    return (mask.flatten(1, -2).any(dim=1) if mask.dim() > 2 else mask).expand(batch, length)
-
-
-def by_row(adapter: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, rows: int) -> torch.Tensor:
-    """`adapter(z)` for `z (B, T, d)`, or for the `(B * T, d)` that some families' FFNs are given; `rows` is `B`."""
-    return adapter(z) if z.dim() == 3 else adapter(z.reshape(rows, -1, z.shape[-1])).reshape(z.shape)
+        EmptyEntry.reset(self)
 
 
 def change_input(args: tuple, kwargs: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple, dict]:
     """The arguments of a module with its `hidden_states`, given by position or by name, changed; wherever it is given
     (some attentions take their queries and keys as two arguments)."""
-    given = args[0] if args else kwargs["hidden_states"]
+    given = _first(args, kwargs)
     changed = change(given)
     args = tuple(changed if value is given else value for value in args)
     return args, {name: changed if value is given else value for name, value in kwargs.items()}
 
 
+def _first(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
 class Bypass:
-    """What happens where an attention is skipped: its layer's FFN is told of the tokens that it would have looked at,
-    and the residual stream passes.
+    """What happens where an attention is skipped: something is added to the residual stream in its place.
 
     Args:
         form: How such attentions are built and called, see `restructure`.
         index: Index of the layer.
-        attention: The attention, for the names of its arguments.
+        attention: The attention, for the names of its arguments and how it is computed.
     """
 
     def __init__(self, form: dict, index: int, attention: nn.Module) -> None:
@@ -568,6 +166,7 @@ class Bypass:
         self.names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
         self.form = form
         self.index = index
+        self.config = getattr(attention, "config", None)
 
     def argument(self, name: str, args: tuple, kwargs: dict) -> Any:
         """An argument of the attention, given by position or by name; `None` if it is not given."""
@@ -576,30 +175,107 @@ class Bypass:
         where = self.names.index(name) if name in self.names else len(args)
         return args[where] if where < len(args) else None
 
-    def context(self, args: tuple, kwargs: dict, state: Callable[[object, int], dict]) -> PromptContext:
-        """What the layer knows of the prompt, or of the tokens that this attention would look at.
+    def _cache(self, kwargs: dict) -> cache_utils.Cache | None:
+        """The KV cache among the arguments of the attention; older families call it `layer_past`."""
+        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("layer_past") if cache is None else cache
+        if isinstance(cache, cache_utils.EncoderDecoderCache):
+            return cache.cross_attention_cache if self.form["context"] else cache.self_attention_cache
+        return cache
+
+    def pass_over(self, args: tuple, kwargs: dict) -> None:
+        """Leave an entry without keys and values in the KV cache.
+
+        Raises:
+            ValueError: if the cache holds keys and values of this layer already.
+        """
+        cache = self._cache(kwargs)
+        # of a decoder that has an encoder, the first entry is never skipped, so no other has to be passed over
+        if cache is None or (self.form["answers"] and not self.form["context"]):
+            return
+        entry = self._entry(cache)
+        if not isinstance(entry, EmptyEntry):
+            self._check_empty(entry)
+            has_state = isinstance(entry, cache_utils.LinearAttentionLayer)
+            entry = cache.layers[self.index] = StateEntry(entry) if has_state else EmptyEntry()
+        if self.form["shows_keys"]:
+            others = self.argument(self.form["context"], args, kwargs)
+            if entry.keys is None or others is not None:
+                entry.keys = _first(args, kwargs).new_zeros(0 if others is None else 1)
+
+    def _entry(self, cache: cache_utils.Cache) -> Any:
+        while len(cache.layers) <= self.index:  # a cache that grows as it is filled
+            cache.layers.append(cache.layer_class_to_replicate())
+        return cache.layers[self.index]
+
+    def _check_empty(self, entry: Any) -> None:
+        if entry.is_initialized and int(entry.get_seq_length()) > 0:
+            raise ValueError(
+                f"This KV cache holds keys and values of layer {self.index}, whose attention is skipped now. Start "
+                "with a new cache after changing which attentions are skipped."
+            )
+
+    def information(self, args: tuple, kwargs: dict, down: torch.Tensor) -> torch.Tensor:
+        """Equation (3): what the tokens that this attention would look at say, `(B, T or 1, r)`.
+
+        `r` numbers of each token are what is kept in the KV cache, half of them as its keys, half as its values, so
+        that caches of every kind do with them what they do with keys and values.
 
         Args:
             args: Those of the attention.
-            kwargs: Likewise; the prompt's mask is taken out.
-            state: Where a layer keeps what it made of these, by cache and index of the layer.
+            kwargs: Likewise.
+            down: `A (r, d')`.
+
+        Raises:
+            ValueError: if the attention's mask is in a form that can't be read.
         """
-        mask = mask_of(kwargs)
-        cache = cache_of(kwargs)
-        is_cross = bool(self.form["context"])
-        if isinstance(cache, cache_utils.EncoderDecoderCache):
-            cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
-        if self.form["pools"] == "nothing":
-            cache = None  # nothing is kept; as the first entry is never skipped, no other has to be passed over, either
-        kept = {} if cache is None else state(cache, self.index)
-        others = self.argument(self.form["context"], args, kwargs) if is_cross else None
-        slot = _entry(cache, self.index) if self.form["shows_keys"] and cache is not None else None
-        if isinstance(slot, PromptSlot) and (slot.keys is None or others is not None):
-            slot.keys = _first(args, kwargs).new_zeros(0 if others is None else 1)
-        if self.form["pools"] == "prompt":
-            return PromptContext(mask, kept)
-        attention_mask = self.argument(self.form["mask"], args, kwargs)
-        return AttendedContext(_first(args, kwargs), attention_mask, kept, is_cross, others)
+        hidden_states, is_cross = _first(args, kwargs), bool(self.form["context"])
+        tokens = self.argument(self.form["context"], args, kwargs) if is_cross else hidden_states
+        values = None
+        if tokens is not None:
+            tokens = tokens.reshape(len(hidden_states), -1, tokens.shape[-1])  # Mllama's come tile by tile
+            values = F.linear(tokens.to(down.dtype), down)
+        values = self._remembered(values, kwargs, is_cross)
+        mask = self.argument(self.form["mask"], args, kwargs)
+        self._check_readable(mask)
+        length, total = hidden_states.shape[1], values.shape[1]
+        is_causal = self.form["causal"] and not is_cross
+        if mask is not None:
+            return uniform_attention(values, looked_at(mask, length, total, is_causal))
+        return causal_mean(values, length) if is_causal else uniform_attention(values, None)
+
+    def _remembered(self, values: torch.Tensor | None, kwargs: dict, is_cross: bool) -> torch.Tensor:
+        """The values `(B, S, r)` of all tokens, those of earlier forwards included."""
+        cache = self._cache(kwargs)
+        if cache is None:
+            if values is None:
+                raise ValueError("A skipped cross-attention was given nothing to look at, and there is no KV cache.")
+            return values
+        entry = self._entry(cache)
+        keys = getattr(entry, "keys", None)
+        if isinstance(entry, EmptyEntry) or (keys is not None and keys.numel() and keys.shape[1] != 1):
+            raise ValueError(
+                f"This KV cache was filled while the attention of layer {self.index} was not skipped, or left nothing. "
+                "Start with a new cache after changing which attentions are skipped."
+            )
+        both = kwargs.get("past_key_values")
+        was_read = is_cross and isinstance(both, cache_utils.EncoderDecoderCache) and both.is_updated.get(self.index)
+        if values is None or was_read:
+            kept = entry.keys, entry.values
+        else:
+            kept = cache.update(*(half[:, None] for half in values.chunk(2, dim=-1)), self.index)
+            if is_cross and isinstance(both, cache_utils.EncoderDecoderCache):
+                both.is_updated[self.index] = True
+        return torch.cat(kept, dim=-1)[:, 0]
+
+    def _check_readable(self, mask: object) -> None:
+        kind = getattr(self.config, "_attn_implementation", None) or ""
+        if not isinstance(mask, (torch.Tensor, type(None))) or "flash" in kind or "paged" in kind:
+            raise ValueError(
+                f"With `propagation='mean'`, skipped attentions read their mask, which can't be with {kind!r}: load "
+                "the model with `attn_implementation='sdpa'` or `'eager'`, and generate by `generate`. Models with "
+                "`propagation='none'` run with all."
+            )
 
     def stream(self, args: tuple, kwargs: dict, attention: nn.Module, added: torch.Tensor) -> torch.Tensor:
         """The attention's output when it adds `added`, of the shape `(B, T, d)` or one like it, to the stream."""
@@ -616,68 +292,41 @@ class Bypass:
         return stream, *(self.argument(name, args, kwargs) if name else None for name in self.form["returns"])
 
 
-def _first(args: tuple, kwargs: dict) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def slot_state(cache: cache_utils.Cache, layer_idx: int) -> dict[str, torch.Tensor]:
-    """Where a skipped attention keeps what it made of the prompt: in place of keys and values."""
-    return prompt_slot(cache, layer_idx).prompt_state
-
-
-def cache_state(cache: cache_utils.Cache, layer_idx: int) -> dict[str, torch.Tensor]:
-    """Where a retained attention keeps what it made of the prompt: beside its keys and values."""
-    layer = _entry(cache, layer_idx)
-    if not hasattr(layer, "prompt_state"):
-        layer.prompt_state = {}
-    return layer.prompt_state
-
-
-def enter_layer(form: dict, context: PromptContext | None) -> None:
-    """Make `context` the one that the FFN finds for an attention of this form; `None`: it is not skipped.
-
-    If what it looks from now is what it has just looked at, it looks back, and the context is the other FFN's.
-    """
-    attention = form["attention"]
-    if context is None:
-        _local.contexts.pop(attention, None)
-        _local.contexts.pop(looking_back(attention), None)
-        return
-    there = _local.contexts.get(attention)
-    looks_back = bool(form["ffn_back"]) and there is not None and there.others is context.tokens
-    _local.contexts[looking_back(attention) if looks_back else attention] = context
-
-
-def looking_back(attention: str) -> str:
-    """What the second call of an attention that looks both ways is called."""
-    return f"{attention} back"
-
-
-def take_context(attention: str) -> PromptContext | None:
-    """The context that a skipped attention has entered, see `enter_layer`; it is let go of."""
-    return _local.contexts.pop(attention, None)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The modules of a merged layer
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class SkippedAttention(nn.Module):
-    """Stands where an attention was: adds a constant to the stream, or nothing; caches nothing.
+    """Stands where an attention was, and adds to the stream what it left, equation (2) of docs/method.md.
 
     Args:
         form: How such attentions are built and called, see `restructure`.
         layer_idx: Index of the layer.
         attention: The attention; what it is called with is looked at, and its norm of the residual stream is kept.
-        width: Size `d` of the constant `stand_in (d,)`; 0 if it adds nothing.
+        width: Size `d` of the stream.
+        constant: Whether there is a constant `stand_in (d,)`.
+        rank: Rank `r` of what other tokens say, `up (d, r)` of the mean of `down (r, pooled)`; 0: nothing.
+        pooled: Size of the tokens that it looks at.
     """
 
-    def __init__(self, form: dict, layer_idx: int, attention: nn.Module, width: int, **factory) -> None:
+    def __init__(
+        self,
+        form: dict,
+        layer_idx: int,
+        attention: nn.Module,
+        width: int,
+        constant: bool = False,
+        rank: int = 0,
+        pooled: int = 0,
+        **factory,
+    ) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.bypass = Bypass(form, layer_idx, attention)
-        self.stand_in = nn.Parameter(torch.zeros(width, **factory)) if width else None
+        self.stand_in = nn.Parameter(torch.zeros(width, **factory)) if constant else None
+        self.down = nn.Parameter(torch.zeros(rank, pooled, **factory)) if rank else None
+        self.up = nn.Parameter(torch.zeros(width, rank, **factory)) if rank else None
         *parents, leaf = form["residual_norm"].split(".")
         if leaf:
             module = self
@@ -687,90 +336,18 @@ class SkippedAttention(nn.Module):
             module.add_module(leaf, attention.get_submodule(form["residual_norm"]))
 
     def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
-        enter_layer(self.bypass.form, self.bypass.context(args, kwargs, slot_state))
-        # a tensor of its own, since layers may change in place what an attention gives them
-        added = _first(args, kwargs).new_zeros(1, 1, 1) if self.stand_in is None else self.stand_in.clone()[None, None]
+        if self.down is None:
+            self.bypass.pass_over(args, kwargs)
+            # a tensor of its own, since layers may change in place what an attention gives them
+            first = _first(args, kwargs)
+            added = first.new_zeros(1, 1, 1) if self.stand_in is None else self.stand_in.clone()[None, None]
+        else:
+            added = F.linear(self.bypass.information(args, kwargs, self.down), self.up, self.stand_in)
         stream = self.bypass.stream(args, kwargs, self, added)
         return self.bypass.returned(stream, args, kwargs)
 
     def extra_repr(self) -> str:
         return f"layer_idx={self.layer_idx}"
-
-
-class Projection(nn.Module):
-    """`y = z weight^T + bias`. Not an `nn.Linear`, so that quantisation and other adapters leave it alone."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, **factory) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(out_features, in_features, **factory))
-        self.bias = nn.Parameter(torch.zeros(out_features, **factory)) if bias else None
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return F.linear(z, self.weight, self.bias)
-
-
-class InputShift(nn.Module):
-    """What folded weights can't hold of an adapter: a vector added to the input of an attention or a FFN.
-
-    Equation (10) of docs/method.md: `z + up(down(mean over the prompt's tokens of z)) + bias`; of a cross-attention,
-    the mean over the other modality's tokens. With `propagation="prompt"` the vector is computed once, `(B, 1, d)`, and
-    from then on a constant; without (`rank=0`) it is the bias alone, where linears can't have one.
-
-    Args:
-        width: `d`.
-        rank: `r`, 0 if nothing depends on the prompt.
-        bias: Whether there is a constant part, the adapter's own biases.
-        pooled: Size of the tokens whose mean it is.
-    """
-
-    def __init__(self, width: int, rank: int, bias: bool, pooled: int, **factory) -> None:
-        super().__init__()
-        self.record = {"kind": "input_shift", "width": width, "rank": rank, "bias": bias, "pooled": pooled}
-        self.down = Projection(pooled, rank, False, **factory) if rank else None
-        self.up = Projection(rank, width, False, **factory) if rank else None
-        self.bias = nn.Parameter(torch.zeros(width, **factory)) if bias else None
-
-    def forward(self, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
-        if self.down is None:
-            return z if self.bias is None else z + self.bias
-        return z + context.once("shift", lambda: self._shift(context.mean(z)))
-
-    def _shift(self, mean: torch.Tensor) -> torch.Tensor:
-        by_prompt = self.up(self.down(mean))
-        return by_prompt if self.bias is None else by_prompt + self.bias
-
-
-class RoutedAdapter(nn.Module):
-    """An adapter with `router="prompt"`, which no static weight can hold: kept as a rank-`r` product.
-
-    Equations (1) and (2) of docs/method.md, with scaling, temperature and the groups multiplied in.
-
-    Args:
-        width: `d`.
-        rank: `r`.
-        bias: Whether the projections have biases.
-        propagates: Whether the prompt's information is added (a PIA with `propagation="prompt"`).
-    """
-
-    def __init__(self, width: int, rank: int, bias: bool, propagates: bool, **factory) -> None:
-        super().__init__()
-        self.record = {"kind": "routed", "width": width, "rank": rank, "bias": bias, "propagates": propagates}
-        self.router = Projection(width, 2, True, **factory)
-        self.down = Projection(width, rank, bias, **factory)
-        self.up = Projection(rank, 2 * width, bias, **factory)
-        self.prompt_down = Projection(width, rank, bias, **factory) if propagates else None
-
-    def forward(self, z: torch.Tensor, context: PromptContext) -> torch.Tensor:
-        alpha = context.once("alpha", lambda: torch.softmax(self.router(context.mean(z)), dim=-1))
-        hidden = self.down(z)
-        if self.prompt_down is not None:
-            hidden = hidden + context.once("p", lambda: self.prompt_down(context.mean(z)))
-        first, second = self.up(hidden).chunk(2, dim=-1)
-        return z + alpha[..., :1] * first + alpha[..., 1:] * second
-
-
-KEPT_ADAPTERS = {"input_shift": InputShift, "routed": RoutedAdapter}
-"""What stays of adapters in a merged model, by the `kind` of its record."""
 
 
 def skipped(eas: dict) -> list[int | str]:
@@ -790,37 +367,20 @@ def _listed(eas: dict, key: str) -> list[int | str]:
     return [f"{form['stack']}.{index}.{'cross' if form['context'] else 'self'}" for form, index in found]
 
 
-def depends_on_prompt(eas: dict) -> bool:
-    """Whether a model with the record `config.eas` has layers that depend on the prompt of a decoder."""
-    return any(
-        record["kind"] == "routed" or record["rank"] > 0
-        for form in eas["attentions"]
-        for record in form["adapters"].values()
-        if form["pools"] == "prompt"
-    )
+def propagates(eas: dict) -> bool:
+    """Whether skipped attentions of a model with the record `config.eas` say something of other tokens."""
+    return any(left["rank"] for form in eas["attentions"] for left in form["left"])
 
 
-def _adapt_attention_input(bypass: Bypass, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of a retained attention with a kept adapter."""
-    context = bypass.context(args, kwargs, cache_state)
-    return change_input(args, kwargs, lambda z: attention.eas_adapter(z, context))
+def shift_input(layers: nn.ModuleList, name: str, shift: torch.Tensor) -> None:
+    """Add `shift (d,)` to the input of the attention or FFN `name` (`"3.mlp"`): biases that its linears can't have."""
+    module = layers.get_submodule(name)
+    module.eas_shift = nn.Parameter(shift, requires_grad=False)
+    module.register_forward_pre_hook(_shifted, with_kwargs=True)
 
 
-def _adapt_ffn_input(form: dict, attention: str, ffn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of the FFN of a skipped attention with a kept adapter."""
-    context = take_context(attention) or PromptContext(None, {})
-    adapter = getattr(ffn, _adapter_name(form))
-    return change_input(args, kwargs, lambda z: by_row(lambda rows: adapter(rows, context), z, context.rows))
-
-
-def _shift_ffn_input(form: dict, ffn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of the FFN of a retained attention with a kept adapter: biases that its linears can't have."""
-    return change_input(args, kwargs, lambda z: getattr(ffn, _adapter_name(form))(z, PromptContext(None, {})))
-
-
-def _adapter_name(form: dict) -> str:
-    """What the kept adapter of such an attention is called, in the module that it stands before."""
-    return "eas_cross_adapter" if form["context"] else "eas_adapter"
+def _shifted(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return change_input(args, kwargs, lambda z: z + module.eas_shift)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -833,11 +393,11 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
 
     `eas` holds `decoder` (name of a vision-language model's language model) and `attentions`: for each kind of
     attention in each list of layers, how such attentions are built and called (`Attentions.form` of the module
-    `families`) and what became of them: `present` (indices of layers that had one), `norms` (those of a layer that go
-    with its attention), `skip` (indices of layers that have lost it), `stand_in` (for each of these, the size of the
-    constant that is added in its place, 0 if none), `biased` (linears that a fold has given a bias),
-    `adapters` (records of what stays of adapters, by the attention or FFN that they stand before). For people,
-    `by_name` (see `skipped`) and `config` (what the adapter was configured with).
+    `families`) and what became of them: `present` (indices of layers that had one), `norms` and `output_norms` (those
+    of a layer that go with its attention), `skip` (indices of layers that have lost it), `left` (for each of these,
+    what is added in its place: the sizes that `SkippedAttention` takes), `biased` (linears that a fold has given a
+    bias), `shifted` (attentions and FFNs whose input is shifted, with its size). For people, `by_name` (see `skipped`)
+    and `config` (what the adapter was configured with).
 
     Raises:
         ValueError: if `eas` was written by another version, or names layers that are not there.
@@ -845,7 +405,8 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
     if eas.get("format") != FORMAT:
         raise ValueError(
             f"This checkpoint has format {eas.get('format')!r} of `config.eas`, but this modelling file reads format "
-            f"{FORMAT}: use the modelling file that came with the checkpoint, or a matching version of peft_eas."
+            f"{FORMAT}: merge the adapter again, or use the version of peft_eas (or the modelling file) that the "
+            "checkpoint came with."
         )
     decoder = model if eas["decoder"] is None else outermost(model, eas["decoder"])[1]
     for form in eas["attentions"]:
@@ -854,22 +415,18 @@ def restructure(model: PreTrainedModel, eas: dict) -> None:
             raise ValueError(
                 f"config.json skips the attentions of layers {form['skip']}, but has {len(layers)} layers."
             )
-        if len(form["stand_in"]) != len(form["skip"]):
+        if len(form["left"]) != len(form["skip"]):
             raise ValueError(
-                f"config.json skips the attentions of layers {form['skip']}, but has {len(form['stand_in'])} sizes of "
-                "what stands in for them."
+                f"config.json skips the attentions of layers {form['skip']}, but has {len(form['left'])} records of "
+                "what is left of them."
             )
         for name in form["biased"]:
             linear = layers.get_submodule(name)
             if linear.bias is None:
                 linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-        for name, record in form["adapters"].items():
-            module = layers.get_submodule(name)
-            if not hasattr(module, _adapter_name(form)):
-                like = next(module.parameters())
-                settings = {key: value for key, value in record.items() if key != "kind"}
-                adapter = KEPT_ADAPTERS[record["kind"]](**settings, device=like.device, dtype=like.dtype)
-                keep_adapter(layers, form, name, adapter)
+        for name, width in form["shifted"].items():
+            if not hasattr(layers.get_submodule(name), "eas_shift"):
+                shift_input(layers, name, next(layers.get_submodule(name).parameters()).new_zeros(width))
         strip_attentions(layers, form)
     forget_ties(model)
 
@@ -895,14 +452,14 @@ def has_module(model: nn.Module, suffix: str) -> bool:
 
 def strip_attentions(layers: nn.ModuleList, form: dict) -> None:
     """Put a `SkippedAttention` where each skipped attention was, and drop the norms that only the attention needed."""
-    for index, width in zip(form["skip"], form["stand_in"], strict=True):
+    for index, left in zip(form["skip"], form["left"], strict=True):
         layer = layers[index]
         attention = layer.get_submodule(form["attention"])
         if not isinstance(attention, SkippedAttention):
             like = next(p for p in layer.parameters() if p.is_floating_point())  # an attention may be quantised
-            put_in = SkippedAttention(form, index, attention, width, device=like.device, dtype=like.dtype)
+            put_in = SkippedAttention(form, index, attention, **left, device=like.device, dtype=like.dtype)
             layer.set_submodule(form["attention"], put_in.train(layer.training))
-        for name in form["norms"]:
+        for name in (*form["output_norms"], *(() if left["rank"] else form["norms"])):
             if name in dict(layer.named_modules()):
                 layer.set_submodule(name, nn.Identity())
 
@@ -915,27 +472,6 @@ def forget_ties(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = {name: source for name, source in ties.items() if name in names}
 
 
-def keep_adapter(layers: nn.ModuleList, form: dict, name: str, adapter: InputShift | RoutedAdapter) -> None:
-    """Let `adapter` see the input of the attention or FFN `name` (`"3.mlp"`) first."""
-    module = layers.get_submodule(name)
-    setattr(module, _adapter_name(form), adapter.train(module.training))
-    index, inside = name.split(".", 1)
-    index = int(index)
-    if inside == f"{form['attention']}.{form['core']}".rstrip(".") and index in form["present"]:
-        hook = functools.partial(_adapt_attention_input, Bypass(form, index, module))
-    elif index - form["ffn_after"] in form["skip"]:
-        attention = form["attention"] if inside == form["ffn"] else looking_back(form["attention"])
-        hook = functools.partial(_adapt_ffn_input, form, attention)
-    else:
-        hook = functools.partial(_shift_ffn_input, form)
-    # that of a self-attention takes the mean of the input as it was
-    module.register_forward_pre_hook(hook, with_kwargs=True, prepend=not form["context"])
-
-
-def always() -> bool:
-    return True
-
-
 describe: Callable[[PreTrainedModel, Path, str | None], None] | None = None
 """Writes the model card of a model into a folder, for a repository if there is one; `peft_eas` puts it here."""
 
@@ -946,18 +482,12 @@ class EASMixin:
     def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
         restructure(self, config.eas)
-        if depends_on_prompt(config.eas):
-            watch_prompt(self, always)
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """As the base class: of other classes, transformers leaves buffers that no checkpoint holds without values."""
         base = next(c for c in cls.__mro__ if c.__module__ != __name__)
         return not base.__module__.startswith("transformers.")
-
-    def generate(self, *args, **kwargs):
-        with generation(args, kwargs):
-            return super().generate(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

@@ -1,23 +1,18 @@
 """The mathematics of the adapters and of their folds, on plain tensors.
 
 Shapes: hidden size `d`, rank `r`, `g` groups, linear outputs `o`. All branches (one, or two) share one down-projection.
-With the scaling `s`, the weights `alpha` of the branches (1 if there is one) and the prompt's information `p` (equation
-numbers are those of docs/method.md):
+With the scaling `s` and the weights `alpha` of the branches (1 if there is one), an adapter in front of an attention or a
+FFN is (the equation's number is that of docs/method.md)
 
-    adapt(z) = z + s * sum_j alpha_j * ((z A^T + a) B_j^T + b_j)                    (1)  attention, or FFN
-    pia(z)   = z + s * sum_j alpha_j * ((z A^T + a + p) B_j^T + b_j)                (2)  FFN of a skipped attention
-    p        = mean over the prompt's tokens of (z C^T + c)                         (3)
-
-Both are `z + h U^T + u` with `h` the down-projected input, so one fold serves both.
+    adapt(z) = z + s * sum_j alpha_j * ((z A^T + a) B_j^T + b_j)                    (1)
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 LARGEST_AMPLIFICATION = 1e3
-"""How many times as large as `up` the solution of `input_shift` may be; in trained models it is about 1."""
+"""How many times as large as what it is the inverse of an `input_shift` may be; in trained models it is about 1."""
 
 
 def dense_up(blocks: torch.Tensor) -> torch.Tensor:
@@ -28,23 +23,6 @@ def dense_up(blocks: torch.Tensor) -> torch.Tensor:
 def mix(per_branch: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
     """Sum of the branches weighted by `alpha (2,)`, or the only one: `(branches, ...) -> (...)`."""
     return per_branch[0] if alpha is None else torch.tensordot(alpha, per_branch, dims=1)
-
-
-def up_project(
-    hidden: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor | None, alpha: torch.Tensor | None
-) -> torch.Tensor:
-    """The adapter's output `sum_j alpha_j * (hidden up_j^T + up_bias_j)`: `(B, T, r) -> (B, T, d)`.
-
-    Args:
-        hidden: Down-projected input `(B, T, r)`.
-        up: `(branches, d, r)`.
-        up_bias: `(branches, d)` or `None`.
-        alpha: `(2,)` learned weights, `(B, 1, 2)` weights of each sequence, or `None` if there is one branch.
-    """
-    if alpha is None or alpha.dim() == 1:
-        return F.linear(hidden, mix(up, alpha), None if up_bias is None else mix(up_bias, alpha))
-    first, second = (F.linear(hidden, up[j], None if up_bias is None else up_bias[j]) for j in range(2))
-    return alpha[..., :1] * first + alpha[..., 1:] * second
 
 
 def fold(
@@ -86,12 +64,11 @@ def fold(
 
 def input_shift(
     down: torch.Tensor, down_bias: torch.Tensor | None, up: torch.Tensor, up_bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a linear with the folded weight `weight R` has to be given on top of `z`, equation (10) of docs/method.md.
+) -> torch.Tensor:
+    """What a linear with the folded weight `weight R`, and no bias, has to be given on top of `z`, equation (10).
 
-    `z -> z + (z down^T + down_bias + p) up^T + up_bias` is `R z + up (down_bias + p) + up_bias` with `R = I + up down`;
-    that is `R (z + shift)` with `shift = S p + s`, `S = R^-1 up` and `s = R^-1 (up down_bias + up_bias)`. Since
-    `R^-1 up = up (I + down up)^-1`, only an `r x r` matrix is inverted.
+    `z -> z + (z down^T + down_bias) up^T + up_bias` is `R z + t` with `R = I + up down` and `t = up down_bias + up_bias`;
+    that is `R (z + R^-1 t)`, where `R^-1 t = t - up (I + down up)^-1 down t` takes the inverse of an `r x r` matrix only.
 
     Args:
         down: `(r, d)`.
@@ -100,30 +77,30 @@ def input_shift(
         up_bias: `(d,)` or `None`, likewise.
 
     Returns:
-        `S (d, r)`, and `s (d,)` or `None` if there are no biases; in float64.
+        `R^-1 t`, `(d,)`, in float64.
 
     Raises:
         ValueError: if `R` all but erases a direction that the shift needs, so that rounding would show.
     """
     down, up = down.double(), up.double()
+    t = up.new_zeros(len(up))
+    if down_bias is not None:
+        t = t + up @ down_bias.double()
+    if up_bias is not None:
+        t = t + up_bias.double()
     inner = torch.eye(len(down), dtype=down.dtype, device=down.device) + down @ up
     try:
-        solved = torch.linalg.solve(inner, up, left=False)
+        shift = t - up @ torch.linalg.solve(inner, down @ t)
     except torch.linalg.LinAlgError:
-        solved = torch.full_like(up, torch.inf)
-    if not solved.norm() <= LARGEST_AMPLIFICATION * up.norm():
+        shift = torch.full_like(t, torch.inf)
+    if not shift.norm() <= LARGEST_AMPLIFICATION * t.norm():
         raise ValueError(
-            "An adapter erases a direction of its input (it turns it into zero, or nearly), so the prompt's "
-            f"information can't be added in front of it: {solved.norm() / up.norm():.1e} times its size would be "
-            f"needed, and up to {LARGEST_AMPLIFICATION:.0e} is allowed. Ways out: train further, with a lower learning "
-            "rate or weight decay; or `model.freeze_context(dataloader)` before merging."
+            "An adapter erases a direction of its input (it turns it into zero, or nearly), so its biases can't be "
+            f"added in front of it: {shift.norm() / t.norm():.1e} times their size would be needed, and up to "
+            f"{LARGEST_AMPLIFICATION:.0e} is allowed. Ways out: train further, with a lower learning rate or weight "
+            "decay; or train with `use_bias=False`."
         )
-    constant = None
-    if down_bias is not None:
-        constant = up @ down_bias.double()
-    if up_bias is not None:
-        constant = _add(constant, up_bias.double())
-    return solved, None if constant is None else constant - solved @ (down @ constant)
+    return shift
 
 
 def _add(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..folders import new_folder
+from ..modeling_eas import propagates
 from .gguf_file import write_gguf
 from .nemotron_nas import write_nemotron_nas
 from .onnx_file import write_onnx
@@ -60,10 +61,15 @@ def _check(model: PreTrainedModel) -> None:
         raise ValueError(
             f"A {type(model).__name__} reads more than text, which can't be exported. transformers runs it as it is."
         )
-    if any(form["adapters"] for form in getattr(model.config, "eas", {"attentions": []})["attentions"]):
+    eas = getattr(model.config, "eas", {"attentions": []})
+    if propagates(eas):
         raise ValueError(
-            "Something stays of this model's adapters beside its weights (layers depend on the prompt, or experts have "
-            "no biases), which other engines know nothing of. Ways out: "
-            "`model.freeze_context(dataloader)` on the model with adapters before it is merged, or training with "
-            "`propagation='none'` and `router='none'`; for mixtures of experts, `use_bias=False` as well."
+            "Skipped attentions of this model leave a mean over other tokens (`propagation='mean'`), which other engines "
+            "know nothing of. Ways out: `model.freeze_context(dataloader)` on the model with adapters before it is "
+            "merged, or training with `propagation='none'`."
+        )
+    if any(form["shifted"] for form in eas["attentions"]):
+        raise ValueError(
+            "The adapters' biases stay beside this model's weights, as its experts have none, and other engines know "
+            "nothing of them. Way out: training with `use_bias=False`."
         )

@@ -63,7 +63,7 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, batches: Sequence[dic
                 norm = model.get_submodule(f"{arm.attention}.{row.residual_norm}")
                 before, after = norm.forward(before), norm.forward(after)  # without the hooks
             change = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
-            if row.pools != "nothing" and not row.context and kept is not None and kept.shape == change.shape:
+            if not row.answers and not row.context and kept is not None and kept.shape == change.shape:
                 change = change[kept]
             totals[key] += change.sum().item()
             counts[key] += change.numel()
