@@ -58,6 +58,7 @@ class Attentions:
         context: Of a cross-attention, the argument with the tokens that keys and values come from.
         context_inputs: The linears that read these.
         mask: The argument with the attention's mask; `""` if it may look at all tokens (BEiT's has position biases).
+        mask_hides: Whether that says what may not be looked at (MPT).
         shows_keys: Whether the model looks into the cache for keys (Mllama, to know whether there have been images).
         ffn: The FFN, in a layer. An attention that none follows is never skipped.
         ffn_after: How many layers after that of the attention: 1 where each layer is one of them (Nemotron-H).
@@ -91,6 +92,7 @@ class Attentions:
     context: str = ""
     context_inputs: tuple[str, ...] = ()
     mask: str = "attention_mask"
+    mask_hides: bool = False
     shows_keys: bool = False
     ffn: str = "mlp"
     ffn_after: int = 0
@@ -113,7 +115,7 @@ class Attentions:
 
 _FORM = (
     "stack", "layers", "attention", "core", "ffn", "ffn_after", "ffn_back", "residual_norm",
-    "adds_residual", "returns", "causal", "answers", "context", "mask", "shows_keys",
+    "adds_residual", "returns", "causal", "answers", "context", "mask", "mask_hides", "shows_keys",
 )  # fmt: skip
 
 
@@ -277,7 +279,7 @@ _ROWS = (
            ffn_inputs=("dense_h_to_4h",)),
     Family("bloom", layers="h", attention="self_attention", attention_inputs=("query_key_value",),
            ffn_inputs=("dense_h_to_4h",), adds_residual=True),
-    Family("mpt", layers="blocks", attention="attn", attention_inputs=("Wqkv",), attention_norms=("norm_1",),
+    Family("mpt", layers="blocks", mask_hides=True, attention="attn", attention_inputs=("Wqkv",), attention_norms=("norm_1",),
            ffn="ffn", ffn_inputs=("up_proj",)),
     # attention and FFN side by side, reading the same norm
     Family("codegen", layers="h", attention="attn", attention_inputs=("qkv_proj",), attention_norms=(),

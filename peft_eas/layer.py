@@ -401,12 +401,14 @@ class EASAttention(EASLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = self.acting_adapter()
         if name is None:
+            self.bypass.retain(kwargs)
             return self.base_layer(*args, **kwargs)
         if self.skips(name):
             if self.training and name not in self.measured:
                 self._check_measured(name)
             stream = self.bypass.stream(args, kwargs, self.base_layer, self._added(name, args, kwargs))
             return self.bypass.returned(self._touched(stream, name), args, kwargs)
+        self.bypass.retain(kwargs)
         args, kwargs = change_input(args, kwargs, lambda z: self._touched(z, name))
         if not self.arm.row.core:
             args, kwargs = self._adapted(self.base_layer, args, kwargs)
@@ -433,7 +435,7 @@ class EASAttention(EASLayer):
         if down is None:
             self.bypass.pass_over(args, kwargs)
         else:
-            information = self.bypass.information(args, kwargs, down)
+            information = self.bypass.information(args, kwargs, down, getattr(self.base_layer, "config", None))
             added = added + F.linear(information.to(up.dtype), up).to(first.dtype)
         return added if constant is None else added + constant.to(first.dtype)
 

@@ -54,14 +54,16 @@ def uniform_attention(values: torch.Tensor, allowed: torch.Tensor | None) -> tor
     return (weights @ wide / weights.sum(-1, keepdim=True).clamp(min=1)).to(values.dtype)
 
 
-def causal_mean(values: torch.Tensor, length: int) -> torch.Tensor:
-    """The same where each token looks at itself and those before it: of `(B, S, r)` the last `length` means."""
+def causal_mean(values: torch.Tensor) -> torch.Tensor:
+    """The same where each token looks at itself and those before it: `(B, T, r) -> (B, T, r)`."""
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     counts = torch.arange(1, values.shape[1] + 1, device=values.device)[:, None]
-    return (wide.cumsum(dim=1) / counts)[:, -length:].to(values.dtype)
+    return (wide.cumsum(dim=1) / counts).to(values.dtype)
 
 
-def looked_at(attention_mask: torch.Tensor, length: int, total: int, is_causal: bool) -> torch.Tensor:
+def looked_at(
+    attention_mask: torch.Tensor, length: int, total: int, is_causal: bool, hides: bool = False
+) -> torch.Tensor:
     """Whether each of `length` tokens may look at each of `total`, `(B or 1, T or 1, S)`, by an attention's mask.
 
     Args:
@@ -70,9 +72,10 @@ def looked_at(attention_mask: torch.Tensor, length: int, total: int, is_causal: 
         length: `T`; they are the last of the `S`.
         total: `S`.
         is_causal: Whether a token looks at none that follow, where the mask does not say which tokens look.
+        hides: Whether a bool mask says the opposite, what may not be looked at (MPT).
     """
     mask = attention_mask[..., :total]
-    mask = mask >= 0 if mask.is_floating_point() else mask.bool()
+    mask = mask >= 0 if mask.is_floating_point() else mask.bool() ^ hides
     if mask.dim() == 4:
         mask = mask.any(dim=1)
     elif mask.dim() == 2:
@@ -158,7 +161,7 @@ class Bypass:
     Args:
         form: How such attentions are built and called, see `restructure`.
         index: Index of the layer.
-        attention: The attention, for the names of its arguments and how it is computed.
+        attention: The attention, for the names of its arguments.
     """
 
     def __init__(self, form: dict, index: int, attention: nn.Module) -> None:
@@ -166,7 +169,6 @@ class Bypass:
         self.names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
         self.form = form
         self.index = index
-        self.config = getattr(attention, "config", None)
 
     def argument(self, name: str, args: tuple, kwargs: dict) -> Any:
         """An argument of the attention, given by position or by name; `None` if it is not given."""
@@ -195,7 +197,7 @@ class Bypass:
             return
         entry = self._entry(cache)
         if not isinstance(entry, EmptyEntry):
-            self._check_empty(entry)
+            self._check_unused(entry)
             has_state = isinstance(entry, cache_utils.LinearAttentionLayer)
             entry = cache.layers[self.index] = StateEntry(entry) if has_state else EmptyEntry()
         if self.form["shows_keys"]:
@@ -203,19 +205,33 @@ class Bypass:
             if entry.keys is None or others is not None:
                 entry.keys = _first(args, kwargs).new_zeros(0 if others is None else 1)
 
+    def retain(self, kwargs: dict) -> None:
+        """See that a retained attention finds in the KV cache what it left there itself.
+
+        Raises:
+            ValueError: if there is something that it left when it was skipped.
+        """
+        cache = self._cache(kwargs)
+        entry = cache.layers[self.index] if cache is not None and self.index < len(cache.layers) else None
+        if getattr(entry, "eas_rank", None):
+            self._check_unused(entry)
+            entry.eas_rank, entry.is_initialized = None, False
+
     def _entry(self, cache: cache_utils.Cache) -> Any:
         while len(cache.layers) <= self.index:  # a cache that grows as it is filled
             cache.layers.append(cache.layer_class_to_replicate())
         return cache.layers[self.index]
 
-    def _check_empty(self, entry: Any) -> None:
-        if entry.is_initialized and int(entry.get_seq_length()) > 0:
+    def _check_unused(self, entry: Any) -> None:
+        if isinstance(entry, EmptyEntry) or (entry.is_initialized and int(entry.get_seq_length()) > 0):
             raise ValueError(
-                f"This KV cache holds keys and values of layer {self.index}, whose attention is skipped now. Start "
-                "with a new cache after changing which attentions are skipped."
+                f"This KV cache was filled when the attention of layer {self.index} was skipped and is not now, or the "
+                "other way round. Start with a new cache after changing which attentions are skipped."
             )
 
-    def information(self, args: tuple, kwargs: dict, down: torch.Tensor) -> torch.Tensor:
+    def information(
+        self, args: tuple, kwargs: dict, down: torch.Tensor, config: PreTrainedConfig | None
+    ) -> torch.Tensor:
         """Equation (3): what the tokens that this attention would look at say, `(B, T or 1, r)`.
 
         `r` numbers of each token are what is kept in the KV cache, half of them as its keys, half as its values, so
@@ -224,7 +240,8 @@ class Bypass:
         Args:
             args: Those of the attention.
             kwargs: Likewise.
-            down: `A (r, d')`.
+            down: `C (r, d')`.
+            config: The attention's, which says how it is computed.
 
         Raises:
             ValueError: if the attention's mask is in a form that can't be read.
@@ -237,12 +254,13 @@ class Bypass:
             values = F.linear(tokens.to(down.dtype), down)
         values = self._remembered(values, kwargs, is_cross)
         mask = self.argument(self.form["mask"], args, kwargs)
-        self._check_readable(mask)
+        _check_readable(mask, config)
         length, total = hidden_states.shape[1], values.shape[1]
         is_causal = self.form["causal"] and not is_cross
         if mask is not None:
-            return uniform_attention(values, looked_at(mask, length, total, is_causal))
-        return causal_mean(values, length) if is_causal else uniform_attention(values, None)
+            return uniform_attention(values, looked_at(mask, length, total, is_causal, self.form["mask_hides"]))
+        # as torch's own causal attention: the first of the values are these tokens', unless one goes on from the cache
+        return causal_mean(values[:, :length]) if is_causal and length > 1 else uniform_attention(values, None)
 
     def _remembered(self, values: torch.Tensor | None, kwargs: dict, is_cross: bool) -> torch.Tensor:
         """The values `(B, S, r)` of all tokens, those of earlier forwards included."""
@@ -252,30 +270,18 @@ class Bypass:
                 raise ValueError("A skipped cross-attention was given nothing to look at, and there is no KV cache.")
             return values
         entry = self._entry(cache)
-        keys = getattr(entry, "keys", None)
-        if isinstance(entry, EmptyEntry) or (keys is not None and keys.numel() and keys.shape[1] != 1):
-            raise ValueError(
-                f"This KV cache was filled while the attention of layer {self.index} was not skipped, or left nothing. "
-                "Start with a new cache after changing which attentions are skipped."
-            )
+        if not getattr(entry, "eas_rank", None):
+            self._check_unused(entry)
+            entry.is_initialized = False  # a static one may have been made for the attention's own keys
         both = kwargs.get("past_key_values")
-        was_read = is_cross and isinstance(both, cache_utils.EncoderDecoderCache) and both.is_updated.get(self.index)
-        if values is None or was_read:
+        remembers = both.is_updated if is_cross and isinstance(both, cache_utils.EncoderDecoderCache) else {}
+        if values is None or remembers.get(self.index):
             kept = entry.keys, entry.values
         else:
             kept = cache.update(*(half[:, None] for half in values.chunk(2, dim=-1)), self.index)
-            if is_cross and isinstance(both, cache_utils.EncoderDecoderCache):
-                both.is_updated[self.index] = True
+            entry.eas_rank = values.shape[-1]
+            remembers[self.index] = True
         return torch.cat(kept, dim=-1)[:, 0]
-
-    def _check_readable(self, mask: object) -> None:
-        kind = getattr(self.config, "_attn_implementation", None) or ""
-        if not isinstance(mask, (torch.Tensor, type(None))) or "flash" in kind or "paged" in kind:
-            raise ValueError(
-                f"With `propagation='mean'`, skipped attentions read their mask, which can't be with {kind!r}: load "
-                "the model with `attn_implementation='sdpa'` or `'eager'`, and generate by `generate`. Models with "
-                "`propagation='none'` run with all."
-            )
 
     def stream(self, args: tuple, kwargs: dict, attention: nn.Module, added: torch.Tensor) -> torch.Tensor:
         """The attention's output when it adds `added`, of the shape `(B, T, d)` or one like it, to the stream."""
@@ -290,6 +296,16 @@ class Bypass:
         if self.form["returns"] is None:
             return stream
         return stream, *(self.argument(name, args, kwargs) if name else None for name in self.form["returns"])
+
+
+def _check_readable(mask: object, config: PreTrainedConfig | None) -> None:
+    kind = getattr(config, "_attn_implementation", None) or ""
+    if not isinstance(mask, (torch.Tensor, type(None))) or any(name in kind for name in ("flash", "flex", "paged")):
+        raise ValueError(
+            f"With `propagation='mean'`, skipped attentions read their mask, which can't be with {kind!r}: load the model "
+            "with `attn_implementation='sdpa'` or `'eager'`, and generate by `generate`. Models with "
+            "`propagation='none'` run with all."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -323,6 +339,7 @@ class SkippedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.config = getattr(attention, "config", None)
         self.bypass = Bypass(form, layer_idx, attention)
         self.stand_in = nn.Parameter(torch.zeros(width, **factory)) if constant else None
         self.down = nn.Parameter(torch.zeros(rank, pooled, **factory)) if rank else None
@@ -342,7 +359,8 @@ class SkippedAttention(nn.Module):
             first = _first(args, kwargs)
             added = first.new_zeros(1, 1, 1) if self.stand_in is None else self.stand_in.clone()[None, None]
         else:
-            added = F.linear(self.bypass.information(args, kwargs, self.down), self.up, self.stand_in)
+            information = self.bypass.information(args, kwargs, self.down, self.config)
+            added = F.linear(information, self.up, self.stand_in)
         stream = self.bypass.stream(args, kwargs, self, added)
         return self.bypass.returned(stream, args, kwargs)
 

@@ -6,6 +6,7 @@ python tests/matrix.py gpt2 phi3    # these rows, on the screen
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import re
@@ -1266,7 +1267,7 @@ def skipped(model: PreTrainedModel) -> list[int | str]:
 def adapted(model_type: str, seed: int = 2, **settings) -> PeftModel:
     base = tiny_model(model_type)
     task = EXAMPLES[model_type].task if model_type in EXAMPLES else "CAUSAL_LM"
-    config = EASConfig(**dict(skip_layers=skipped(base), task_type=task, propagation="prompt") | settings)
+    config = EASConfig(**dict(skip_layers=skipped(base), task_type=task, propagation="mean") | settings)
     model = get_peft_model(base, config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -1380,11 +1381,7 @@ def reloaded(merged: PreTrainedModel, model_type: str) -> PreTrainedModel:
 
 def merging(model_type: str) -> None:
     """Merged equals unmerged, with and without propagation, with one branch and two."""
-    for settings in (dict(router="static", groups=2), dict(propagation="none"), dict(router="prompt")):
-        if settings.get("router") == "prompt" and any(
-            arm.row.pools != "prompt" for arm in find_layers(tiny_model(model_type)).values()
-        ):
-            continue  # refused, see test_encoders.py
+    for settings in (dict(router="static", groups=2), dict(propagation="none")):
         model = adapted(model_type, **settings)
         expected = logits(model, model_type)
         fresh = get_peft_model(tiny_model(model_type), EASConfig(skip_layers=skipped(tiny_model(model_type)))).eval()
@@ -1510,7 +1507,7 @@ def sizes(model_type: str) -> None:
 
 
 def images(model_type: str) -> None:
-    """The image, or the sound, is part of the prompt: another one changes what a skipped layer is told."""
+    """The image, or the sound, is among what a skipped attention says: another one changes what it keeps."""
     if model_type not in IMAGES | SOUNDS:
         return
     model = adapted(model_type)
@@ -1518,11 +1515,104 @@ def images(model_type: str) -> None:
     seen = ("pixel_values", "patches", "input_features", "input_values")
     name = next(name for name in inputs if any(part in name for part in seen))
     other = inputs | {name: inputs[name].roll(len(inputs[name]) // 3, 0)}
-    told = []
+    kept = []
     for given in (inputs, other):
         cache = cache_of(model, given)
-        told.append([cache.layers[index].prompt_state["p"] for index in skipped(model.base_model.model)])
-    assert max((first - second).abs().max() for first, second in zip(*told, strict=True)) > 1e-3
+        kept.append([cache.layers[index].values for index in skipped(model.base_model.model)])
+    assert max((first - second).abs().max() for first, second in zip(*kept, strict=True)) > 1e-3
+
+
+TEXT_IDS = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(5))
+
+
+def decoded(model_type: str) -> list[nn.Module]:
+    """An adapted decoder, with and without propagation, as it is and merged; none for other models."""
+    if model_type in EXAMPLES:
+        return []
+    models = []
+    for propagation in ("mean", "none"):
+        model = adapted(model_type, propagation=propagation)
+        models += [model, copy.deepcopy(model).merge_and_unload()]
+    return models
+
+
+@torch.no_grad()
+def prefix_moves(model: nn.Module) -> float:
+    """By how much the logits of six tokens change when others, or padding, follow; relative to the largest."""
+    before = model(TEXT_IDS[:, :6]).logits
+    mask = (torch.arange(10) < 6).long().expand(2, 10)
+    after = model(TEXT_IDS).logits, model(TEXT_IDS * mask, attention_mask=mask).logits
+    return distance(before, *(logits[:, :6] for logits in after))
+
+
+@torch.no_grad()
+def parts_differ(model: nn.Module) -> float:
+    """How far the logits of a text that is read in parts, with a KV cache, are from those read at once."""
+    moved = 0.0
+    for mask in (None, (torch.arange(10) >= torch.tensor([[0], [3]])).long()):
+        whole = model(TEXT_IDS, attention_mask=mask).logits
+        read, cache = [], None
+        for start, end in ((0, 4), (4, 8), (8, 9), (9, 10)):
+            outputs = model(
+                TEXT_IDS[:, start:end],
+                attention_mask=None if mask is None else mask[:, :end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = outputs.past_key_values
+            read.append(outputs.logits)
+        kept = torch.ones(2, 10, dtype=torch.bool) if mask is None else mask.bool()
+        moved = max(moved, distance(whole[kept], torch.cat(read, dim=1)[kept]))
+    return moved
+
+
+@torch.no_grad()
+def packing_differs(model: nn.Module) -> float:
+    """How far the logits of two texts in one row are from those of the texts apart."""
+    positions = torch.arange(10).repeat(2)[None]
+    apart = torch.cat([model(row[None]).logits for row in TEXT_IDS], dim=1)
+    packed = model(TEXT_IDS.flatten()[None], position_ids=positions, use_cache=False).logits  # no cache: nothing before
+    return distance(apart, packed)
+
+
+def distance(expected: torch.Tensor, *actual: torch.Tensor) -> float:
+    scale = expected.abs().max()
+    return max(float((logits - expected).abs().max() / scale) for logits in actual)
+
+
+def stock_is_exact(model_type: str, differ: Callable[[nn.Module], float]) -> bool:
+    """Whether the base model does itself what is asked of it: hybrids may not read in parts, or know of packing."""
+    try:
+        return differ(tiny_model(model_type)) < 1e-4
+    except Exception:
+        return False
+
+
+def _check(model_type: str, differ: Callable[[nn.Module], float]) -> None:
+    if model_type in EXAMPLES or not stock_is_exact(model_type, differ):
+        return
+    for model in decoded(model_type):
+        found = differ(model)
+        assert found < 1e-4, f"{type(model).__name__} differs by {found:.1e}"
+
+
+def prefix(model_type: str) -> None:
+    """Logits do not change when tokens, or padding, follow; without a mask, too."""
+    _check(model_type, prefix_moves)
+
+
+def parts(model_type: str) -> None:
+    """Read in parts, with a KV cache, as at once: chunks, a second turn, single tokens; with left padding, too."""
+    _check(model_type, parts_differ)
+
+
+def packing(model_type: str) -> None:
+    """Two texts in one row, with positions that start anew, as apart."""
+    _check(model_type, packing_differs)
+
+
+AS_STOCK = {"prefix": prefix_moves, "parts": parts_differ, "packing": packing_differs}
+"""Checks of what the base model does itself, where it does."""
 
 
 def padding(model_type: str) -> None:
@@ -1551,7 +1641,10 @@ def padding(model_type: str) -> None:
 
 CHECKS: dict[str, Callable[[str], None]] = {
     check.__name__: check
-    for check in (identity, skipping, standing_in, merging, generation, training, reloading, sizes, images, padding)
+    for check in (
+        identity, skipping, standing_in, merging, prefix, parts, packing, generation, training, reloading, sizes,
+        images, padding,
+    )
 }  # fmt: skip
 
 
@@ -1570,6 +1663,8 @@ def generates(model_type: str) -> bool:
 
 def applies(name: str, model_type: str) -> bool:
     """Whether there is something to check."""
+    if name in AS_STOCK:
+        return model_type not in EXAMPLES and stock_is_exact(model_type, AS_STOCK[name])
     if name == "padding":
         return model_type in EXAMPLES and "attention_mask" in tiny_inputs(model_type)
     return (name != "images" or model_type in IMAGES | SOUNDS) and (name != "generation" or generates(model_type))

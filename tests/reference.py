@@ -11,7 +11,7 @@ import torch
 
 
 def branches(h: torch.Tensor, p: dict, alpha: torch.Tensor, scaling: float) -> torch.Tensor:
-    """s * sum_j alpha_j (h B_j^T + b_j) with block-diagonal B_j; h (B, T, r), alpha (B, 2)."""
+    """s * sum_j alpha_j (h B_j^T + b_j) with block-diagonal B_j; h (B, T, r), alpha (branches,)."""
     blocks = p["up"]
     count, groups, out_size, in_size = blocks.shape
     total = 0
@@ -24,40 +24,43 @@ def branches(h: torch.Tensor, p: dict, alpha: torch.Tensor, scaling: float) -> t
         assert branch.shape[-1] == groups * out_size
         if "up_bias" in p:
             branch = branch + p["up_bias"][j]
-        total = total + alpha[:, j, None, None] * branch
+        total = total + alpha[j] * branch
     return scaling * total
 
 
-def down(z: torch.Tensor, p: dict, name: str = "down", bias: str = "down_bias") -> torch.Tensor:
-    h = torch.einsum("btd,rd->btr", z, p[name])
-    return h + p[bias] if bias in p else h
-
-
-def prompt_average(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """Mean over the prompt's tokens, row by row: (B, T, n) -> (B, 1, n)."""
-    return torch.stack([row[where].mean(dim=0, keepdim=True) for row, where in zip(values, prompt, strict=True)])
-
-
-def weights_of_branches(z: torch.Tensor, p: dict, prompt: torch.Tensor, temperature: float) -> torch.Tensor:
-    if "router" not in p:
-        return torch.ones(z.shape[0], 1, dtype=z.dtype)
-    if "router_bias" not in p:
-        return torch.softmax(p["router"], dim=0).expand(z.shape[0], 2)
-    mean = prompt_average(z, prompt)[:, 0]
-    return torch.softmax((mean @ p["router"].T + p["router_bias"]) / temperature, dim=-1)
-
-
-def adapt(z: torch.Tensor, p: dict, prompt: torch.Tensor, config) -> torch.Tensor:
-    alpha = weights_of_branches(z, p, prompt, config.temperature)
-    return z + branches(down(z, p), p, alpha, config.scaling)
-
-
-def pia(z: torch.Tensor, p: dict, prompt: torch.Tensor, config) -> torch.Tensor:
-    alpha = weights_of_branches(z, p, prompt, config.temperature)
-    h = down(z, p)
-    if config.propagation == "prompt":
-        h = h + prompt_average(down(z, p, "self_C", "self_c"), prompt)
+def adapt(z: torch.Tensor, p: dict, config) -> torch.Tensor:
+    h = torch.einsum("btd,rd->btr", z, p["down"])
+    if "down_bias" in p:
+        h = h + p["down_bias"]
+    alpha = torch.softmax(p["router"], dim=0) if "router" in p else torch.ones(1, dtype=z.dtype)
     return z + branches(h, p, alpha, config.scaling)
+
+
+def left(z: torch.Tensor, p: dict, allowed: torch.Tensor, config, others: torch.Tensor | None = None) -> torch.Tensor:
+    """What is added where an attention is skipped: z (B, T, d) is its input, allowed (B, T, S) what it may look at.
+
+    The attention is torch's own, of one head, with queries and keys of zero.
+    """
+    total = torch.zeros(*z.shape[:-1], 1, dtype=z.dtype)
+    if "stand_in" in p:
+        total = total + p["stand_in"]
+    if "mean_down" in p:
+        values = torch.einsum("bsd,rd->bsr", z if others is None else others, p["mean_down"])
+        nothing = torch.zeros(*allowed.shape[:2], values.shape[-1], dtype=z.dtype)
+        keys = torch.zeros_like(values)
+        looked = torch.nn.functional.scaled_dot_product_attention(nothing, keys, values, attn_mask=allowed)
+        looked = torch.where(allowed.any(-1, keepdim=True), looked, 0.0)  # padding looks at nothing
+        total = total + config.scaling * torch.einsum("btr,dr->btd", looked, p["mean_up"])
+    return total
+
+
+def causal(mask: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """What each token may look at, (B, T, T), in a decoder: itself and those before it that are no padding."""
+    length = mask.shape[1]
+    looks = torch.ones(length, length, dtype=torch.bool).tril()
+    if window is not None:
+        looks = looks & ~torch.ones(length, length, dtype=torch.bool).tril(-window)
+    return looks & mask.bool()[:, None]
 
 
 def adapters(peft_model) -> dict[str, dict[str, torch.Tensor]]:
@@ -70,8 +73,8 @@ def adapters(peft_model) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def logits(base, parameters: dict, config, inputs: dict, prompt: torch.Tensor) -> torch.Tensor:
-    """Logits of the adapted model. `base` is a stock model, `prompt (B, T)` says which tokens are the prompt."""
+def logits(base, parameters: dict, config, inputs: dict) -> torch.Tensor:
+    """Logits of the adapted model. `base` is a stock model."""
     model = copy.deepcopy(base).double().eval()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     decoder = model.model.language_model if hasattr(model.model, "language_model") else model.model
@@ -81,18 +84,21 @@ def logits(base, parameters: dict, config, inputs: dict, prompt: torch.Tensor) -
         linear.register_forward_pre_hook(lambda module, args: (function(args[0]), *args[1:]))
 
     for index, layer in enumerate(decoder.layers):
+        p = parameters.get(f"{prefix}{index}.self_attn", {})
         if index in config.skip_layers:
-            c = parameters.get(f"{prefix}{index}.self_attn", {}).get("stand_in", torch.zeros(1))
-            layer.self_attn.forward = lambda hidden_states, c=c, **kw: (torch.zeros_like(hidden_states) + c, None)
+            of_all = getattr(decoder.config, "sliding_window", None)  # Mistral's
+            allowed = causal(inputs["attention_mask"], getattr(layer.self_attn, "sliding_window", of_all))
+
+            def forward(hidden_states, p=p, allowed=allowed, **kw):
+                return torch.zeros_like(hidden_states) + left(hidden_states, p, allowed, config), None
+
+            layer.self_attn.forward = forward
             if hasattr(layer, "pre_feedforward_layernorm"):  # then the other one is behind the attention
                 layer.post_attention_layernorm = torch.nn.Identity()
-            in_front = pia
         else:
-            p = parameters[f"{prefix}{index}.self_attn"]
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-                before(linear, lambda z, p=p: adapt(z, p, prompt, config))
-            in_front = adapt
+                before(linear, lambda z, p=p: adapt(z, p, config))
         p = parameters.get(f"{prefix}{index}.mlp")
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj) if p else ():
-            before(linear, lambda z, p=p, in_front=in_front: in_front(z, p, prompt, config))
+            before(linear, lambda z, p=p: adapt(z, p, config))
     return model(**inputs, use_cache=False).logits

@@ -1,5 +1,7 @@
 """Generation with every kind of cache against `use_cache=False`, unmerged and merged."""
 
+import copy
+import gc
 import threading
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from peft import get_peft_model
 from transformers import DynamicCache, StaticCache
 
-from peft_eas import EASConfig, prompt_mask
+from peft_eas import EASConfig
 
 STATES = ["unmerged", "folded", "merged"]
 MODES = {
@@ -24,7 +26,7 @@ MODES = {
 
 def adapted(family, skip_layers, state="unmerged", **settings):
     model = get_peft_model(
-        tiny.model(family), EASConfig(**dict(skip_layers=skip_layers, propagation="prompt") | settings)
+        tiny.model(family), EASConfig(**dict(skip_layers=skip_layers, propagation="mean") | settings)
     ).eval()
     tiny.shake(model)
     if state == "folded":
@@ -49,7 +51,7 @@ def test_cached_is_uncached_for_every_skip_set(family, skip_layers, state):
     assert torch.equal(generate(model, inputs, cache_implementation="static"), expected)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(router="prompt"), dict(propagation="none")], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(propagation="none")], ids=str)
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -71,37 +73,33 @@ def test_prompt_lookup_decoding(family, state):
 
 @pytest.mark.parametrize("state", STATES)
 def test_assisted_decoding(state):
-    model, assistant = adapted("llama", [0, 3], state), adapted("llama", [1, 2], "merged", router="prompt")
+    model, assistant = adapted("llama", [0, 3], state), adapted("llama", [1, 2], "merged")
     inputs = tiny.inputs("llama", rows=1)
     expected = generate(model, inputs, use_cache=False)
     assert torch.equal(generate(model, inputs, assistant_model=assistant), expected)
-    base = tiny.model("llama")  # the other way round, with a model that knows nothing of prompts
+    base = tiny.model("llama")  # the other way round
     assert torch.equal(generate(base, inputs, assistant_model=model), generate(base, inputs))
 
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("length", [None, 4, 20])
-@pytest.mark.parametrize("settings", [dict(), dict(router="prompt")], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(propagation="none")], ids=str)
 def test_classifier_free_guidance(state, length, settings):
-    """Both sequences have a prompt of their own; by hand: without caches, and with masks."""
+    """By hand: both sequences, without caches."""
     model = adapted("llama", [0, 3], state, **settings)
     ids = tiny.inputs("llama", rows=1, padding=None)["input_ids"]
     other = ids[:, -1:] if length is None else tiny.inputs("llama", rows=1, padding=None, seed=5)["input_ids"]
     other = other.repeat(1, 3)[:, : length or 1]
     negative = {} if length is None else dict(negative_prompt_ids=other)
     actual = generate(model, dict(input_ids=ids), guidance_scale=1.5, **negative)
-    starts, sequences = [ids.shape[1], other.shape[1]], [ids, other]
+    sequences = [ids, other]
     for _ in range(9):
-        scores = []
-        for start, sequence in zip(starts, sequences, strict=True):
-            with torch.no_grad(), prompt_mask(torch.arange(sequence.shape[1])[None] < start):
-                scores.append(model(sequence).logits[:, -1].log_softmax(-1))
+        with torch.no_grad():
+            scores = [model(sequence).logits[:, -1].log_softmax(-1) for sequence in sequences]
         guided = scores[1] + 1.5 * (scores[0] - scores[1])
         guided[:, tiny.IMAGE_TOKEN] = -torch.inf
         sequences = [torch.cat([sequence, guided.argmax(-1)[:, None]], dim=1) for sequence in sequences]
     assert torch.equal(actual, sequences[0])
-    with pytest.raises(ValueError, match="use_cache=True"):
-        generate(model, dict(input_ids=ids), guidance_scale=1.5, use_cache=False, **negative)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -117,7 +115,7 @@ def test_a_left_padded_row_gives_what_it_gives_alone(family, state):
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("settings", [dict(), dict(router="prompt")], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(propagation="none")], ids=str)
 def test_interleaved_generations_do_not_mix(state, settings):
     model = adapted("llama", [0, 3], state, **settings)
     prompts = [tiny.inputs("llama", rows=2, padding=None, seed=seed)["input_ids"] for seed in (1, 2)]
@@ -128,6 +126,7 @@ def test_interleaved_generations_do_not_mix(state, settings):
         for _ in range(9):
             for i in range(2):
                 logits = model(input_ids=given[i], past_key_values=caches[i], use_cache=True).logits
+                logits[..., tiny.IMAGE_TOKEN] = -torch.inf
                 given[i] = logits[:, -1:].argmax(-1)
                 ids[i] = torch.cat([ids[i], given[i]], dim=1)
     assert all(torch.equal(a, b) for a, b in zip(ids, expected, strict=True))
@@ -172,58 +171,111 @@ def test_inputs_embeds(state):
 
 
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("propagation", ["none", "mean"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_skipped_attention_caches_nothing(family, state):
-    model, inputs = adapted(family, [0, 3], state), tiny.inputs(family)
+def test_what_a_skipped_attention_caches(family, propagation, state):
+    """Nothing; or the numbers of its rank for each token."""
+    model, inputs = adapted(family, [0, 3], state, propagation=propagation, r_pia=8), tiny.inputs(family)
     stock = tiny.model(family)
     caches = [m(**inputs, use_cache=True).past_key_values for m in (model, stock)]
 
-    def size(cache):
-        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    def sizes(cache):
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        return [sum(0 if t is None else t.numel() for t in pair) for pair in pairs]
 
-    assert size(caches[0]) * 6 == size(caches[1]) * 4
-
-
-def test_chunked_prefill_is_refused_with_propagation_and_exact_without():
-    inputs = tiny.inputs("llama", padding=None)
-    with pytest.raises(ValueError, match="chunked prefill"):
-        generate(adapted("llama", [0, 3]), inputs, prefill_chunk_size=4)
-    model = adapted("llama", [0, 3], propagation="none")
-    assert torch.equal(generate(model, inputs, prefill_chunk_size=4), generate(model, inputs))
+    actual, whole = map(sizes, caches)
+    a_token = 2 * stock.config.get_text_config().num_key_value_heads * caches[1].layers[0].keys.shape[-1]
+    expected = [size // a_token * (8 if propagation == "mean" else 0) for size in whole]
+    assert actual == [expected[i] if i in (0, 3) else size for i, size in enumerate(whole)]
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_second_turn_is_refused_and_a_continuation_is_not(state):
-    model = adapted("llama", [0, 3], state)
-    ids = tiny.inputs("llama", rows=1, padding=None)["input_ids"]
-    full = generate(model, dict(input_ids=ids), max_new_tokens=9)
+@pytest.mark.parametrize("cache", [dict(), dict(cache_implementation="static")], ids=str)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_chunked_prefill(family, cache, state):
+    model, inputs = adapted(family, [0, 3], state), tiny.inputs(family)
+    expected = generate(model, inputs, use_cache=False)
+    assert torch.equal(generate(model, inputs, prefill_chunk_size=4, **cache), expected)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_a_second_turn(family, state):
+    """Goes on from the cache of the first, and from copies of it."""
+    model = adapted(family, [0, 3], state)
+    ids = tiny.inputs(family, rows=1, padding=None)["input_ids"]
     first = generate(model, dict(input_ids=ids), max_new_tokens=4, return_dict_in_generate=True)
-    # the output goes on where it ended ...
-    resumed = generate(model, dict(input_ids=first.sequences), past_key_values=first.past_key_values, max_new_tokens=5)
-    assert torch.equal(resumed, full)
-    # ... but more of a prompt can't be added
-    turn = torch.cat([full, ids], dim=1)
-    with pytest.raises(ValueError, match="a further turn"):
-        generate(model, dict(input_ids=turn), past_key_values=first.past_key_values)
+    for seed in (1, 2):
+        other = tiny.inputs(family, rows=1, padding=None, seed=seed)["input_ids"]
+        turn = torch.cat([first.sequences, other], dim=1)
+        cache = copy.deepcopy(first.past_key_values)
+        second = generate(model, dict(input_ids=turn), past_key_values=cache)
+        assert torch.equal(second, generate(model, dict(input_ids=turn), use_cache=False))
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_several_tokens_on_a_cache_have_to_be_declared(state):
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.no_grad()
+def test_rows_of_a_cache(family, state):
+    """Reordered, repeated, chosen and cropped, it is the cache of such rows."""
+    model = adapted(family, [0, 3], state)
+    ids = tiny.inputs(family, rows=3, length=5, padding=None)["input_ids"]  # within the window, or none could be cropped
+
+    def cache_of(ids):
+        return model(ids, use_cache=True).past_key_values
+
+    changed = [
+        (ids[[2, 0, 0]], lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0]))),
+        (ids.repeat_interleave(2, dim=0), lambda cache: cache.batch_repeat_interleave(2)),
+        (ids[[1]], lambda cache: cache.batch_select_indices(torch.tensor([1]))),
+        (ids[:, :-2], lambda cache: cache.crop(-2)),
+    ]
+    for expected, change in changed:
+        cache, following = cache_of(ids), expected[:, :2]
+        change(cache)
+        actual = model(following, past_key_values=cache).logits
+        torch.testing.assert_close(
+            actual, model(torch.cat([expected, following], dim=1)).logits[:, -2:], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("state", STATES)
+@torch.no_grad()
+def test_packed_rows(state):
     model = adapted("llama", [0, 3], state)
     ids = tiny.inputs("llama", rows=2, padding=None)["input_ids"]
-    prompt, rest = ids[:, :6], ids[:, 6:]
-    mask = torch.zeros_like(ids)
-    mask[:, :6] = 1
-    with torch.no_grad():
-        with prompt_mask(mask):
-            expected = model(input_ids=ids).logits[:, 6:]
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="prompt_mask"):
-            model(input_ids=rest, past_key_values=cache)
-        with prompt_mask(torch.zeros_like(rest)):
-            actual = model(input_ids=rest, past_key_values=cache).logits
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    positions = torch.arange(ids.shape[1]).repeat(2)[None]
+    packed = model(ids.flatten()[None], position_ids=positions, use_cache=False).logits
+    apart = torch.cat([model(row[None]).logits for row in ids], dim=1)
+    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("propagation", ["none", "mean"])
+def test_a_forward_is_a_forward(propagation, state):
+    """Whichever method is called, and it leaves nothing behind in the process."""
+    model, inputs = adapted("llama", [0, 3], state, propagation=propagation), tiny.inputs("llama")
+    inner = model if state == "merged" else model.base_model.model
+    expected = model(**inputs).logits
+    torch.testing.assert_close(inner.forward(**inputs).logits, expected, rtol=0, atol=0)
+    del expected
+
+    def graphs():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) and o.grad_fn is not None for o in gc.get_objects())
+
+    model.requires_grad_(True)
+    before = graphs()
+    model(**inputs)
+    assert graphs() == before
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "paged|sdpa"])
+def test_masks_that_can_not_be_read_are_refused(implementation):
+    model = adapted("llama", [0, 3], "merged")
+    model.config._attn_implementation = implementation
+    with pytest.raises(ValueError, match=r"attn_implementation='sdpa'.*propagation='none'"):
+        model.model.layers[0].self_attn(torch.randn(1, 3, 32), attention_mask=None)
 
 
 def test_a_cache_filled_with_other_attentions_skipped_is_refused():
@@ -233,7 +285,7 @@ def test_a_cache_filled_with_other_attentions_skipped_is_refused():
     model.set_skip_layers([1])
     with pytest.raises(ValueError, match="new cache"):
         model(input_ids=ids[:, :1], past_key_values=cache)
-    model.set_skip_layers([0])
+    model.set_skip_layers([0, 3])
     with model.disable_adapter():
         cache = model(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="new cache"):

@@ -8,11 +8,11 @@ import tiny
 import torch
 from peft import get_peft_model
 
-from peft_eas import EASConfig, pia
+from peft_eas import EASConfig, modeling_eas, pia
 
 SETTINGS = [
     dict(propagation=p, router=r, use_bias=b)
-    for p, r, b in itertools.product(("none", "prompt"), ("none", "static", "prompt"), (True, False))
+    for p, r, b in itertools.product(("none", "mean"), ("none", "static"), (True, False))
 ]
 
 
@@ -32,15 +32,13 @@ def answers(inputs, count=4):
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 def test_logits_are_those_of_the_formulas(family, settings):
     inputs = tiny.inputs(family)
-    config = EASConfig(skip_layers=[0, 3], groups=2, scaling=0.7, temperature=3.0, **settings)
+    config = EASConfig(skip_layers=[0, 3], groups=2, scaling=0.7, **settings)
     model = get_peft_model(tiny.model(family), config)
     tiny.shake(model)
     model.eval()
-    labels = answers(inputs)
-    prompt = (labels == -100) & inputs["attention_mask"].bool()
     with torch.no_grad():
-        actual = model(**inputs, labels=labels).logits
-    expected = reference.logits(tiny.model(family), reference.adapters(model), config, inputs, prompt)
+        actual = model(**inputs, labels=answers(inputs)).logits
+    expected = reference.logits(tiny.model(family), reference.adapters(model), config, inputs)
     kept = inputs["attention_mask"].bool()
     close(actual[kept], expected[kept])
     unadapted = tiny.model(family)(**inputs).logits
@@ -54,13 +52,13 @@ def test_groups(groups):
     model = get_peft_model(tiny.model("llama"), config)
     tiny.shake(model)
     model.eval()
-    prompt = inputs["attention_mask"].bool()
-    expected = reference.logits(tiny.model("llama"), reference.adapters(model), config, inputs, prompt)
-    close(model(**inputs).logits[prompt], expected[prompt])
+    kept = inputs["attention_mask"].bool()
+    expected = reference.logits(tiny.model("llama"), reference.adapters(model), config, inputs)
+    close(model(**inputs).logits[kept], expected[kept])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("router", ["none", "static", "prompt"])
+@pytest.mark.parametrize("router", ["none", "static"])
 def test_a_fresh_adapter_changes_nothing_but_the_skipping(family, router):
     inputs = tiny.inputs(family)
     base = tiny.model(family)
@@ -122,28 +120,49 @@ def test_fold_against_float64(dtype, with_bias):
     assert ((actual - expected).abs() <= scale * torch.finfo(dtype).eps * 2).all()
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_what_depends_on_the_prompt_is_a_shift_of_the_input(with_bias):
-    """W (z + (z D^T + e + p) U^T + u) + w0, unfolded, against folded weights that read a shifted input; in float64."""
+@pytest.mark.parametrize("biases", ["down", "up", "both"])
+def test_biases_are_a_shift_of_the_input(biases):
+    """W (z + (z D^T + e) U^T + u) + w0, unfolded, against folded weights that read a shifted input; in float64."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    weight, bias, down, up, z, p = draw(20, 12), draw(20), draw(4, 12), draw(12, 4), draw(7, 12), draw(4)
-    down_bias, up_bias = (draw(4), draw(12)) if with_bias else (None, None)
-    constant = torch.zeros(12, dtype=torch.float64) if not with_bias else down_bias @ up.T + up_bias
-    expected = (z + (z @ down.T + p) @ up.T + constant) @ weight.T + bias
+    weight, bias, down, up, z = draw(20, 12), draw(20), draw(4, 12), draw(12, 4), draw(7, 12)
+    down_bias, up_bias = draw(4) if biases != "up" else None, draw(12) if biases != "down" else None
+    constant = (0 if down_bias is None else down_bias @ up.T) + (0 if up_bias is None else up_bias)
+    expected = (z + (z @ down.T) @ up.T + constant) @ weight.T + bias
     folded, _ = pia.fold(weight, bias, down, None, up, None)
-    by_prompt, shift = pia.input_shift(down, down_bias, up, up_bias)
-    assert (shift is None) == (not with_bias)
-    shifted = z + p @ by_prompt.T + (0 if shift is None else shift)
+    shifted = z + pia.input_shift(down, down_bias, up, up_bias)
     torch.testing.assert_close(shifted @ folded.T + bias, expected)
 
 
 @pytest.mark.parametrize("remainder", [0.0, 1e-5])
 def test_an_adapter_that_erases_its_input_is_not_folded(remainder):
-    """R = 0 (or nearly) in a direction that the prompt's information needs: no shift before it can have any effect."""
+    """R = 0 (or nearly) in a direction that the biases need: no shift before it can have any effect."""
     down = torch.eye(4, 12)
-    with pytest.raises(ValueError, match=r"freeze_context"):
-        pia.input_shift(down, None, (remainder - 1) * down.T, None)
+    with pytest.raises(ValueError, match=r"use_bias=False"):
+        pia.input_shift(down, torch.ones(4), (remainder - 1) * down.T, None)
+
+
+def test_uniform_attention_is_attention_with_queries_of_zero():
+    """Against torch's own, for each form in which attentions get their masks."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, 7, 4, generator=generator)
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    causal = reference.causal(padding)
+    nothing = torch.zeros(2, 7, 3)
+    expected = torch.nn.functional.scaled_dot_product_attention(nothing, nothing, values, attn_mask=causal)
+    kept = padding.bool()
+    additive = torch.where(causal, 0.0, torch.finfo(torch.float32).min)
+    masks = (causal[:, None], additive[:, None], causal, padding, padding[:, None, None], causal[:, None].long())
+    for mask in masks:
+        allowed = modeling_eas.looked_at(mask, length=7, total=7, is_causal=True)
+        close(modeling_eas.uniform_attention(values, allowed)[kept], expected[kept])
+        # the last three of the seven look
+        allowed = modeling_eas.looked_at(mask[..., -3:, :] if mask.shape[-2] == 7 else mask, 3, 7, is_causal=True)
+        close(modeling_eas.uniform_attention(values, allowed), expected[:, -3:])
+    close(modeling_eas.causal_mean(values)[1], expected[1])
+    both = modeling_eas.looked_at(padding, length=7, total=7, is_causal=False)
+    close(modeling_eas.uniform_attention(values, both)[:, 0], torch.stack([v[k].mean(0) for v, k in zip(values, kept)]))
+    assert modeling_eas.uniform_attention(values, torch.zeros(1, 7, 7, dtype=torch.bool)).eq(0).all()

@@ -10,7 +10,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from peft_eas import EASConfig
 
-SETTINGS = [dict(), dict(propagation="prompt"), dict(router="prompt", propagation="prompt")]
+SETTINGS = [dict(), dict(propagation="mean"), dict(router="static", propagation="mean")]
 
 
 def adapted(family="llama", seed=0, **settings):
@@ -45,7 +45,7 @@ def same_gradients(actual, expected):
 def test_gradient_checkpointing_gives_the_same_gradients(family, use_reentrant, settings):
     model = adapted(family, **settings)
     model.enable_input_require_grads()
-    # two forwards, with different prompts, before one backward: each is recomputed with its own
+    # two forwards before one backward: each is recomputed with its own tokens
     batches = [batch(family), batch(family, seed=5, answer=2)]
     expected = gradients(model, *batches)
     assert all(g.abs().max() > 0 for g in expected.values())
@@ -63,8 +63,7 @@ def test_gradients_are_those_of_the_formulas(family, settings):
         for value in parameters.values():
             value.requires_grad_(True)
     labels = given.pop("labels")
-    prompt = (labels == -100) & given["attention_mask"].bool()
-    logits = reference.logits(tiny.model(family), leaves, model.peft_config["default"], given, prompt)
+    logits = reference.logits(tiny.model(family), leaves, model.peft_config["default"], given)
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
     expected = {f"{module}.eas_{name}": p.grad for module, named in leaves.items() for name, p in named.items()}
     assert len(actual) == len(expected)
@@ -187,8 +186,10 @@ def test_load_best_model_at_end_brings_its_skip_set_back(tmp_path):
     torch.testing.assert_close(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits, rtol=0, atol=0)
 
 
-def test_label_smoothing_takes_the_labels_away_and_is_refused(tmp_path):
-    run = trainer(tmp_path, adapted(propagation="prompt"), label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="without `labels`"):
-        run.train()
-    trainer(tmp_path, adapted(), label_smoothing_factor=0.1, max_steps=1).train()
+@pytest.mark.parametrize("propagation", ["none", "mean"])
+def test_every_token_may_be_a_label(tmp_path, propagation):
+    """labels = input_ids, and label smoothing, which takes the labels from the model."""
+    run = trainer(tmp_path, adapted(propagation=propagation), label_smoothing_factor=0.1, max_steps=2)
+    run.train_dataset = dataset().map(lambda row: {"labels": row["input_ids"]})
+    run.train()
+    assert run.state.global_step == 2
