@@ -92,7 +92,7 @@ class InTransformers:
     compiled: bool = False
 
     devices = None  # all
-    merged = ("none", "prompt")
+    merged = ("none", "mean")
     packages = ()
 
     def start(self, model: PreTrainedModel, ids: torch.Tensor, steps: int, folder: Path) -> Running:
@@ -203,7 +203,7 @@ def make_models(base: LlamaForCausalLM, profile: bool) -> dict[str, PreTrainedMo
         "base": base,
         "control": copy.deepcopy(base),
         "none": merge(base, skip, "none", use_bias=False),
-        "prompt": merge(base, skip, "prompt"),
+        "mean": merge(base, skip, "mean"),
     }
     if profile:
         models["first attention"] = merge(base, list(range(1, layers)), "none", use_bias=False)
@@ -298,7 +298,7 @@ def compare(name: str, models: dict, ids: torch.Tensor, args: argparse.Namespace
                 profile += shares
             for key in engine.merged:
                 kv = [running[key].kv_bytes, running["base"].kv_bytes]
-                assert kv[0] * layers == kv[1] * (layers - SKIPPED), kv
+                assert key == "mean" or kv[0] * layers == kv[1] * (layers - SKIPPED), kv
                 if phase == "prefill":
                     bound = prefill_flops(config, layers - SKIPPED, tokens) / prefill_flops(config, layers, tokens)
                 else:
@@ -362,8 +362,8 @@ COLUMNS = [
 ]  # fmt: skip
 PROFILE_COLUMNS = ["engine", "case", "model", *PARTS, "sum", "found by"]
 NOTE = f"""\
-Time of a merged model as a ratio to its base model's. `propagation="none"` is merged without biases, `"prompt"` with
-the default settings. The bound is the ratio of the operations of the matrix products (prefill), or of the bytes of the
+Time of a merged model as a ratio to its base model's. `propagation="none"` is merged without biases, `"mean"` with
+them. The bound is the ratio of the operations of the matrix products (prefill), or of the bytes of the
 weights, keys and values that are read for a token (decode); 'within': at most {100 * TOLERANCE:.0f} points from it. 'By
 time' is what to expect if the skipped attentions' share of the base model's time vanished, and nothing else changed."""
 PROFILE_NOTE = """\

@@ -459,7 +459,7 @@ ABLATIONS = {
         "set by kl": Method("kl"),
         "retained FFNs not adapted": Method("deviation", adapts_retained_ffns=False),
         "two branches": Method("deviation", settings={"router": "static", "groups": 2}),
-        "propagation": Method("deviation", settings={"propagation": "prompt"}),
+        "propagation": Method("deviation", settings={"propagation": "mean"}),
         "no biases": Method("deviation", settings={"use_bias": False}),
         "distilled": Method("deviation", trainer=Distilled),
     }.items()
@@ -515,12 +515,7 @@ def all_runs() -> list[Run]:
     for which in (1, 0):  # what a part is worth shows most where much is skipped
         for model, seeds in (("MiniLM", 5), ("SmolLM2", 1)):
             for task in (task for task in TASKS if task.model == model):
-                runs += [
-                    Run(task, method, task.counts[which], seed)
-                    for seed in range(seeds)
-                    for method, about in ABLATIONS.items()
-                    if task.has_prompts or about.settings.get("propagation") != "prompt"
-                ]
+                runs += [Run(task, method, task.counts[which], seed) for seed in range(seeds) for method in ABLATIONS]
     return list(dict.fromkeys(each for run in runs for each in [*run.needed(), run]))
 
 

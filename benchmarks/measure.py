@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from peft_eas import EASConfig
+from peft_eas.modeling_eas import SkippedAttention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -78,15 +79,13 @@ class HandStrippedLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def strip_by_hand(merged: PreTrainedModel, config: LlamaConfig, skip: list[int], cache: Cache) -> LlamaForCausalLM:
+def strip_by_hand(merged: PreTrainedModel, config: LlamaConfig, skip: list[int]) -> LlamaForCausalLM:
     """The least that computes what `merged` computes: stock Llama code and plain linears, over the very same weights.
 
     Args:
-        merged: The model to rebuild.
+        merged: The model to rebuild, with `propagation="none"` and stand-ins of zero.
         config: The base model's configuration.
         skip: Layers without attention.
-        cache: KV cache after the prefill of the one prompt that the model will see. What the propagated information
-            adds for this prompt goes into the biases: nobody could do it with less work.
     """
     hand = LlamaForCausalLM(config).eval()
     retained = [layer for i, layer in enumerate(hand.model.layers) if i not in skip]
@@ -100,14 +99,6 @@ def strip_by_hand(merged: PreTrainedModel, config: LlamaConfig, skip: list[int],
             module.bias = nn.Parameter(torch.empty(module.out_features))
     missing = hand.load_state_dict(state, strict=False, assign=True).missing_keys
     assert not missing, missing
-    for i in skip:
-        shift = getattr(cache.layers[i], "prompt_state", {}).get("shift")
-        if shift is None:
-            continue
-        for linear in (hand.model.layers[i].mlp.gate_proj, hand.model.layers[i].mlp.up_proj):
-            with torch.no_grad():
-                added = linear.weight @ shift.flatten()
-                linear.bias = nn.Parameter(added if linear.bias is None else linear.bias + added)
     return hand
 
 
@@ -132,13 +123,13 @@ def prefill_flops(config: LlamaConfig, retained: int, tokens: int) -> int:
 def decode_bytes(model: PreTrainedModel, config: LlamaConfig, retained: int, cached: float, rows: int = 1) -> float:
     """Bytes read to decode one token of each of `rows` rows: each weight once, and keys and values of `cached` tokens.
 
-    Of the embedding one row is read; but here it is tied to the head, which is read as a whole. What is kept of the
-    adapters is read in the prefill only.
+    Of the embedding one row is read; but here it is tied to the head, which is read as a whole.
     """
     assert config.tie_word_embeddings
-    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".eas_adapter." not in name)
-    width = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    return weights + rows * retained * cached * width
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    width = 2 * config.num_key_value_heads * config.head_dim
+    left = sum(m.down.shape[0] for m in model.modules() if isinstance(m, SkippedAttention) and m.down is not None)
+    return weights + rows * cached * (retained * width + left) * model.dtype.itemsize
 
 
 def kv_bytes(cache: Cache) -> int:

@@ -204,7 +204,7 @@ def _summary(eas: dict, base_model: str | None) -> str:
     has_others = "  - no attention" * any("-" in line for line in lines)
     return (
         f"{base}, fine-tuned with [Effective Attention Skipping](https://arxiv.org/abs/2403.15226) (EAS): {len(skip)} "
-        f"of its {total} attentions are gone, and the adapters that it was trained with are folded into the weights.\n\n"
+        f"of its {total} attentions are gone, and the adapters of the training are folded into the weights.\n\n"
         f"```\nlayers  # attention kept  . skipped{has_others}\n{picture}\n```\n\n"
         f"Skipped: {', '.join(map(str, skip)) or 'none'}."
     )
@@ -273,8 +273,8 @@ def _limits(model: PreTrainedModel, eas: dict) -> str:
     ]
     if propagates(eas):
         lines.append(
-            "- Where an attention is gone, a mean over other tokens is left, for which the attention's mask is read: it "
-            "runs with `attn_implementation='sdpa'` and `'eager'`, and not in continuous batching."
+            "- Where an attention is gone, a mean over other tokens is left, which reads the attention's mask: it runs "
+            "with `attn_implementation='sdpa'` and `'eager'`, and not in continuous batching."
         )
     return "\n".join(lines)
 

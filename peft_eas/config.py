@@ -79,9 +79,7 @@ class EASConfig(PeftConfig):
         default=None, metadata={"help": "Attentions that are skipped: indices of layers, or names; then no search."}
     )
     groups: int = field(default=1, metadata={"help": "Blocks of the block-diagonal up-projections."})
-    router: str = field(
-        default="none", metadata={"help": "'none': one branch; 'static': two, with learned weights."}
-    )
+    router: str = field(default="none", metadata={"help": "'none': one branch; 'static': two, with learned weights."})
     propagation: str = field(
         default="none", metadata={"help": "'none' or 'mean': what a skipped attention says of other tokens."}
     )

@@ -201,6 +201,7 @@ _T5_CROSS = dict(
 
 
 _UMT5 = dict(returns=("",), mask="attention_mask")
+_OF_ENCODER = dict(stack="encoder", layers="encoder.layers", keeps_first=False, causal=False, answers=False)
 _NLLB = dict(ffn="ffn", ffn_inputs=("fc1", "router.classifier", "experts.*.fc1"))
 _MOONSHINE = dict(layers="decoder.layers", keeps_first=True, answers=True, ffn_inputs=("fc1",))
 _MOONSHINE_CROSS = _MOONSHINE | dict(
@@ -279,8 +280,8 @@ _ROWS = (
            ffn_inputs=("dense_h_to_4h",)),
     Family("bloom", layers="h", attention="self_attention", attention_inputs=("query_key_value",),
            ffn_inputs=("dense_h_to_4h",), adds_residual=True),
-    Family("mpt", layers="blocks", mask_hides=True, attention="attn", attention_inputs=("Wqkv",), attention_norms=("norm_1",),
-           ffn="ffn", ffn_inputs=("up_proj",)),
+    Family("mpt", layers="blocks", attention="attn", attention_inputs=("Wqkv",), attention_norms=("norm_1",), ffn="ffn",
+           ffn_inputs=("up_proj",), mask_hides=True),
     # attention and FFN side by side, reading the same norm
     Family("codegen", layers="h", attention="attn", attention_inputs=("qkv_proj",), attention_norms=(),
            ffn_inputs=("fc_in",)),
@@ -574,7 +575,7 @@ _ROWS = (
            also=(Attentions(**_bart("decoder") | _SPEECHT5), Attentions(**_bart_cross() | _SPEECHT5))),
     # with the layers of decoders
     Family("moonshine", **_MOONSHINE
-           | dict(stack="encoder", layers="encoder.layers", keeps_first=False, causal=False, answers=False),
+           | _OF_ENCODER,
            also=(Attentions(**_MOONSHINE), Attentions(**_MOONSHINE_CROSS))),
     *(
         Family(model_type, **_PARAKEET,
@@ -582,7 +583,7 @@ _ROWS = (
                      Attentions(**_MOONSHINE_CROSS | dict(context="encoder_hidden_states"))))
         for model_type in ("canary", "cohere_asr")
     ),
-    Family("t5gemma", **_T5GEMMA | dict(stack="encoder", layers="encoder.layers", keeps_first=False, causal=False, answers=False),
+    Family("t5gemma", **_T5GEMMA | _OF_ENCODER,
            also=(Attentions(**_T5GEMMA),
                  Attentions(**_T5GEMMA | dict(attention="cross_attn", attention_inputs=("q_proj",),
                                               attention_norms=("pre_cross_attn_layernorm",),

@@ -72,9 +72,7 @@ def freeze(
     return moved
 
 
-def _mean_constants(
-    model: PreTrainedModel, skipped: Sequence[EASAttention], dataloader: Iterable[dict]
-) -> Constants:
+def _mean_constants(model: PreTrainedModel, skipped: Sequence[EASAttention], dataloader: Iterable[dict]) -> Constants:
     sums, counts = dict.fromkeys(skipped, 0.0), dict.fromkeys(skipped, 0)
     for batch in dataloader:
         inputs = arguments_of(batch, model)

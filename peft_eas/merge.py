@@ -102,7 +102,9 @@ def _left(attention: EASAttention, name: str) -> tuple[dict[str, int | bool], di
     """The sizes and the parameters of the `SkippedAttention` in this one's place."""
     device, dtype = attention._get_base_layer_device_and_dtype(attention.base_layer)
     constant, down, up = attention.left(name)
-    parameters = {key: value for key, value in (("stand_in", constant), ("down", down), ("up", up)) if value is not None}
+    parameters = {
+        key: value for key, value in (("stand_in", constant), ("down", down), ("up", up)) if value is not None
+    }
     sizes = {
         "width": attention.stream_size,
         "constant": constant is not None,

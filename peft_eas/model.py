@@ -156,7 +156,7 @@ class EASModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attentions = []
-        for key, arm in self._layers.items():
+        for key in self._layers:
             attention, _ = self._wrappers(key, model)
             if attention is not None:
                 attentions.append(attention)

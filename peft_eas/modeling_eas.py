@@ -10,7 +10,6 @@ What is skipped and folded is recorded in `config.eas`; see `restructure`.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import re
@@ -302,8 +301,8 @@ def _check_readable(mask: object, config: PreTrainedConfig | None) -> None:
     kind = getattr(config, "_attn_implementation", None) or ""
     if not isinstance(mask, (torch.Tensor, type(None))) or any(name in kind for name in ("flash", "flex", "paged")):
         raise ValueError(
-            f"With `propagation='mean'`, skipped attentions read their mask, which can't be with {kind!r}: load the model "
-            "with `attn_implementation='sdpa'` or `'eager'`, and generate by `generate`. Models with "
+            f"With `propagation='mean'`, skipped attentions read their mask, which can't be with {kind!r}: load the "
+            "model with `attn_implementation='sdpa'` or `'eager'`, and generate by `generate`. Models with "
             "`propagation='none'` run with all."
         )
 

@@ -1,8 +1,8 @@
 """The mathematics of the adapters and of their folds, on plain tensors.
 
 Shapes: hidden size `d`, rank `r`, `g` groups, linear outputs `o`. All branches (one, or two) share one down-projection.
-With the scaling `s` and the weights `alpha` of the branches (1 if there is one), an adapter in front of an attention or a
-FFN is (the equation's number is that of docs/method.md)
+With the scaling `s` and the weights `alpha` of the branches (1 if there is one), an adapter in front of an attention or
+of a FFN is (numbers of equations are those of docs/method.md)
 
     adapt(z) = z + s * sum_j alpha_j * ((z A^T + a) B_j^T + b_j)                    (1)
 """
@@ -67,8 +67,9 @@ def input_shift(
 ) -> torch.Tensor:
     """What a linear with the folded weight `weight R`, and no bias, has to be given on top of `z`, equation (10).
 
-    `z -> z + (z down^T + down_bias) up^T + up_bias` is `R z + t` with `R = I + up down` and `t = up down_bias + up_bias`;
-    that is `R (z + R^-1 t)`, where `R^-1 t = t - up (I + down up)^-1 down t` takes the inverse of an `r x r` matrix only.
+    `z -> z + (z down^T + down_bias) up^T + up_bias` is `R z + t` with `R = I + up down` and `t = up down_bias +
+    up_bias`; that is `R (z + R^-1 t)`, where `R^-1 t = t - up (I + down up)^-1 down t` takes the inverse of an `r x r`
+    matrix only.
 
     Args:
         down: `(r, d)`.

@@ -85,9 +85,7 @@ def check_family(model: PreTrainedModel, family: Family, input_ids: torch.Tensor
     try:
         model = copy.deepcopy(model).eval()
         skip_layers = list(find_layers(model))[::2]
-        tuned = get_peft_model(
-            model, EASConfig(skip_layers=skip_layers, propagation="mean", init_weights=False)
-        ).eval()
+        tuned = get_peft_model(model, EASConfig(skip_layers=skip_layers, propagation="mean", init_weights=False)).eval()
         with torch.no_grad():
             for name, parameter in tuned.named_parameters():
                 if "eas_" in name:

@@ -141,8 +141,8 @@ def test_metadata(merged, hub):
     assert "| text-generation | Reviews | accuracy | 0.908 |" in made.text
     assert "| prefill | 1.13 |" in made.text
     assert "`r=4`, `r_pia=8`" in made.text
-    assert "one forward" not in made.text
-    assert "one forward" in model_card(merge(tiny.model("llama"), propagation="prompt")).text
+    assert "over other tokens" not in made.text
+    assert "over other tokens" in model_card(merge(tiny.model("llama"), propagation="mean")).text
 
 
 def test_what_is_not_known_is_left_out(hub, tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ from transformers import (
 KINDS = {
     "plain": dict(use_bias=False),
     "biases": dict(),
-    "prompt": dict(propagation="prompt"),
-    "routed": dict(router="prompt", propagation="prompt"),
+    "mean": dict(propagation="mean"),
+    "two branches": dict(router="static", groups=2, propagation="mean"),
 }
 
 
@@ -51,22 +51,25 @@ def edit_config(folder, **eas):
     path.write_text(json.dumps(config))
 
 
+LEFT = dict(width=32, constant=True, rank=32, pooled=32)
+
+
 @pytest.mark.parametrize(
     ("eas", "message"),
     [
         (dict(skip=[0, 2]), r"skips the attentions of layers \[0, 2\].*missing: .*layers\.3\.self_attn.*unexpected:"),
-        (dict(skip=[0], stand_in=[32]), r"missing: .*layers\.3\."),
-        (dict(skip=[0, 3, 4], stand_in=[32] * 3), r"unexpected: .*layers\.4\.self_attn"),
-        (dict(skip=[0]), r"\[0\], but has 2 sizes"),
-        (dict(stand_in=[0, 0]), r"unexpected: .*self_attn\.stand_in"),
-        (dict(adapters={}), r"unexpected: .*eas_adapter"),
+        (dict(skip=[0], left=[LEFT]), r"missing: .*layers\.3\."),
+        (dict(skip=[0, 3, 4], left=[LEFT] * 3), r"unexpected: .*layers\.4\.self_attn"),
+        (dict(skip=[0]), r"\[0\], but has 2 records"),
+        (dict(left=[LEFT | {"constant": False}] * 2), r"unexpected: .*self_attn\.stand_in"),
+        (dict(left=[LEFT | {"rank": 0}] * 2), r"unexpected: .*self_attn\.down"),
         (dict(skip=[0, 3, 9]), r"\[0, 3, 9\], but has 6 layers"),
-        (dict(format=1), r"format 1 .* reads format 4"),
+        (dict(format=1), r"format 1 .* reads format 5.*merge the adapter again"),
     ],
     ids=str,
 )
 def test_a_configuration_that_is_not_that_of_the_weights_is_refused(tmp_path, eas, message):
-    adapted(propagation="prompt").merge_and_unload().save_pretrained(tmp_path)
+    adapted(propagation="mean").merge_and_unload().save_pretrained(tmp_path)
     edit_config(tmp_path, **eas)
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -129,18 +129,16 @@ def test_merge_of_a_vision_language_model(base, tmp_path, capsys):
     assert processor.tokenizer.eos_token == "<eos>"
 
 
-def test_merge_without_the_prompt(base, data, tmp_path, capsys):
+def test_merge_with_a_frozen_context(base, data, tmp_path, capsys):
     adapter, out = tmp_path / "adapter", tmp_path / "frozen"
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), EASConfig(skip_layers=[1], propagation="prompt")
-    )
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), EASConfig(skip_layers=[1], propagation="mean"))
     tiny.shake(adapted)
     adapted.save_pretrained(adapter)
     assert cli.main(["merge", str(adapter), str(out), "--freeze-context", str(data)]) == 0
-    assert "context frozen to the mean of 24 prompts: loss" in capsys.readouterr().out
+    assert "context frozen to the mean of 144 tokens: loss" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(out)
-    assert merged.config.eas["attentions"][0]["adapters"] == {}
-    assert "no layer depends on it" in _said(capsys, "inspect", out)
+    assert [left["rank"] for left in merged.config.eas["attentions"][0]["left"]] == [0]
+    assert "say nothing of other tokens" in _said(capsys, "inspect", out)
     assert "There is no file" in fails(capsys, "merge", adapter, tmp_path / "x", "--freeze-context", "none.jsonl")
     assert not (tmp_path / "x").exists()
 
@@ -221,7 +219,6 @@ def test_what_the_user_can_put_right_is_said_in_one_line(base, data, adapter, tm
         assert said in fails(capsys, "score", base, tmp_path / "odd.jsonl")
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     train = ["train", base, tmp_path / "text.jsonl", "--output_dir", tmp_path / "out"]
-    assert "without a prompt" in fails(capsys, *train, "--propagation", "prompt")
     assert "`max_loss_increase`" in fails(capsys, *train, "--num-skip", "auto")
     assert "`--warm-start` is for a search" in fails(capsys, *train, "--skip-layers", "1", "--warm-start", "loss")
     assert "['--no_such_option', '1']" in fails(capsys, *train, "--no_such_option", "1")

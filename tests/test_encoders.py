@@ -37,7 +37,7 @@ from peft_eas import (
 )
 from peft_eas.families import find_layers
 from peft_eas.layer import EASLayer
-from peft_eas.modeling_eas import prompt_mean, skipped
+from peft_eas.modeling_eas import skipped
 
 # Formulas -------------------------------------------------------------------------------------------------------------
 
@@ -50,8 +50,20 @@ def zero(module):
     module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
 
 
-def leaves(module, constant):
-    module.register_forward_hook(lambda module, args, output: torch.zeros_like(output) + constant)
+def leaves(module, attention, mask, p, config, others=None):
+    """`module` writes the output of `attention`, in whose place something is left; `mask` is of what it looks at."""
+    read = {}
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: read.update(z=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+
+    def left(module, args, output):
+        z = read["z"]
+        tokens = None if others is None else others()
+        allowed = mask() if callable(mask) else mask[:, None].expand(-1, z.shape[1], -1)
+        return reference.left(z, p, allowed, config, tokens)
+
+    module.register_forward_hook(left)
 
 
 def before(linear, function):
@@ -66,138 +78,99 @@ def run(model, model_type):
 
 @pytest.mark.parametrize("settings", [dict(), dict(propagation="none"), dict(use_bias=False, scaling=0.5)], ids=str)
 def test_an_encoder_computes_the_formulas(settings):
-    """All tokens that are not padding are pooled; the residual stream is not adapted."""
+    """A skipped attention leaves a mean over all tokens that are not padding; the residual stream is not adapted."""
     adapted = matrix.adapted("bert", **settings)
     config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
     mask = matrix.tiny_inputs("bert")["attention_mask"].bool()
     model = stock("bert")
     for index, layer in enumerate(model.bert.encoder.layer):
-        name = f"bert.encoder.layer.{index}"
+        name, attention = f"bert.encoder.layer.{index}", layer.attention
+        p = parameters[f"{name}.attention"]
         if index in config.skip_layers:
-            leaves(layer.attention.output.dense, parameters[f"{name}.attention"]["stand_in"])
-            in_front = reference.pia
+            leaves(attention.output.dense, attention, mask, p, config)
         else:
-            for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
-                before(linear, lambda z, p=parameters[f"{name}.attention"]: reference.adapt(z, p, mask, config))
-            in_front = reference.adapt
-        before(
-            layer.intermediate.dense,
-            lambda z, p=parameters[f"{name}.intermediate"], in_front=in_front: in_front(z, p, mask, config),
-        )
+            for linear in (attention.self.query, attention.self.key, attention.self.value):
+                before(linear, lambda z, p=p: reference.adapt(z, p, config))
+        before(layer.intermediate.dense, lambda z, p=parameters[f"{name}.intermediate"]: reference.adapt(z, p, config))
     expected = run(model, "bert").float()
     torch.testing.assert_close(matrix.logits(adapted, "bert"), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(propagation="none"), dict(use_bias=False, scaling=0.5)], ids=str)
 def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
-    """Of a cross-attention the encoder's tokens are pooled, of a decoder's own nothing."""
+    """A cross-attention looks at the encoder's tokens, the decoder's own at those before."""
     adapted = matrix.adapted("bart", **settings)
     config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
     inputs = matrix.tiny_inputs("bart")
-    source = inputs["attention_mask"].bool()
-    model = stock("bart")
-    with torch.no_grad():
-        everything = torch.ones_like(inputs["decoder_input_ids"], dtype=torch.bool)
-    read = {}
+    source, target = inputs["attention_mask"].bool(), torch.ones_like(inputs["decoder_input_ids"])
+    model, read, both = stock("bart"), {}, 0
+    model.model.encoder.register_forward_hook(lambda module, args, output: read.update(output=output[0]))
 
-    def remember(module, args, output):
-        read["encoder"] = output.last_hidden_state
+    def adapt(linears, p):
+        for linear in linears:
+            before(linear, lambda z: reference.adapt(z, p, config))
 
-    model.model.encoder.register_forward_hook(remember)
-
-    def pia(z, p, name=None, others=None):
-        """Equation (2); with nothing to pool it is (1)."""
-        h = reference.down(z, p)
-        if name is not None and config.propagation == "prompt":
-            h = h + reference.prompt_average(reference.down(others, p, f"{name}_C", f"{name}_c"), source)
-        alpha = reference.weights_of_branches(z, p, None, config.temperature)
-        return z + reference.branches(h, p, alpha, config.scaling)
-
-    both = 0
-    for index, layer in enumerate(model.model.encoder.layers):
-        name = f"model.encoder.layers.{index}"
-        p = parameters[f"{name}.fc1"]
-        if f"encoder.{index}.self" in config.skip_layers:
-            leaves(layer.self_attn.out_proj, parameters[f"{name}.self_attn"]["stand_in"])
-            before(layer.fc1, lambda z, p=p: pia(z, p, "self", z))
-        else:
-            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-                before(linear, lambda z, p=parameters[f"{name}.self_attn"]: reference.adapt(z, p, source, config))
-            before(layer.fc1, lambda z, p=p: pia(z, p))
-    for index, layer in enumerate(model.model.decoder.layers):
-        name = f"model.decoder.layers.{index}"
-        skips = [f"decoder.{index}.{kind}" in config.skip_layers for kind in ("self", "cross")]
-        p = parameters[f"{name}.fc1"]
-        if skips[0]:
-            leaves(layer.self_attn.out_proj, parameters[f"{name}.self_attn"]["stand_in"])
-        else:
-            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-                before(linear, lambda z, p=parameters[f"{name}.self_attn"]: reference.adapt(z, p, everything, config))
-        if skips[1]:
-            leaves(layer.encoder_attn.out_proj, parameters[f"{name}.encoder_attn"]["stand_in"])
-            before(layer.fc1, lambda z, p=p: pia(z, p, "cross", read["encoder"]))
-        else:
-            before(
-                layer.encoder_attn.q_proj,
-                lambda z, p=parameters[f"{name}.encoder_attn"]: reference.adapt(z, p, everything, config),
-            )
-            before(layer.fc1, lambda z, p=p: pia(z, p))
-        both += all(skips)
+    for stack in ("encoder", "decoder"):
+        for index, layer in enumerate(getattr(model.model, stack).layers):
+            name, own = f"model.{stack}.layers.{index}", layer.self_attn
+            skips = [f"{stack}.{index}.{kind}" in config.skip_layers for kind in ("self", "cross")]
+            p = parameters[f"{name}.self_attn"]
+            if skips[0]:
+                looks = source if stack == "encoder" else lambda: reference.causal(target)
+                leaves(own.out_proj, own, looks, p, config)
+            else:
+                adapt((own.q_proj, own.k_proj, own.v_proj), p)
+            if stack == "decoder":
+                cross, p = layer.encoder_attn, parameters[f"{name}.encoder_attn"]
+                if skips[1]:
+                    leaves(cross.out_proj, cross, source, p, config, lambda: read["output"])
+                else:
+                    adapt((cross.q_proj,), p)
+            adapt((layer.fc1,), parameters[f"{name}.fc1"])
+            both += all(skips)
     assert both
     expected = run(model, "bart").float()
     torch.testing.assert_close(matrix.logits(adapted, "bart"), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_attention_that_looks_both_ways_computes_the_formulas():
-    """LXMERT's words look at regions, then regions at words: the FFN of either is told what was looked at."""
+    """LXMERT's words look at regions, then regions at words; the one adapter serves both."""
     adapted = matrix.adapted("lxmert", skip_layers=["cross.1.cross", "cross_vision.1.self"])
     config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
     inputs = matrix.tiny_inputs("lxmert")
     words, regions = inputs["attention_mask"].bool(), inputs["visual_attention_mask"].bool()
-    everything = torch.ones(3, 1, dtype=torch.bool)
     assert not words.all()
     assert not regions.all()
     model = stock("lxmert")
-    read = {}
-
-    def remember(module, args):
-        read["words"], read["regions"] = args[0], args[2]
-
-    model.lxmert.encoder.x_layers[1].register_forward_pre_hook(remember)
-
-    def pia(z, p, *told):
-        h = reference.down(z, p)
-        for kind, others, mask in told:
-            h = h + reference.prompt_average(reference.down(others, p, f"{kind}_C", f"{kind}_c"), mask)
-        alpha = reference.weights_of_branches(z, p, None, config.temperature)
-        return z + reference.branches(h, p, alpha, config.scaling)
-
     for name, module in model.named_modules():
         p = parameters.get(name)
-        if name.endswith(("x_layers.1.visual_attention", "x_layers.1.visn_self_att")):
-            leaves(module.output.dense, parameters[name]["stand_in"])
-        elif name.endswith("x_layers.1.lang_inter"):
-            before(module.dense, lambda z, p=p: pia(z, p, ("cross", read["regions"], regions)))
-        elif name.endswith("x_layers.1.visn_inter"):
-            before(module.dense, lambda z, p=p: pia(z, p, ("self", z, regions), ("cross", read["words"], words)))
+        if name.endswith("x_layers.1.visual_attention"):
+            calls = []  # the words' and the regions'
+
+            def remember(module, args, kwargs, calls=calls):
+                calls.append((args[0], args[1]))
+
+            def left(module, args, output, calls=calls, p=p):
+                z, others = calls[-1]
+                mask = regions if others.shape[1] == regions.shape[1] else words
+                return reference.left(z, p, mask[:, None].expand(-1, z.shape[1], -1), config, others)
+
+            module.register_forward_pre_hook(remember, with_kwargs=True)
+            module.output.dense.register_forward_hook(left)
+        elif name.endswith("x_layers.1.visn_self_att"):
+            leaves(module.output.dense, module, regions, p, config)
         elif p and name.endswith(("intermediate", "_inter")):
-            before(module.dense, lambda z, p=p: pia(z, p))
+            before(module.dense, lambda z, p=p: reference.adapt(z, p, config))
         elif p:  # an attention that stays: its queries, and those keys and values of the same tokens
             core = module.att if hasattr(module, "att") else module.self
             linears = [core.query] if hasattr(module, "att") else [core.query, core.key, core.value]
             for linear in linears:
-                before(linear, lambda z, p=p: reference.adapt(z, p, everything, config))
+                before(linear, lambda z, p=p: reference.adapt(z, p, config))
+    assert words.shape != regions.shape
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
         expected = model(**inputs).question_answering_score.float()
     torch.testing.assert_close(matrix.logits(adapted, "lxmert"), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_row_with_nothing_to_look_at_pools_zero():
-    """As a text without an image is to a cross-attention."""
-    z, mask = torch.randn(2, 3, 4), torch.tensor([[1, 0, 1], [0, 0, 0]])
-    expected = torch.stack([(z[0, 0] + z[0, 2]) / 2, torch.zeros(4)])[:, None]
-    torch.testing.assert_close(prompt_mean(z, mask), expected)
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
@@ -239,12 +212,6 @@ def test_attentions_that_are_not_there_are_refused(model_type, skip_layers, mess
     assert [name for name, _ in model.named_modules()] == before
 
 
-@pytest.mark.parametrize("model_type", ["bert", "bart", "clip"])
-def test_a_router_that_reads_the_prompt_is_for_decoders(model_type):
-    with pytest.raises(ValueError, match=r"router='prompt'.*use `router='none'`"):
-        get_peft_model(matrix.tiny_model(model_type), EASConfig(router="prompt"))
-
-
 def test_encoders_as_decoders_are_refused():
     config = BertConfig(**matrix.TEXT, is_decoder=True)
     bart = matrix.EXAMPLES["bart"].config()
@@ -258,14 +225,23 @@ def test_attentions_whose_adapter_could_not_be_folded_have_none():
     model = matrix.adapted("deberta-v2", skip_layers=[0, 2])
     adapted = {name.split(".layer.")[1] for name, _ in model.named_parameters() if ".eas_" in name}
     of_attentions = sorted(name for name in adapted if ".attention." in name)
-    assert of_attentions == [f"{i}.attention.eas_stand_in.default" for i in (0, 2)]
+    names = ("eas_mean_down", "eas_mean_up", "eas_stand_in")
+    assert of_attentions == [f"{i}.attention.{name}.default" for i in (0, 2) for name in names]
     of_ffns = {name.split(".eas_")[0] for name in adapted.difference(of_attentions)}
     assert of_ffns == {f"{i}.intermediate" for i in range(4)}
 
 
-def test_contexts_of_encoders_are_not_frozen():
-    with pytest.raises(ValueError, match="propagation='none'"):
-        matrix.adapted("bart").freeze_context([])
+@pytest.mark.parametrize("model_type", ["bert", "bart"])
+def test_a_frozen_context(model_type):
+    """Of one row, in which all tokens look at all: the encoder computes what it did."""
+    model, inputs = matrix.adapted(model_type), matrix.tiny_inputs(model_type)
+    alone = {name: value[:1] for name, value in inputs.items()}
+    assert alone["attention_mask"].all()
+    before = matrix.logits(model, model_type, alone)
+    moved = model.freeze_context([alone])
+    after = matrix.logits(model, model_type, alone)
+    assert (moved.logits_moved < 1e-5) == torch.allclose(after, before, atol=1e-5) == (model_type == "bert")
+    matrix.assert_close(matrix.logits(model.merge_and_unload(), model_type, alone), after)
 
 
 def test_unload_leaves_the_base_model():
@@ -307,11 +283,11 @@ def test_a_row_with_cross_attentions_from_outside(tmp_path):
     decoder = dict(stack="decoder", layers="decoder.layers", **common)
     cross = Attentions(
         **decoder, attention="encoder_attn", attention_inputs=("q_proj",), context="key_value_states",
-        context_inputs=("k_proj", "v_proj"), pools="attended",
+        context_inputs=("k_proj", "v_proj"),
     )  # fmt: skip
-    own = Attentions(**decoder, pools="nothing", keeps_first=True)
+    own = Attentions(**decoder, answers=True, keeps_first=True)
     row = Family(
-        "own_seq2seq", stack="encoder", layers="encoder.layers", pools="attended", **common, also=(own, cross)
+        "own_seq2seq", stack="encoder", layers="encoder.layers", causal=False, **common, also=(own, cross)
     )  # fmt: skip
     register_family(row)
     try:
@@ -489,7 +465,8 @@ def test_scores_by_loss_are_those_of_dropping_by_hand(model_type):
                 kept = batch["labels"] != -100
                 if key.endswith("self"):  # the first token looks at itself alone
                     kept = torch.cat([torch.zeros_like(kept[:, :1]), kept[:, 1:]], dim=1)
-            leaves(projection, seen[0][kept].mean(dim=0))
+            mean = seen[0][kept].mean(dim=0)
+            projection.register_forward_hook(lambda module, args, output, mean=mean: torch.zeros_like(output) + mean)
             assert scores[key] == pytest.approx(float(model(**batch).loss - whole), abs=1e-5)
 
 

@@ -481,9 +481,8 @@ def refused(tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_no_format_can_hold_is_refused(format, refused, tmp_path):
     refused(format, "merge_and_unload", adapted())
-    for settings in (dict(propagation="prompt"), dict(router="prompt")):
-        merged = adapted(**settings).merge_and_unload()
-        refused(format, r"depend on the prompt.*freeze_context.*propagation='none'", merged)
+    merged = adapted(propagation="mean").merge_and_unload()
+    refused(format, r"mean over other tokens.*freeze_context.*propagation='none'", merged)
     refused(format, "reads more than text", adapted("llava").merge_and_unload())
     quantised = tiny.model("llama")
     quantised.config.quantization_config = {"quant_method": "gptq"}

@@ -23,7 +23,7 @@ from peft_eas.modeling_eas import outermost
 from peft_eas.trace import TraceError, as_source, check_family, propose_family
 
 # the rest of the matrix is `make supported-models`
-FAST = {name: matrix.CHECKS[name] for name in ("skipping", "standing_in", "merging")}
+FAST = {name: matrix.CHECKS[name] for name in ("skipping", "standing_in", "merging", "prefix", "parts", "packing")}
 
 
 @pytest.mark.parametrize("model_type", matrix.whole_models())
@@ -134,11 +134,15 @@ def test_a_row_that_does_not_fit_the_model_is_refused(own_model):
         get_peft_model(own_model, EASConfig(skip_layers=[1]))
 
 
-def test_chunks_of_tokens_are_refused():
-    make = matrix.EXAMPLES["bert"]
-    model = matrix.build(make.model, make.config(chunk_size_feed_forward=2))
-    with pytest.raises(ValueError, match="chunk_size_feed_forward=0"):
-        get_peft_model(model, EASConfig(skip_layers=[1]))
+def test_ffns_may_get_their_tokens_in_chunks():
+    make, found = matrix.EXAMPLES["bert"], []
+    for size in (0, 2):
+        model = matrix.build(make.model, make.config(chunk_size_feed_forward=size))
+        model = get_peft_model(model, EASConfig(skip_layers=[1], propagation="mean")).eval()
+        tiny.shake(model)
+        found += [matrix.logits(model, "bert"), matrix.logits(model.merge_and_unload(), "bert")]
+    for logits in found[1:]:
+        matrix.assert_close(logits, found[0])
 
 
 def test_inspect_family(tmp_path, capsys):

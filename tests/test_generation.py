@@ -219,7 +219,9 @@ def test_a_second_turn(family, state):
 def test_rows_of_a_cache(family, state):
     """Reordered, repeated, chosen and cropped, it is the cache of such rows."""
     model = adapted(family, [0, 3], state)
-    ids = tiny.inputs(family, rows=3, length=5, padding=None)["input_ids"]  # within the window, or none could be cropped
+    ids = tiny.inputs(family, rows=3, length=5, padding=None)[
+        "input_ids"
+    ]  # within the window, or none could be cropped
 
     def cache_of(ids):
         return model(ids, use_cache=True).past_key_values

@@ -27,10 +27,10 @@ from peft_eas.modeling_eas import skipped
 SETTINGS = [
     dict(),
     dict(use_bias=False),
-    dict(propagation="prompt"),
-    dict(propagation="prompt", use_bias=False, router="static", groups=2),
-    dict(router="prompt", propagation="prompt"),
-    dict(router="prompt", use_bias=False),
+    dict(propagation="mean"),
+    dict(propagation="mean", use_bias=False, router="static", groups=2),
+    dict(router="static", stand_in="zero"),
+    dict(propagation="mean", stand_in="zero", scaling=0.5),
 ]
 
 
@@ -105,19 +105,22 @@ def test_merged_equals_a_model_stripped_by_hand(family):
 def test_what_is_stripped(family, settings, tmp_path):
     merged = adapted(family, **settings).merge_and_unload()
     merged.save_pretrained(tmp_path)
+    reads = settings.get("propagation") == "mean"  # what is left reads the attention's input
     base = {n: p.shape for n, p in tiny.model(family).named_parameters()}
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         saved = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118 (not a dict)
     for index in (0, 3):
         left = [n for n in saved if f".layers.{index}." in n and "vision" not in n]
-        assert not [n for n in left if any(k in n for k in ("q_proj", "k_proj", "v_proj", "o_proj", "input_layernorm"))]
+        assert not [n for n in left if any(k in n for k in ("q_proj", "k_proj", "v_proj", "o_proj"))]
+        assert reads == any("input_layernorm" in n for n in left)
         assert (family == "gemma3_text") == any("pre_feedforward_layernorm" in n for n in left)
         assert not [n for n in left if family == "gemma3_text" and "post_attention_layernorm" in n]
         assert [n for n in left if "down_proj" in n]
     gone = [
         n for n in base
         if any(f".layers.{i}." in n and "vision" not in n for i in (0, 3))
-        and ("self_attn" in n or "input_layernorm" in n or (family == "gemma3_text" and "post_attention" in n))
+        and ("self_attn" in n or ("input_layernorm" in n and not reads)
+             or (family == "gemma3_text" and "post_attention" in n))
     ]  # fmt: skip
     parameters = {n: p.shape for n, p in merged.named_parameters()}
     assert not set(gone) & set(parameters)
@@ -298,12 +301,12 @@ def test_disabling_a_merged_adapter_gives_the_base():
 
 @pytest.mark.parametrize("settings", [dict(skip_layers=[1]), dict(skip_layers=None, num_skip=2)], ids=str)
 def test_what_is_idle_is_not_folded(settings):
-    """Of another skip set, and of a search that has not chosen yet: what FFNs of retained attentions would be told."""
-    model, inputs = adapted(propagation="prompt", **settings), tiny.inputs("llama")
+    """Of another skip set, and of a search that has not chosen yet."""
+    model, inputs = adapted(propagation="mean", **settings), tiny.inputs("llama")
     if model.skip_layers:
         model.set_skip_layers([0, 3])
         tiny.shake(model)
-    assert any("layers.1.mlp.eas_self_c" in name for name, _ in model.named_parameters())
+    assert any("layers.1.self_attn.eas_mean_up" in name for name, _ in model.named_parameters())
     kept = inputs["attention_mask"].bool()
     expected = model(**inputs).logits
     model.merge_adapter()
@@ -312,10 +315,10 @@ def test_what_is_idle_is_not_folded(settings):
     close(model.merge_and_unload()(**inputs).logits, expected, kept)
 
 
-@pytest.mark.parametrize("name", ["eas_down", "eas_self_C", "eas_up"])
+@pytest.mark.parametrize("name", ["eas_down", "eas_mean_down", "eas_up"])
 @pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
 def test_safe_merge_refuses_nan(name, method):
-    model, inputs = adapted(propagation="prompt"), tiny.inputs("llama")
+    model, inputs = adapted(propagation="mean"), tiny.inputs("llama")
     weights = {n: p.clone() for n, p in model.named_parameters() if "eas_" not in n}
     parameter = next(p for n, p in model.named_parameters() if f".{name}." in n)
     with torch.no_grad():

@@ -33,7 +33,7 @@ def test_base_model_back_bit_for_bit(family):
     base, inputs = tiny.model(family), tiny.inputs(family)
     expected, names = base(**inputs).logits, {n: type(m) for n, m in base.named_modules()}
     generated = base.generate(**inputs, max_new_tokens=5, pad_token_id=0)
-    model = get_peft_model(base, EASConfig(skip_layers=[0, 3], router="prompt"))
+    model = get_peft_model(base, EASConfig(skip_layers=[0, 3], propagation="mean"))
     tiny.shake(model)
     model.eval()
     adapted_logits = model(**inputs).logits
@@ -63,7 +63,7 @@ def test_unload_after_merge_adapter():
 def test_several_adapters_with_different_skip_sets(tmp_path):
     inputs = tiny.inputs("llama")
     model = adapted()
-    model.add_adapter("other", EASConfig(skip_layers=[1, 2, 5], r=4, r_pia=8, router="prompt", init_weights=False))
+    model.add_adapter("other", EASConfig(skip_layers=[1, 2, 5], r=4, r_pia=8, propagation="mean", init_weights=False))
     model.add_adapter("partial", EASConfig(skip_layers=[4], layers_to_transform=[3, 4], init_weights=False))
     logits = {}
     for name, skip_layers in {"default": [0, 3], "other": [1, 2, 5], "partial": [4]}.items():
@@ -269,7 +269,7 @@ def test_outputs_that_users_ask_for():
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize(
-    "settings", [dict(), dict(propagation="prompt"), dict(router="prompt", propagation="prompt")], ids=str
+    "settings", [dict(), dict(propagation="mean"), dict(router="static", propagation="mean")], ids=str
 )
 def test_torch_compile_without_graph_breaks(settings, merged):
     torch._dynamo.reset()

@@ -28,7 +28,7 @@ KINDS = {
     "nf4 in bfloat16": FOUR_BITS | dict(bnb_4bit_quant_storage=torch.bfloat16),  # as FSDP needs it
     "int8": dict(load_in_8bit=True),
 }
-SETTINGS = [dict(), dict(propagation="prompt"), dict(router="prompt", propagation="prompt")]
+SETTINGS = [dict(), dict(propagation="mean"), dict(router="static", propagation="mean")]
 FOLDED = {f"model.layers.{i}.mlp.{name}_proj" for i in range(6) for name in ("gate", "up")} | {
     f"model.layers.{i}.self_attn.{name}_proj" for i in (1, 2, 4, 5) for name in "qkv"
 }
@@ -153,7 +153,7 @@ def saved(folder):
 
 # besides the usual ones: linears that bitsandbytes has to turn around, a FFN that is one linear, stacked experts
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "gpt2", "opt", "mixtral"])
-@pytest.mark.parametrize("settings", [dict(), dict(propagation="prompt")], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(propagation="mean")], ids=str)
 def test_families(load, family, settings, tmp_path):
     model, inputs = adapted(load("nf4", family), **settings), tiny.inputs(family)
     kept = inputs["attention_mask"].bool()
@@ -500,10 +500,10 @@ def test_searched_trained_saved_merged(load, kind, kwargs, tmp_path):
 
 
 def test_frozen_context(load):
-    model = adapted(load("nf4"), propagation="prompt")
+    model = adapted(load("nf4"), propagation="mean")
     model.freeze_context([batch()])
     inputs = tiny.inputs("llama")
     expected = model(**inputs).logits
     merged = model.merge_and_unload()
-    assert merged.config.eas["attentions"][0]["adapters"] == {}
+    assert merged.config.eas["attentions"][0]["shifted"] == {}
     close(merged(**inputs).logits, expected)

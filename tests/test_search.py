@@ -243,7 +243,7 @@ def test_evaluation_uses_the_best_set_so_far_and_changes_nothing(tmp_path):
 
 def test_idle_adapters_do_not_move(tmp_path):
     """Neither by momentum nor by weight decay: without a gradient, the optimizer leaves them alone."""
-    model = fresh(propagation="prompt")
+    model = fresh(propagation="mean")
     before = {}
 
     class Compare(TrainerCallback):

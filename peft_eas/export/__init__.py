@@ -64,9 +64,9 @@ def _check(model: PreTrainedModel) -> None:
     eas = getattr(model.config, "eas", {"attentions": []})
     if propagates(eas):
         raise ValueError(
-            "Skipped attentions of this model leave a mean over other tokens (`propagation='mean'`), which other engines "
-            "know nothing of. Ways out: `model.freeze_context(dataloader)` on the model with adapters before it is "
-            "merged, or training with `propagation='none'`."
+            "Skipped attentions of this model leave a mean over other tokens (`propagation='mean'`), which other "
+            "engines know nothing of. Ways out: `model.freeze_context(dataloader)` on the model with adapters before "
+            "it is merged, or training with `propagation='none'`."
         )
     if any(form["shifted"] for form in eas["attentions"]):
         raise ValueError(

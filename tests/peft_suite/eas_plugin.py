@@ -11,11 +11,9 @@ import importlib.machinery
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-import torch
 from peft import LoraConfig
 from transformers import (
     CONFIG_MAPPING,
@@ -27,7 +25,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from peft_eas import EASConfig, EASType, prompt_mask
+from peft_eas import EASConfig, EASType
 
 # PEFT's tests import it, but only those of image models use it.
 diffusers = types.ModuleType("diffusers")
@@ -38,14 +36,14 @@ sys.modules["diffusers"] = diffusers
 # Just layer 0 is skipped, because a test restricts the tuner to it by `layers_to_transform=[0]`.
 VARIANTS = {
     "defaults": {"skip_layers": [0]},
-    "propagation": {"skip_layers": [0], "propagation": "prompt", "router": "static", "groups": 2, "use_bias": False},
-    "router": {"skip_layers": [0], "propagation": "prompt", "router": "prompt"},
+    "propagation": {"skip_layers": [0], "propagation": "mean"},
+    "branches": {"skip_layers": [0], "router": "static", "groups": 2, "use_bias": False},
     "unsearched": {},
 }
-# Likewise, in the only attention of that layer that both can spare; `router="prompt"` is for decoders alone.
+# Likewise, in the only attention of that layer that both can spare.
 ENCODER_DECODER_VARIANTS = {
     "defaults": {"skip_layers": ["decoder.0.cross"]},
-    "propagation": {"skip_layers": ["decoder.0.cross"], "propagation": "prompt", "use_bias": False},
+    "propagation": {"skip_layers": ["decoder.0.cross"], "propagation": "mean", "use_bias": False},
     "unsearched": {},
 }
 
@@ -116,10 +114,6 @@ REBOUND = {
     "test_feature_extraction_models::test_load_model_low_cpu_mem_usage": {"LoraConfig": EASConfig},
     "test_config::test_from_peft_type": {"PeftType": EASType},
 }
-
-# Training without labels, as these tests do it, needs the prompt's mask: here all that is not padding.
-TRAINED_WITHOUT_LABELS = "test_decoder_models::test_training_decoders_gradient_checkpointing"
-PROMPT_MASK = torch.tensor([[1, 1, 1], [1, 0, 1]])
 
 
 class Expected(NamedTuple):
@@ -257,15 +251,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     stale = {test for e in XFAIL + SKIPPED for test in e.tests} - {name_of(item) for item in chosen}
     if stale:
         raise pytest.UsageError(f"PEFT has no such tests (any more): {sorted(stale)}")
-
-
-@pytest.fixture(autouse=True)
-def prompt_is_known(request: pytest.FixtureRequest) -> Iterator[None]:
-    if name_of(request.node) == TRAINED_WITHOUT_LABELS:
-        with prompt_mask(PROMPT_MASK):
-            yield
-    else:
-        yield
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
