@@ -43,11 +43,15 @@ def propose_family(model: PreTrainedModel, input_ids: torch.Tensor | None = None
         input_ids: What to run it with, `(B, T)`.
 
     Raises:
-        TraceError: if there is no list of layers with attentions, none of its layers calls an attention before a FFN,
-            or nothing reads the input of one of them as it is.
+        TraceError: if what it says of a token depends on those that follow, there is no list of layers with attentions,
+            none of its layers calls an attention before a FFN, or nothing reads the input of one of them as it is.
     """
     if input_ids is None:
         input_ids = torch.arange(6)[None] + 3
+    with torch.no_grad():
+        whole, part = (model.eval()(input_ids=ids, use_cache=False).logits for ids in (input_ids, input_ids[:, :-1]))
+    if not torch.allclose(whole[:, :-1], part, rtol=1e-3, atol=1e-4):
+        raise TraceError(f"{type(model).__name__} is no decoder: what it says of a token depends on those that follow.")
     decoder = model.get_decoder()
     lists = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and any(map(_attention, m))]
     if not lists:

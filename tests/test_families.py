@@ -136,7 +136,8 @@ def test_a_row_that_does_not_fit_the_model_is_refused(own_model):
 
 def test_ffns_may_get_their_tokens_in_chunks():
     make, found = matrix.EXAMPLES["bert"], []
-    for size in (0, 2):
+    for size in (0, 1):
+        torch.manual_seed(0)
         model = matrix.build(make.model, make.config(chunk_size_feed_forward=size))
         model = get_peft_model(model, EASConfig(skip_layers=[1], propagation="mean")).eval()
         tiny.shake(model)
@@ -156,7 +157,7 @@ def test_inspect_family(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("bert", "With this row the model fails"),
+        ("bert", "depends on those that follow"),
         ("t5", "proposed for decoders"),
         ("vit", "transformers has none of type"),
     ],
@@ -170,11 +171,11 @@ def test_inspecting_what_is_no_decoder_says_so(model_type, message, tmp_path, ca
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("propagation", ["prompt", "none"])
+@pytest.mark.parametrize("propagation", ["mean", "none"])
 @pytest.mark.parametrize("model_type", ["bloom", "nemotron_h"])
 def test_gradient_checkpointing(model_type, propagation, use_reentrant):
-    """Two forwards with different prompts before a backward: what is recomputed must know its own prompt, though
-    bloom's layers pass no keywords on, and in nemotron_h the attention is skipped in another layer."""
+    """Two forwards before a backward: bloom's layers pass no keywords on, and in nemotron_h the attention is skipped in
+    a layer of its own."""
 
     def gradients(checkpointing):
         model = matrix.adapted(model_type, propagation=propagation).train()
@@ -326,3 +327,15 @@ def test_a_hybrid_s_card_counts_its_attentions(tmp_path, capsys):
     assert "skipped  - no attention\n  0 #--.-# 5\n" in text
     assert cli.main(["inspect", str(tmp_path / "merged")]) == 0
     assert "1 of 3 attentions: [3]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("propagation", ["mean", "none"])
+def test_merged_bloom_compiles_as_bloom_does(propagation):
+    """Its layers pass no keywords on."""
+    tiny.skip_unless_compiled()
+    inputs = matrix.tiny_inputs("bloom") | {"use_cache": False}
+    for model in (matrix.tiny_model("bloom"), matrix.adapted("bloom", propagation=propagation).merge_and_unload()):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
