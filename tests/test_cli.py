@@ -135,7 +135,7 @@ def test_merge_with_a_frozen_context(base, data, tmp_path, capsys):
     tiny.shake(adapted)
     adapted.save_pretrained(adapter)
     assert cli.main(["merge", str(adapter), str(out), "--freeze-context", str(data)]) == 0
-    assert "context frozen to the mean of 144 tokens: loss" in capsys.readouterr().out
+    assert "context frozen to the mean of 120 tokens: loss" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert [left["rank"] for left in merged.config.eas["attentions"][0]["left"]] == [0]
     assert "say nothing of other tokens" in _said(capsys, "inspect", out)
