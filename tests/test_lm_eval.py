@@ -10,11 +10,12 @@ from peft import get_peft_model
 
 from peft_eas import EASConfig
 
-lm_eval = pytest.importorskip("lm_eval")
-from lm_eval.__main__ import cli_evaluate  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
+pytest.importorskip("lm_eval")
+import lm_eval
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 PROPAGATIONS = ("none",)
 STATES = ["unmerged", "merged"]
