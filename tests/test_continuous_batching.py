@@ -9,8 +9,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from peft_eas import EASConfig
 
 PROPAGATIONS = ("none",)
+PAGE = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"  # before 5.17
 # smaller than the requests: prompts are read in parts, and wait for one another
-SMALL = dict(page_size=4, num_blocks=12, max_batch_tokens=8, use_cuda_graph=False)
+SMALL = dict(num_blocks=12, max_batch_tokens=8, use_cuda_graph=False) | {PAGE: 4}
 
 
 def adapted(family, state, propagation, attention="sdpa"):
@@ -66,4 +67,4 @@ def test_with_eager_attention(state, propagation, monkeypatch):
     for cls in type(model).__mro__:  # what transformers found of a base class holds for its subclasses
         if "_can_set_attn_implementation_cached_value" in vars(cls):
             monkeypatch.delattr(cls, "_can_set_attn_implementation_cached_value")
-    check(model, page_size=16, num_blocks=32, max_batch_tokens=64)
+    check(model, **{PAGE: 16}, num_blocks=32, max_batch_tokens=64)
