@@ -376,11 +376,13 @@ def is_its_reference(name, logs):
 
 @row("DPO, KTO", "`ref_model=` a merged copy", "the reference is the model that training starts from")
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("precompute", [False, True])
 @pytest.mark.parametrize("name", PREFERENCE)
-def test_a_merged_copy_is_the_reference(tmp_path, name, propagation):
+def test_a_merged_copy_is_the_reference(tmp_path, name, precompute, propagation):
     model = sft_trained(propagation)
     start = ByHand(model)
-    made = retrain(name, tmp_path, model, ref_model=copy.deepcopy(model).merge_and_unload())
+    merged = copy.deepcopy(model).merge_and_unload()
+    made = retrain(name, tmp_path, model, ref_model=merged, precompute_ref_log_probs=precompute)
     assert is_its_reference(name, trained(made))
     # which stays what it was
     close(made.evaluate()["eval_loss"], PREFERENCE[name][1](ByHand(model), start))
