@@ -57,7 +57,6 @@ from transformers import (
 
 import peft_eas
 from peft_eas import EASCallback, EASConfig, score_attentions
-from peft_eas.layer import EASFeedForward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import sentiment
@@ -558,9 +557,9 @@ def without(model: PreTrainedModel, skip_layers: list[int | str], stand_in: str,
 
 def freeze_retained_ffns(model: PeftModel) -> None:
     """Leave the adapters in front of the FFNs of retained attentions as they are: identities."""
-    for module in model.modules():
-        if isinstance(module, EASFeedForward) and not module.skipped("default"):
-            module.set_requires_grad("default", requires_grad=False)
+    for attention, ffns in model.skip_gates().wrappers.values():
+        for ffn in () if attention.skips("default", training=False) else ffns:
+            ffn.set_requires_grad("default", requires_grad=False)
 
 
 def prepare(run: Run) -> tuple[PeftModel, list[EASCallback]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from .freeze import FrozenContext, freeze
 from .gates import SkipGates
 from .layer import EASAttention, EASFeedForward, EASLayer, Wrappers, check_single, inputs_of
 from .merge import finish_merge, plan_merge
+from .modeling_eas import UNREADABLE
 from .quantized import Dequantiser, Requantiser, dequantise, is_quantised, unquantised_dtype
 
 
@@ -161,6 +163,8 @@ class EASModel(BaseTuner):
             if attention is not None:
                 attentions.append(attention)
                 attention.measured = attentions[0].measured
+        if model.can_generate():
+            model.init_continuous_batching = functools.partial(_init_continuous_batching, model)
 
     def _wrappers(
         self, key: int | str, model: nn.Module | None = None
@@ -401,6 +405,7 @@ class EASModel(BaseTuner):
         ties = getattr(model, "all_tied_weights_keys", None) or {}
         if is_tied and ties and all(model.get_parameter(a) is model.get_parameter(b) for a, b in ties.items()):
             model.config.tie_word_embeddings = True
+        model.__dict__.pop("init_continuous_batching", None)
         if plan is None:
             return model
         model = finish_merge(model, plan)
@@ -414,3 +419,12 @@ class EASModel(BaseTuner):
 def _all(wrappers: Wrappers) -> list[EASLayer]:
     """All of them, once each."""
     return list(dict.fromkeys(w for attention, ffns in wrappers.values() for w in (attention, *ffns) if w is not None))
+
+
+def _init_continuous_batching(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """That of the class of `model`, but refused where masks are read, before anything runs."""
+    attentions = [module for module in model.modules() if isinstance(module, EASAttention)]
+    acting = [(attention, attention.acting_adapter()) for attention in attentions]
+    if any(name is not None and attention.skips(name) and name in attention.eas_mean_up for attention, name in acting):
+        raise ValueError(UNREADABLE.format("continuous batching"))
+    return type(model).init_continuous_batching(model, *args, **kwargs)

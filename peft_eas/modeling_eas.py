@@ -297,14 +297,17 @@ class Bypass:
         return stream, *(self.argument(name, args, kwargs) if name else None for name in self.form["returns"])
 
 
+UNREADABLE = (
+    "With `propagation='mean'`, skipped attentions read their mask, which can't be with {}: load the model with "
+    "`attn_implementation='sdpa'` or `'eager'`, and generate by `generate`. Models with `propagation='none'` run with "
+    "all."
+)
+
+
 def _check_readable(mask: object, config: PreTrainedConfig | None) -> None:
     kind = getattr(config, "_attn_implementation", None) or ""
     if not isinstance(mask, (torch.Tensor, type(None))) or any(name in kind for name in ("flash", "flex", "paged")):
-        raise ValueError(
-            f"With `propagation='mean'`, skipped attentions read their mask, which can't be with {kind!r}: load the "
-            "model with `attn_implementation='sdpa'` or `'eager'`, and generate by `generate`. Models with "
-            "`propagation='none'` run with all."
-        )
+        raise ValueError(UNREADABLE.format(repr(kind)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -501,10 +504,29 @@ class EASMixin:
         restructure(self, config.eas)
 
     @classmethod
+    def _base(cls) -> type[PreTrainedModel]:
+        return next(c for c in cls.__mro__ if c.__module__ != __name__)
+
+    @classmethod
     def is_custom_code(cls) -> bool:
         """As the base class: of other classes, transformers leaves buffers that no checkpoint holds without values."""
-        base = next(c for c in cls.__mro__ if c.__module__ != __name__)
-        return not base.__module__.startswith("transformers.")
+        return not cls._base().__module__.startswith("transformers.")
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers, but refused where the mask is read, before anything runs."""
+        if propagates(self.config.eas):
+            raise ValueError(UNREADABLE.format("continuous batching"))
+        return super().init_continuous_batching(*args, **kwargs)
+
+    # transformers reads in the module of a class whether it can
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls._base()._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls._base()._can_set_experts_implementation()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
