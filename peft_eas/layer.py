@@ -480,6 +480,8 @@ class EASAttention(EASLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = self.acting_adapter()
+        if self.training and name is not None and self.eas_config[name].skip_layers is None:
+            self._check_searched(name)
         if name is not None and self.skips(name):
             enter_layer(self.bypass.form, self.bypass.context(args, kwargs, slot_state))
             first = args[0] if args else kwargs["hidden_states"]
@@ -495,6 +497,21 @@ class EASAttention(EASLayer):
         else:
             args, kwargs = self._adapted(self.base_layer, args, kwargs)
         return self.base_layer(*args, **kwargs)
+
+    def _check_searched(self, adapter_name: str) -> None:
+        """Say, once, that a training is to skip attentions and nothing chooses them."""
+        config = self.eas_config[adapter_name]
+        if torch.compiler.is_compiling() or vars(config).get("is_searched") or config.num_skip == 0:
+            return
+        if not torch.is_grad_enabled():
+            return  # a reference, as TRL's DPO has one
+        config.is_searched = True  # or it is known that it isn't; no field, so that it is not saved
+        warnings.warn(
+            f"Adapter {adapter_name!r} is to skip attentions, but none is chosen and no search is running, so this "
+            "training skips none: give the Trainer `callbacks=[EASCallback(held_out)]`, or name the attentions with "
+            "`EASConfig(skip_layers=[...])` or `model.set_skip_layers([...])`.",
+            stacklevel=2,
+        )
 
     def _check_measured(self, adapter_name: str) -> None:
         """Say, once, that a training starts without stand-ins."""
