@@ -65,7 +65,7 @@ class EASCallback(TrainerCallback):
         *,
         warmup_steps: float = 0.1,
         search_steps: float = 0.3,
-        interval: int = 10,
+        interval: int = 20,
         num_candidates: int = 4,
         warm_start: str | Mapping[int | str, float] | None = "deviation",
     ) -> None:
