@@ -558,7 +558,7 @@ def without(model: PreTrainedModel, skip_layers: list[int | str], stand_in: str,
 def freeze_retained_ffns(model: PeftModel) -> None:
     """Leave the adapters in front of the FFNs of retained attentions as they are: identities."""
     for attention, ffns in model.skip_gates().wrappers.values():
-        for ffn in () if attention.skips("default", training=False) else ffns:
+        for ffn in () if attention.skips("default") else ffns:
             ffn.set_requires_grad("default", requires_grad=False)
 
 

@@ -1,4 +1,4 @@
-"""Does the search find attentions that a task does not need? Sets by the bandit, by one-shot scores, and by chance.
+"""Does the search find attentions that a task does not need? Sets by a search, by one-shot scores, and by chance.
 
     python benchmarks/search.py                 # everything that has no result yet, most important first
     python benchmarks/search.py --only k8       # runs whose name contains this
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -31,10 +32,11 @@ import torch
 import transformers
 from matplotlib import pyplot as plt
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from peft_eas import EASCallback, EASConfig, score_attentions
+from peft_eas.search import bandit
+from peft_eas.search.run import Search
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from real_data import collator, load_model, load_tokenizer, movie_reviews, tokenise
@@ -48,19 +50,50 @@ MAX_LENGTH = 80  # of a review, in characters
 COUNTS = (8, 12, 4)
 NUM_LAYERS = 30
 
-BANDITS = {
-    "bandit": None,
-    "bandit from depth": "depth",
-    "bandit from similarity": "similarity",
-    "bandit from loss": "loss",
-}
-# as adapters were when the rows were made, by 0.1.0, but for the halved sum of PIAs and the FFNs of retained layers
-PAPER: dict = {"r": 8, "groups": 2, "router": "static", "propagation": "mean", "stand_in": "zero"}
-ABLATIONS: dict[str, dict] = {
-    "without propagation": {"propagation": "none"},
-    "without biases": {"use_bias": False},
-    "reading gamma2 * n1(x)": {},
-}
+SEARCHES = ("search", "search by the paper's bandit")
+
+
+class Bandit(Search):
+    """The paper's search (section 3.2), as a reference: each step skips a drawn set, each round scores drawn sets, and
+    the set with the highest preferences is chosen."""
+
+    LEARNING_RATE, CANDIDATES = 2.0, 3
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.preferences = bandit.preferences_from_scores(self.state.scores, self.state.count)
+
+    def before_step(self, step: int) -> None:
+        super().before_step(step)
+        if self.state.settled is None:
+            arms = bandit.draw(self.preferences, self.state.count, random.Random(f"{self.args.seed} step {step}"))
+            self.gates.set(self.state.to_layers(arms))
+
+    def after_step(self, step: int) -> None:
+        if self.state.settled is None:
+            self.gates.set(self.state.best())
+        super().after_step(step)
+
+    def round(self, step: int) -> None:
+        state, rng = self.state, random.Random(f"{self.args.seed} round {step}")
+        subsets = bandit.draw_distinct(self.preferences, state.count, self.CANDIDATES, rng)
+        with self.scorer.aside(step):
+            batches, losses = self.held_out.batches(len(state.rounds)), []
+            for arms in subsets:
+                with self.gates.skipping(state.to_layers(arms)):
+                    losses.append(self.scorer.mean(batches))
+        self.preferences = bandit.update(self.preferences, subsets, losses, self.LEARNING_RATE)
+        chosen = bandit.choose(self.preferences, state.count)
+        state.order = [*chosen, *(arm for arm in range(len(state.layers)) if arm not in chosen)]
+        self.gates.set(state.best())
+        nothing: dict = {"tried": [], "costs": [], "exchanged": []}
+        state.rounds.append({"step": step, "losses": losses, "skip_layers": state.best(), **nothing})
+
+
+class BanditCallback(EASCallback):
+    """`EASCallback`, by the paper's bandit."""
+
+    search_class = Bandit
 
 
 @dataclass(frozen=True)
@@ -68,8 +101,8 @@ class Run:
     """One fine-tuning.
 
     Attributes:
-        group: `"sets"` or `"ablation"`.
-        method: How the set is found, or what is left out.
+        group: `"sets"`.
+        method: How the set is found.
         count: Attentions skipped.
         seed: Seed of the training.
         draw: Number of the random set.
@@ -80,7 +113,6 @@ class Run:
     count: int
     seed: int = 0
     draw: int = 0
-    settings: dict = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:
@@ -92,15 +124,11 @@ def all_runs() -> list[Run]:
     """Most important first."""
     runs = [Run("sets", "LoRA", 0)]
     for count in COUNTS:
-        runs += [
-            Run("sets", method, count) for method in ("similarity", "bandit", "bandit from depth", "deepest", "loss")
-        ]
+        methods = (*SEARCHES, "deviation", "kl", "similarity", "deepest", "loss")
+        runs += [Run("sets", method, count) for method in methods]
         runs += [Run("sets", "random", count, draw=draw) for draw in range(3)]
-        runs += [Run("sets", f"bandit from {method}", count) for method in ("similarity", "loss")]
-    runs += [Run("ablation", method, 8, settings=settings) for method, settings in ABLATIONS.items()]
     for seed in (1, 2):
-        runs += [Run("sets", method, 8, seed) for method in ("deepest", "bandit from depth", "bandit", "similarity")]
-        runs += [Run("sets", method, 8, seed) for method in ("loss", "bandit from similarity", "bandit from loss")]
+        runs += [Run("sets", method, 8, seed) for method in (*SEARCHES, "deviation", "kl", "deepest")]
         runs.append(Run("sets", "LoRA", 0, seed))
     return runs
 
@@ -127,22 +155,14 @@ class Task:
 
 def set_of(run: Run, task: Task) -> list[int] | None:
     """The set to skip; `None` if it is searched for."""
-    if run.method in BANDITS:
+    if run.method in SEARCHES:
         return None
     if run.method == "random":
         return sorted(random.Random(f"{run.count} {run.draw}").sample(range(NUM_LAYERS), run.count))
     if run.method == "deepest":
         return list(range(NUM_LAYERS - run.count, NUM_LAYERS))
-    scores = task.one_shot(run.method if run.group == "sets" else "loss")
+    scores = task.one_shot(run.method)
     return sorted(sorted(scores, key=scores.get)[: run.count])
-
-
-def as_the_authors(model: PreTrainedModel, skip_layers: list[int]) -> None:
-    """Let the FFN and PIA of skipped layers read `gamma2 * n1(x)`: both norms are of the same `x` there."""
-    for index in skip_layers:
-        layer = model.model.layers[index]
-        gamma1 = layer.input_layernorm.weight.detach().clone()
-        layer.post_attention_layernorm.register_forward_hook(lambda _m, _a, output, gamma1=gamma1: output * gamma1)
 
 
 def arguments(folder: str, learning_rate: float, seed: int, max_steps: int = -1) -> TrainingArguments:
@@ -181,11 +201,8 @@ def train(run: Run, task: Task, folder: str) -> tuple[PeftModel, dict]:
     else:
         skip_layers, learning_rate = set_of(run, task), EAS_LEARNING_RATE
         wanted = {"num_skip": run.count} if skip_layers is None else {"skip_layers": skip_layers}
-        config = EASConfig(**wanted, **PAPER | run.settings, task_type="CAUSAL_LM")
-        if skip_layers is None:
-            callbacks.append(EASCallback(task.search, warm_start=BANDITS[run.method]))
-        if "gamma2" in run.method:
-            as_the_authors(base, skip_layers)
+        config = EASConfig(**wanted, task_type="CAUSAL_LM")
+        callbacks.append((EASCallback if run.method != SEARCHES[1] else BanditCallback)(task.search))
     model = get_peft_model(base, config)
     start = time.perf_counter()
     Trainer(
@@ -198,7 +215,7 @@ def train(run: Run, task: Task, folder: str) -> tuple[PeftModel, dict]:
     about = {"seconds": round(time.perf_counter() - start, 1)}
     if run.method != "LoRA":
         about["skip_layers"] = model.skip_layers
-    if callbacks:
+    if run.method in SEARCHES:
         about |= {"rounds": len(callbacks[0].report["rounds"]), "interval": callbacks[0].interval}
     return model.eval(), about
 
@@ -206,7 +223,7 @@ def train(run: Run, task: Task, folder: str) -> tuple[PeftModel, dict]:
 def execute(run: Run, task: Task) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model, about = train(run, task, folder)
-    merged: nn.Module = model if "gamma2" in run.method else model.merge_and_unload()
+    merged = model.merge_and_unload()
     accuracy, loss = accuracy_and_loss(next_token_logits(merged, task.tokenizer, task.test), task.tokenizer, task.test)
     return {
         "group": run.group,
@@ -255,7 +272,7 @@ def overhead(task: Task) -> dict:
 
 
 def summarise(results: dict[str, dict]) -> str:
-    """A Markdown table of all groups."""
+    """A Markdown table of all runs."""
     lines = [
         f"SmolLM2-135M, {TRAIN} movie reviews once (batch {BATCH_SIZE}), {TEST} others to test with: accuracies are",
         "known to about 1.4 points. Loss: cross-entropy of the right answer. ± is the standard deviation over runs.",
@@ -263,24 +280,14 @@ def summarise(results: dict[str, dict]) -> str:
         "| skipped | set | accuracy | loss | runs | layers (first run) |",
         "|---|---|---|---|---|---|",
     ]
-    for group in ("sets", "ablation"):
-        rows: dict[tuple, list[dict]] = {}
-        for result in results.values():
-            if result["group"] == group or (group == "ablation" and _is_reference(result)):
-                rows.setdefault((result["count"], result["method"]), []).append(result)
-        if group == "ablation" and rows:
-            lines += [
-                "",
-                "The same 8 attentions (one-shot loss) skipped, with another adapter:",
-                "",
-                "| skipped | adapter | accuracy | loss | runs | layers |",
-                "|---|---|---|---|---|---|",
-            ]
-        for (count, method), runs in sorted(rows.items(), key=lambda item: (item[0][0], _mean(item[1], "loss"))):
-            layers = " ".join(map(str, runs[0].get("skip_layers", [])))
-            method = "as by default" if group == "ablation" and _is_reference(runs[0]) else method
-            accuracy, loss = _spread(runs, "accuracy"), _spread(runs, "loss")
-            lines.append(f"| {count} | {method} | {accuracy} | {loss} | {len(runs)} | {layers} |")
+    rows: dict[tuple, list[dict]] = {}
+    for result in results.values():
+        if result["group"] == "sets":
+            rows.setdefault((result["count"], result["method"]), []).append(result)
+    for (count, method), runs in sorted(rows.items(), key=lambda item: (item[0][0], _mean(item[1], "loss"))):
+        layers = " ".join(map(str, runs[0].get("skip_layers", [])))
+        accuracy, loss = _spread(runs, "accuracy"), _spread(runs, "loss")
+        lines.append(f"| {count} | {method} | {accuracy} | {loss} | {len(runs)} | {layers} |")
     if "overhead" in results:
         measured = results["overhead"]
         lines += [
@@ -289,11 +296,6 @@ def summarise(results: dict[str, dict]) -> str:
             f"search's steps ({measured['rounds']} rounds).",
         ]
     return "\n".join(lines) + "\n"
-
-
-def _is_reference(result: dict) -> bool:
-    """Whether the ablations differ from this run in one thing each."""
-    return result["group"] == "sets" and (result["method"], result["count"], result["seed"]) == ("loss", 8, 0)
 
 
 def _mean(runs: list[dict], key: str) -> float:
@@ -309,9 +311,9 @@ def draw(results: dict[str, dict], path: Path) -> None:
     """Loss and accuracy by number skipped, one marker a run."""
     shown = [result for result in results.values() if result["group"] == "sets"]
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    methods = [*BANDITS, "similarity", "loss", "deepest", "random"]
+    methods = list(dict.fromkeys(result["method"] for result in shown if result["method"] != "LoRA"))
     for axes, key in zip(panels, ("loss", "accuracy"), strict=True):
-        for m, (method, marker) in enumerate(zip(methods, "ov*Ds^Px", strict=True)):
+        for m, (method, marker) in enumerate(zip(methods, itertools.cycle("ov*Ds^Px"), strict=False)):
             runs = [result for result in shown if result["method"] == method]
             if not runs:
                 continue
@@ -338,7 +340,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name contains this")
     parser.add_argument("--summary", action="store_true", help="no runs, only the table and the picture")
     args = parser.parse_args()
-    path = RESULTS / "search.json"
+    path = RESULTS / "search-0.2.json"
     task: Callable[[], Task] = functools.cache(Task)
     work = {"overhead": overhead} | {run.name: functools.partial(execute, run) for run in all_runs()}
     for name, execute_it in work.items():
@@ -351,8 +353,8 @@ def main() -> None:
         scratch.write_text(json.dumps(read(path) | {name: result}, indent=1) + "\n")
         os.replace(scratch, path)
     results = read(path)
-    (RESULTS / "search.md").write_text(summarise(results))
-    draw(results, RESULTS / "search.png")
+    (RESULTS / "search-0.2.md").write_text(summarise(results))
+    draw(results, RESULTS / "search-0.2.png")
     print(summarise(results))
 
 

@@ -6,8 +6,8 @@ What it does, with `python examples/vqa.py`:
    and LLaVA's projector that learn to turn an image into the embeddings of the words for its colour and its shape;
 2. from there, fine-tunes LoRA on all linears of the language model, and the projector;
 3. scores the attentions of the model by how much each changes what passes it;
-4. fine-tunes EAS and the projector on the same questions for as many steps, while a bandit that starts from the scores
-   searches for the attentions to skip;
+4. fine-tunes EAS and the projector on the same questions for as many steps, while a search that starts from the
+   scores finds which attentions to skip;
 5. merges both, and compares accuracy, size, KV cache and speed;
 6. saves the merged EAS model with its processor, loads both, asks about images, and draws a picture of the answers.
 

@@ -71,6 +71,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def arguments_seen(*modules: nn.Module) -> Iterator[dict]:
+    """A dict that has, inside of the `with`, the named arguments of the latest forward of one of these modules."""
+    seen: dict = {}
+
+    def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.clear()
+        seen.update(kwargs)
+
+    with hooks() as handles:
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+        yield seen
+        seen.clear()
+
+
+@contextmanager
 def hooks() -> Iterator[list]:
     """A list for the handles of hooks, which are removed when the `with` ends."""
     handles: list = []

@@ -58,7 +58,7 @@ def freeze(
     Raises:
         ValueError: if there are no tokens; nothing is changed then.
     """
-    skipped = [attention for attention in attentions if attention.skips(adapter_name, training=False)]
+    skipped = [attention for attention in attentions if attention.skips(adapter_name)]
     with evaluating(model):
         constants = _mean_constants(model, skipped, dataloader)
         moved = _compare(model, constants, dataloader)

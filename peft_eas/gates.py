@@ -35,22 +35,14 @@ class SkipGates:
         return [i for i, (attention, _) in self.wrappers.items() if attention.gates[self.adapter_name]]
 
     def set(self, skip_layers: Collection[int | str]) -> None:
-        """Skip just these, in evaluation and in checkpoints, and in training unless other ones are drawn."""
+        """Skip just these."""
         for index, (attention, _) in self.wrappers.items():
             if attention.gates[self.adapter_name] != (index in skip_layers):
                 attention.set_gate(self.adapter_name, index in skip_layers)
 
-    def draw(self, skip_layers: Collection[int | str] | None) -> None:
-        """Skip just these in training forwards, until the next draw; `None`: what is `set`."""
-        for index, (attention, _) in self.wrappers.items():
-            if skip_layers is None:
-                attention.drawn.pop(self.adapter_name, None)
-            else:
-                attention.drawn[self.adapter_name] = index in skip_layers
-
     @contextmanager
     def skipping(self, skip_layers: Collection[int | str]) -> Iterator[None]:
-        """Skip just these inside of the `with`, for models in eval mode; then what was skipped before."""
+        """Skip just these inside of the `with`; then what was skipped before."""
         before = {index: attention.gates[self.adapter_name] for index, (attention, _) in self.wrappers.items()}
         try:
             for index, (attention, _) in self.wrappers.items():
@@ -63,7 +55,7 @@ class SkipGates:
     def idle_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that a training forward would not use now."""
         for wrapper in self._all():
-            yield from wrapper.parameters_of(self.adapter_name, wrapper.idle(self.adapter_name, training=True))
+            yield from wrapper.parameters_of(self.adapter_name, wrapper.idle(self.adapter_name))
 
     def touch_idle(self, touch: bool) -> None:
         """Let idle parameters have gradients of zero instead of none, see `EASLayer.touch_idle`."""

@@ -87,17 +87,17 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
     # Parameters -------------------------------------------------------------------------------------------------------
 
-    def skips(self, adapter_name: str, training: bool | None = None) -> bool:
-        """Whether a forward skips this module: one in the present mode, or of training or not."""
+    def skips(self, adapter_name: str) -> bool:
+        """Whether a forward skips this module."""
         return False
 
     def names(self, is_skipped: bool) -> tuple[str, ...]:
         """Names of the parameters that a forward uses here."""
         return OWN
 
-    def idle(self, adapter_name: str, training: bool = False) -> list[str]:
-        """Names of the parameters that a forward does not use now; in training forwards, by the set that is drawn."""
-        used = self.names(self.skips(adapter_name, training))
+    def idle(self, adapter_name: str) -> list[str]:
+        """Names of the parameters that a forward does not use now."""
+        used = self.names(self.skips(adapter_name))
         return [name for name in self.adapter_layer_names if name not in used]
 
     def initial(self, config: EASConfig) -> dict[str, torch.Tensor]:
@@ -187,7 +187,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
     def _touched(self, hidden_states: torch.Tensor, adapter_name: str) -> torch.Tensor:
         if not (self.touch_idle and self.training):
             return hidden_states
-        idle = self.parameters_of(adapter_name, self.idle(adapter_name, training=True))
+        idle = self.parameters_of(adapter_name, self.idle(adapter_name))
         return hidden_states + sum((0.0 * parameter.sum() for parameter in idle), hidden_states.new_zeros(()))
 
     # Folding ----------------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ class EASAttention(EASLayer):
 
     is_ffn = False
     adapter_layer_names = (*OWN, *LEFT)
-    other_param_names = (*EASLayer.other_param_names, "gates", "eas_skip", "drawn")
+    other_param_names = (*EASLayer.other_param_names, "gates", "eas_skip")
 
     def __init__(
         self,
@@ -359,10 +359,10 @@ class EASAttention(EASLayer):
         # Whether each adapter skips the attention.
         self.gates: dict[str, bool] = {}
         self.eas_skip = BufferDict(persistent=True)
-        # What training forwards go by instead of the gates while a search draws sets.
-        self.drawn: dict[str, bool] = {}
         # Adapters whose stand-ins have been measured, or are known not to have been; one set for all attentions.
         self.measured: set[str] = set()
+        # Likewise, those whose attentions a search chooses, or are known not to be chosen by any.
+        self.searched: set[str] = set()
         self.register_load_state_dict_post_hook(_read_gates)
 
     def set_gate(self, adapter_name: str, skip: bool) -> None:
@@ -371,9 +371,8 @@ class EASAttention(EASLayer):
         device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
         self.eas_skip[adapter_name] = torch.tensor(skip, device=device)
 
-    def skips(self, adapter_name: str, training: bool | None = None) -> bool:
-        gate = self.gates[adapter_name]
-        return self.drawn.get(adapter_name, gate) if (self.training if training is None else training) else gate
+    def skips(self, adapter_name: str) -> bool:
+        return self.gates[adapter_name]
 
     def names(self, is_skipped: bool) -> tuple[str, ...]:
         return LEFT if is_skipped else OWN
@@ -403,6 +402,8 @@ class EASAttention(EASLayer):
         if name is None:
             self.bypass.retain(kwargs)
             return self.base_layer(*args, **kwargs)
+        if self.training and self.eas_config[name].skip_layers is None:
+            self._check_searched(name)
         if self.skips(name):
             if self.training and name not in self.measured:
                 self._check_measured(name)
@@ -413,6 +414,24 @@ class EASAttention(EASLayer):
         if not self.arm.row.core:
             args, kwargs = self._adapted(self.base_layer, args, kwargs)
         return self.base_layer(*args, **kwargs)
+
+    def _check_searched(self, adapter_name: str) -> None:
+        """Say, once, that a training is to skip attentions and nothing chooses them."""
+        if (
+            torch.compiler.is_compiling()
+            or adapter_name in self.searched
+            or self.eas_config[adapter_name].num_skip == 0
+        ):
+            return
+        if not torch.is_grad_enabled():
+            return  # a reference, as TRL's DPO has one
+        self.searched.add(adapter_name)
+        warnings.warn(
+            f"Adapter {adapter_name!r} is to skip attentions, but none is chosen and no search is running, so this "
+            "training skips none: give the Trainer `callbacks=[EASCallback(held_out)]`, or name the attentions with "
+            "`EASConfig(skip_layers=[...])` or `model.set_skip_layers([...])`.",
+            stacklevel=2,
+        )
 
     def _check_measured(self, adapter_name: str) -> None:
         """Say, once, that a training starts without stand-ins."""

@@ -162,7 +162,7 @@ class EASModel(BaseTuner):
             attention, _ = self._wrappers(key, model)
             if attention is not None:
                 attentions.append(attention)
-                attention.measured = attentions[0].measured
+                attention.measured, attention.searched = attentions[0].measured, attentions[0].searched
         if model.can_generate():
             model.init_continuous_batching = functools.partial(_init_continuous_batching, model)
 
@@ -213,7 +213,7 @@ class EASModel(BaseTuner):
         for key, (attention, _) in targeted.items():
             attention.set_gate(adapter_name, key in skip_layers)
         for wrapper in wrappers:
-            names = wrapper.names(wrapper.skips(adapter_name, training=False))
+            names = wrapper.names(wrapper.skips(adapter_name))
             wrapper.create_parameters(adapter_name, config, names, dtype=like.dtype)
             wrapper.freeze_idle(adapter_name)
         config.settle(skip_layers)

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from .batches import arguments_of, counted_tokens, evaluating, hooks
+from .batches import arguments_of, arguments_seen, counted_tokens, evaluating, hooks
 from .families import Arm, Layers, find_layers
 from .layer import EASAttention, EASLayer
 from .model import EASModel
@@ -49,16 +49,20 @@ def initialize_eas_weights(
         (adapter_name,) = tuner.active_adapters
     if adapter_name not in tuner.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r}: name one of {list(tuner.peft_config)}.")
-    stand_ins = tuner.stand_ins(adapter_name)
-    if not stand_ins:
+    if not tuner.stand_ins(adapter_name):
         raise ValueError(
             f"Adapter {adapter_name!r} has no stand-ins: it skips nothing, or was made with `stand_in='zero'`."
         )
     if any(isinstance(module, EASLayer) and module.merged for module in tuner.modules()):
         raise ValueError("The adapter is merged: call `unmerge_adapter()` before its stand-ins are measured.")
-    with tuner.without_adapters():
-        means = attention_means(model, find_layers(tuner.model), dataloader, tuner.model)
-    for key, parameter in stand_ins.items():
+    fill_stand_ins(tuner, adapter_name, dataloader, lambda batch: model(**arguments_of(batch, tuner.model)))
+
+
+def fill_stand_ins(tuner: EASModel, adapter_name: str, batches: Iterable[Any], forward: Callable[[Any], Any]) -> None:
+    """Start the stand-ins of an adapter at the means of the attentions in what `forward` computes of each batch."""
+    with tuner.without_adapters(), evaluating(tuner):
+        means = attention_means(tuner.model, find_layers(tuner.model), batches, forward, tuner)
+    for key, parameter in tuner.stand_ins(adapter_name).items():
         _fill(parameter, means[key])
     for module in tuner.modules():
         if isinstance(module, EASAttention):
@@ -72,33 +76,36 @@ def are_zero(stand_ins: Iterable[nn.Parameter]) -> bool:
 
 
 def attention_means(
-    model: nn.Module, layers: Layers, dataloader: Iterable[dict[str, torch.Tensor]], inner: nn.Module | None = None
+    model: nn.Module,
+    layers: Layers,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any] | None = None,
+    caller: nn.Module | None = None,
 ) -> Means:
     """The mean of what each attention of `model` adds to the stream, over all processes.
 
     Args:
-        model: What is called; put into eval mode meanwhile.
+        model: The transformers model, in eval mode.
         layers: The attentions.
-        dataloader: Batches.
-        inner: The transformers model in it, if that is not the same.
+        batches: Batches.
+        forward: What is done with each, if that isn't `model(**batch)`; it may run several forwards of `model`.
+        caller: What calls `model.forward`, if that goes around the model's hooks.
 
     Raises:
         ValueError: without any tokens, and for means that are not finite.
     """
-    inner = model if inner is None else inner
+    forward = forward or (lambda batch: model(**arguments_of(batch, model)))
     sums: dict[int | str, torch.Tensor | float] = dict.fromkeys(layers, 0.0)
     counts = dict.fromkeys(layers, 0)
-    with evaluating(model):
-        for batch in dataloader:
-            inputs = arguments_of(batch, inner)
 
-            def add(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, inputs: dict = inputs) -> None:
-                kept = added[counted_tokens(inputs, arm.row, added.shape[:-1], added.device)]
-                sums[key] = sums[key] + kept.double().sum(dim=0).cpu()
-                counts[key] += len(kept)
+    def add(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor) -> None:
+        kept = added[counted_tokens(seen, arm.row, added.shape[:-1], added.device)]
+        sums[key] = sums[key] + kept.double().sum(dim=0).cpu()
+        counts[key] += len(kept)
 
-            with watching(inner, layers, add):
-                model(**inputs)
+    with arguments_seen(*dict.fromkeys([model, caller or model])) as seen, watching(model, layers, add):
+        for batch in batches:
+            forward(batch)
     gathered = gather_object([(sums, counts)])
     means = {}
     for key in layers:

@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import engines
 import measure
+import planted
 
 LAYERS, TOKENS = 10, 12
 
@@ -169,3 +170,26 @@ def test_the_cpu_clock_is_refused_for_a_gpu(capsys):
     with pytest.raises(SystemExit):
         engines.parse(["--device", "cuda", "--clock", "cpu"])
     assert "does not see what a GPU does" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", planted.KINDS)
+def test_planted_attentions_add_what_they_are_to_add(kind):
+    model, where, rows = planted.plant(kind, seed=3)
+    assert len(where) == planted.PLANTED
+    added = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(lambda m, args, output, i=i: added.update({i: output[0]}))
+    with torch.no_grad():
+        model(torch.stack([row["input_ids"] for row in rows[:8]]))
+    for i, values in added.items():
+        spread, size = values.flatten(0, 1).std(dim=0).max(), values.abs().max()
+        expected = {"nothing": (False, False), "a constant": (False, True), "noise": (True, True)}[kind]
+        assert (bool(spread > 1e-4), bool(size > 1e-4)) == (expected if i in where else (True, True))
+
+
+def test_the_search_finds_what_is_planted():
+    """One of each kind; `python benchmarks/planted.py` has ten of each. The start has none of the noise."""
+    for kind, seed in (("nothing", 1), ("a constant", 2), ("noise", 1)):
+        row = planted.search(kind, 100, seed)
+        assert row["found"] == row["planted"]
+        assert (row["start"] == row["planted"]) == (kind != "noise")

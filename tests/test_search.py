@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -18,13 +19,15 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from test_training import collate, dataset, parameters, trainer
-from transformers import EarlyStoppingCallback, TrainerCallback, default_data_collator
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, default_data_collator
 
 from peft_eas import EASCallback, EASConfig, plot_search, score_attentions
 from peft_eas.layer import EASAttention, EASLayer
 from peft_eas.modeling_eas import skipped
-from peft_eas.search import bandit, callback
-from peft_eas.search.held_out import HeldOut, fingerprints
+from peft_eas.search import exchange
+from peft_eas.search.held_out import PARTS, HeldOut, fingerprints
+from peft_eas.search.report import reasons
+from peft_eas.search.run import Search
 
 STEPS = 20
 SEARCH = dict(warmup_steps=3, search_steps=9, interval=3, warm_start=None)  # rounds after steps 6, 9 and 12
@@ -111,106 +114,237 @@ def run(path, model, settings=None, others=(), resume=None, **kwargs):
     ],
     ids=str,
 )
-def test_each_optimizer_step_skips_one_drawn_set_and_the_chosen_one_in_the_end(tmp_path, kwargs):
+def test_each_optimizer_step_skips_the_best_set_so_far_and_the_chosen_one_in_the_end(tmp_path, kwargs):
     model = fresh()
     watch = Watch(model)
     if kwargs.get("gradient_checkpointing"):
         model.enable_input_require_grads()
+    charge(model, 0.5, (1, 2, 3, 4, 5))
     _made, search = run(tmp_path, model, others=[watch], save_strategy="no", **kwargs)
     report = search.report
-    preferences = [[0.0] * 6] * 6 + [e["preferences"] for e in report["rounds"] for _ in range(3)]
+    sets = [[4, 5]] * 6 + [e["skip_layers"] for e in report["rounds"] for _ in range(3)]
     assert [entry["step"] for entry in report["rounds"]] == [6, 9, 12]
-    chosen = bandit.choose(report["preferences"], 2)
-    drawn = [bandit.draw(preferences[step], 2, random.Random(f"7 step {step}")) for step in range(12)]
-    assert watch.steps == [list(skipped) for skipped in (*drawn, *[chosen] * 8)]
+    assert watch.steps[:12] == sets[:12]
+    assert watch.steps[12:] == [report["skip_layers"]] * 8
     assert watch.forwards >= kwargs.get("gradient_accumulation_steps", 1)
-    assert len(set(drawn)) > 3
-    assert model.skip_layers == report["skip_layers"] == list(chosen)
+    assert 0 in report["skip_layers"]
+    assert model.skip_layers == report["skip_layers"]
     assert model.peft_config["default"].skip_layers == model.skip_layers
 
 
+def charge(model, price, layers):
+    """Let the held-out loss be this much higher for each of these attentions that is skipped."""
+
+    def add(module, args, output):
+        if not module.training and output.loss is not None:
+            output.loss = output.loss * 0.01 + price * sum(attentions(model)[i].gates["default"] for i in layers)
+
+    model.register_forward_hook(add)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_candidates_are_scored_by_the_loss_with_just_them_skipped(tmp_path, family, monkeypatch):
+def test_costs_are_differences_of_the_loss_with_one_attention_turned(tmp_path, family, monkeypatch):
     """Against a copy of the model, made when the round begins, with the set put in place by `set_skip_layers`."""
-    model, held_out = fresh(family, dropout=0.3), dataset(12)
-    expected = []
+    model, held_out, expected = fresh(family, dropout=0.3), dataset(12), []
 
     def watched(self, step):
         batches = self.held_out.batches(len(self.state.rounds))
-        assert all(len(batch["input_ids"]) == 4 for batch in batches)
-        for arms in bandit.draw_distinct(self.state.preferences, 2, 3, random.Random(f"7 round {step}")):
-            copied = copy.deepcopy(self.model).eval()
-            copied.set_skip_layers(self.state.to_layers(arms))
+        assert len(batches) == PARTS
+        copied, best = copy.deepcopy(self.model).eval(), self.state.best()
+
+        def losses(skip_layers):
+            copied.set_skip_layers(skip_layers)
             with torch.no_grad():
-                sums = [(copied(**b).loss.item(), int((b["labels"] != -100).sum())) for b in batches]
-            expected.append(sum(x * n for x, n in sums) / sum(n for _, n in sums))
+                return [copied(**batch).loss.item() for batch in batches]
+
         original(self, step)
+        whole = losses(best)
+        assert self.state.rounds[-1]["losses"] == pytest.approx(whole, rel=1e-5)
+        for layer, cost in zip(self.state.rounds[-1]["tried"], self.state.rounds[-1]["costs"], strict=True):
+            if layer in best:
+                one = losses([i for i in best if i != layer])
+                expected.append((cost, [a - b for a, b in zip(whole, one, strict=True)]))
+            else:
+                one = losses(sorted([*best, layer]))
+                expected.append((cost, [b - a for a, b in zip(whole, one, strict=True)]))
 
-    original = callback._Search._score_candidates
-    monkeypatch.setattr(callback._Search, "_score_candidates", watched)
+    original = Search.round
+    monkeypatch.setattr(Search, "round", watched)
     _, search = run(tmp_path, model, dict(search_dataset=held_out), save_strategy="no", max_steps=12)
-    report = search.report
-    actual = [loss for entry in report["rounds"] for loss in entry["losses"]]
-    assert actual == pytest.approx(expected, rel=1e-5)
-    assert len(actual) == 9
-    assert len(set(actual)) == 9
-    # and the preferences follow from them
-    preferences = [0.0] * 6
-    for entry in report["rounds"]:
-        preferences = bandit.update(preferences, entry["subsets"], entry["losses"], 2.0)
-        assert entry["preferences"] == pytest.approx(preferences, abs=1e-5)
-    assert report["skip_layers"] == list(bandit.choose(preferences, 2))
+    assert len(expected) == 12
+    for actual, right in expected:
+        assert actual == pytest.approx(right, abs=1e-5)
+        assert len(set(actual)) > 1
+    # and the order follows from them
+    tries = [(e["tried"], e["costs"], e["exchanged"], e["skip_layers"]) for e in search.report["rounds"]]
+    order, known = [5, 4, 3, 2, 1, 0], []
+    for tried, costs, exchanged, skip_layers in tries:
+        known += zip(tried, costs, strict=True)
+        order, done = exchange.exchange(order, 2, exchange.costs(known))
+        assert exchanged == [list(pair) for pair in done]
+        assert skip_layers == sorted(order[:2])
 
 
-def test_a_planted_pair_is_found(tmp_path):
-    """All attentions but 1 and 4 are given a price; from equal preferences, the bandit skips just these two."""
-    model = fresh()
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_planted_set_is_found(tmp_path, count):
+    """All attentions but a few of the first are given a price."""
+    model = fresh(num_skip=count)
+    charge(model, 0.5, range(count, 6))
+    settings = dict(warmup_steps=0, search_steps=12, interval=3)
+    run(tmp_path, model, settings, max_steps=13, save_strategy="no", learning_rate=1e-4)
+    assert model.skip_layers == list(range(count))
 
-    def charge(module, args, output):
-        if not module.training:
-            output.loss = output.loss + 0.5 * sum(attentions(model)[i].gates["default"] for i in (0, 2, 3, 5))
 
-    model.register_forward_hook(charge)
-    settings = dict(warmup_steps=0, search_steps=40, interval=1, num_candidates=4)
-    run(tmp_path, model, settings, max_steps=41, save_strategy="no", learning_rate=1e-4)
-    assert model.skip_layers == [1, 4]
+class Priced(Trainer):
+    """A loss of one's own, in which skipping costs something; it counts, draws random numbers, and changes its
+    inputs."""
+
+    calls = 0
+    factor = 10
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._metrics = {"train": {"loss": []}, "eval": {"loss": []}}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        loss = self.factor * torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        loss = loss / num_items_in_batch + 0 * torch.rand(()) + 0 * random.random()
+        self.calls += 1
+        self._metrics["train" if model.training else "eval"]["loss"].append(loss.item())
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+
+def test_a_loss_of_ones_own_scores_and_notices_nothing(tmp_path):
+    """Losses are ten times as large as with the model's own, and the trainer, its random numbers and what is learned
+    are those of a training without any tries."""
+    made = {}
+    for name, settings in (("tried", {}), ("alone", dict(warmup_steps=0, search_steps=1, interval=100))):
+        model = fresh(dropout=0.2)
+        arguments = trainer(tmp_path, model).args
+        arguments.max_steps = 12
+        arguments.save_strategy = "no"
+        search = EASCallback(dataset(12), **SEARCH | dict(search_steps=6) | settings)
+        made[name] = Priced(
+            model,
+            arguments,
+            train_dataset=dataset(),
+            data_collator=collate,
+            callbacks=[search],
+            eval_dataset=dataset(4),
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "alone":
+                patch.setattr(Search, "round", lambda self, step: None)
+            else:  # tries, but never an exchange
+                patch.setattr(exchange, "CLEAR", math.inf)
+            made[name].train()
+        made[name].random = random.random(), torch.rand(()).item()
+        if name == "tried":
+            entry = search.report["rounds"][0]
+            assert len(entry["tried"]) == 4
+            assert min(entry["losses"]) > 10
+    tried, alone = made["tried"], made["alone"]
+    assert tried.calls == alone.calls == 12
+    assert tried._metrics == alone._metrics
+    assert len(tried._metrics["train"]["loss"]) == 12
+    assert not tried._metrics["eval"]["loss"]
+    assert tried.random == alone.random
+    a, b = parameters(tried.model), parameters(alone.model)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(compute_loss_func=True), dict(label_smoothing_factor=0.3)], ids=lambda s: next(iter(s))
+)
+def test_losses_are_those_of_the_trainer_s_settings(tmp_path, settings):
+    """`compute_loss_func` and label smoothing, against the same computed here."""
+    model, rows = fresh(), dataset(4)
+
+    def triple(outputs, labels, num_items_in_batch=None):
+        total = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        return 3 * total / num_items_in_batch
+
+    kwargs = dict(settings)
+    if kwargs.pop("compute_loss_func", False):
+        kwargs["compute_loss_func"] = triple
+    search = EASCallback(rows, **SEARCH | dict(search_steps=3))
+    smoothing = kwargs.pop("label_smoothing_factor", 0.0)
+    arguments = trainer(tmp_path, model, label_smoothing_factor=smoothing, max_steps=6, save_strategy="no").args
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 6:
+                kept["model"] = copy.deepcopy(model).eval()
+
+    Trainer(
+        model, arguments, train_dataset=dataset(), data_collator=collate, callbacks=[Keep(), search], **kwargs
+    ).train()
+    copied = kept["model"]
+    copied.set_skip_layers([4, 5])
+    batches = HeldOut(rows, collate, 4, 2, 7).batches(0)
+    expected = []
+    for batch in batches:
+        with torch.no_grad():
+            logp = copied(**batch).logits[:, :-1].log_softmax(-1)
+        kept_tokens = batch["labels"][:, 1:] != -100
+        right = -logp.gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
+        if smoothing:
+            right = (1 - smoothing) * right + smoothing * -logp.mean(-1)
+        expected.append((right[kept_tokens].mean() * (1 if smoothing else 3)).item())
+    assert search.report["rounds"][0]["losses"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])
 @pytest.mark.parametrize(
-    "warm_start", ["depth", "kl", "deviation", "similarity", "loss", {i: abs(i - 2.2) for i in range(6)}], ids=str
+    "warm_start", ["depth", "kl", "deviation", "similarity", {i: abs(i - 2.2) for i in range(6)}], ids=str
 )
-def test_warm_starts_order_the_preferences_by_scores(tmp_path, monkeypatch, warm_start, warmup_steps):
-    held_out, kept = dataset(32), []
-
-    def watched(self):
-        kept.append(copy.deepcopy(self.model))
-        original(self)
-
-    original = callback._Search._warm_start
-    monkeypatch.setattr(callback._Search, "_warm_start", watched)
+def test_warm_starts_are_scores_and_the_lowest_are_skipped_from_the_first_step(tmp_path, warm_start, warmup_steps):
+    held_out = dataset(32)
     settings = dict(warm_start=warm_start, search_dataset=held_out, warmup_steps=warmup_steps, interval=9)
     model = fresh()
     watch = Watch(model)
     _, search = run(tmp_path, model, settings, others=[watch], save_strategy="no", max_steps=5)
-    copied = kept[0].eval()
-    scores = {i: -i / 6 for i in range(6)} if warm_start == "depth" else warm_start
+    scores = {i: -i for i in range(6)} if warm_start == "depth" else warm_start
     if warm_start in ("kl", "deviation", "similarity"):  # of the model as it came
         scores = score_attentions(tiny.model("llama"), [collate(list(held_out))], warm_start)
-    elif warm_start == "loss":
-        batch, losses = collate(list(held_out)), []
-        for skipped in ([], *([i] for i in range(6))):
-            copied.set_skip_layers(skipped)
-            with torch.no_grad():
-                losses.append(copied(**batch).loss.item())
-        scores = {i: loss - losses[0] for i, loss in enumerate(losses[1:])}
-    assert search.report["scores"] == pytest.approx([scores[i] for i in range(6)], rel=1e-3, abs=1e-5)
-    start = search.report["initial_preferences"]
-    assert sorted(range(6), key=lambda i: -start[i]) == sorted(range(6), key=scores.get)
-    preferences = [[0.0] * 6 if warm_start == "loss" else start] * warmup_steps + [start] * (5 - warmup_steps)
-    drawn = [bandit.draw(preferences[step], 2, random.Random(f"7 step {step}")) for step in range(5)]
-    assert watch.steps == [list(skipped) for skipped in drawn]
-    assert search.report["skip_layers"] == list(bandit.choose(start, 2))
+    ranked = sorted(scores, key=scores.get)
+    assert search.report["start"] == ranked
+    if warm_start != "depth":
+        assert search.report["scores"] == pytest.approx([scores[i] for i in range(6)], rel=1e-3, abs=1e-5)
+    assert watch.steps[:5] == [sorted(ranked[:2])] * 5
+
+
+def test_the_better_of_start_and_found_stays(tmp_path, caplog):
+    """The found set is dearer on all held-out examples; or cheaper; both losses are reported."""
+    for price, kept in ((2.0, "start"), (-2.0, "found")):
+        model, where = fresh(), {}
+
+        def charge_late(module, args, output, model=model, price=price, where=where):
+            if not module.training:
+                gates = [a.gates["default"] for a in attentions(model)]
+                # while single attentions are tried, the first looks good; as a set, when there is a set of it, bad
+                is_found = gates[0] and sum(gates) == 2
+                output.loss = output.loss * 0.01 + 0.5 * sum(gates[1:]) + is_found * price
+                where.setdefault("all", []).append(gates)
+
+        model.register_forward_hook(charge_late)
+        settings = dict(search_dataset=dataset(12), search_steps=3, num_candidates=6)
+        _, search = run(tmp_path / kept, model, settings, save_strategy="no", max_steps=8)
+        comparison = search.report["comparison"]
+        assert comparison["start"]["skip_layers"] == [4, 5]
+        assert 0 in comparison["found"]["skip_layers"]
+        assert comparison["kept"] == kept
+        assert (comparison["found"]["loss"] < comparison["start"]["loss"]) == (kept == "found")
+        assert model.skip_layers == search.report["skip_layers"] == comparison[kept]["skip_layers"]
+        why = dict(zip(range(6), reasons(search.report), strict=True))
+        assert why[0].startswith("cheaper than") if kept == "found" else why[0] == "the start did better in the end"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,8 +364,8 @@ def test_evaluation_uses_the_best_set_so_far_and_changes_nothing(tmp_path):
     plain, _ = run(tmp_path / "b", fresh(), save_strategy="no")
     rounds = search.report["rounds"]
     best = [[4, 5]] * 5 + [e["skip_layers"] for e in rounds for _ in range(3)]
-    assert watch.evaluated[:14] == best
-    assert watch.evaluated[14:] == [search.report["skip_layers"]] * 6
+    assert watch.evaluated[:11] == best[:11]
+    assert watch.evaluated[11:] == [search.report["skip_layers"]] * 9
     expected, actual = parameters(plain.model), parameters(evaluated.model)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
@@ -257,7 +391,7 @@ def test_idle_adapters_do_not_move(tmp_path):
             for name, module in model.named_modules():
                 if isinstance(module, EASLayer):
                     attention = model.get_submodule(name.replace("mlp", "self_attn"))
-                    skips = attention.drawn.get("default", attention.gates["default"])
+                    skips = attention.gates["default"]
                     for key, value in module.named_parameters():
                         if "eas_" in key:
                             of_skipped = any(part in key for part in ("stand_in", "mean_down", "mean_up"))
@@ -272,35 +406,41 @@ def test_idle_adapters_do_not_move(tmp_path):
 
 @pytest.mark.parametrize("when", ["collating", "forward"])
 def test_an_exception_while_scoring_leaves_the_model_as_it_was(tmp_path, when):
-    model = fresh()
-    calls = []
+    model, is_wrong = fresh(), [True]
 
     class Failing:
         def __len__(self):
             return 8
 
         def __getitem__(self, i):
-            if when == "collating":
+            if when == "collating" and made.state.global_step and is_wrong:
                 raise OSError("disk")
-            example = dict(dataset(8)[i])
-            if len(calls) >= 6:  # the second candidate of the first round
-                example["input_ids"] = [1000] * len(example["input_ids"])
-            calls.append(i)
-            return example
+            return dataset(8)[i]
 
+    def fail(module, args, output):
+        if when == "forward" and is_wrong and [a.gates["default"] for a in attentions(model)] == [False] * 5 + [True]:
+            raise OSError("device")  # while the fifth is tried
+
+    model.register_forward_hook(fail)
     search = EASCallback(**SEARCH | dict(search_dataset=Failing()))
     made = trainer(tmp_path, model, callbacks=[search], max_steps=STEPS, save_strategy="no")
-    if when == "forward":
-        calls.extend(range(6))
-    with pytest.raises((OSError, IndexError)):
+    with pytest.raises(OSError, match="disk" if when == "collating" else "device"):
         made.train()
+    assert made.state.global_step == 6
     assert all(m.training for m in model.modules() if isinstance(m, EASLayer))
     assert [a.gates["default"] for a in attentions(model)] == [False] * 4 + [True] * 2
     assert torch.equal(
         torch.stack([a.eas_skip["default"] for a in attentions(model)]), torch.tensor([False] * 4 + [True] * 2)
     )
-    assert torch.compiler is not None
+    # training forwards go by the set, whatever it is
+    watch = Watch(model)
+    model.set_skip_layers([1])
+    model(**collate(list(dataset(4))))
+    assert watch.skipped(training=True) == [1]
+    model.set_skip_layers([4, 5])
+    model.peft_config["default"].skip_layers = None
     # and a new training of the same Trainer begins from there, without what the first one left on the model
+    is_wrong.clear()
     search.search_dataset = None
     made.train()
     assert search.report["is_settled"]
@@ -309,7 +449,7 @@ def test_an_exception_while_scoring_leaves_the_model_as_it_was(tmp_path, when):
 
 def test_rewards_from_the_training_set_never_see_the_batch_just_trained_on(tmp_path, monkeypatch):
     trained, scored, rounds = [], [], []
-    original = callback._Search._score_candidates
+    original = Search.round
 
     def watched(self, step):
         inner = self.held_out.batches
@@ -324,7 +464,7 @@ def test_rewards_from_the_training_set_never_see_the_batch_just_trained_on(tmp_p
         self.held_out.batches = inner
         rounds.append(set().union(*trained))
 
-    monkeypatch.setattr(callback._Search, "_score_candidates", watched)
+    monkeypatch.setattr(Search, "round", watched)
     model = fresh()
 
     def remember(module, args, kwargs):
@@ -342,7 +482,7 @@ def test_rewards_from_the_training_set_never_see_the_batch_just_trained_on(tmp_p
     assert len(scored) == 9
     for seen, used in zip(rounds, scored, strict=True):
         assert len(seen) == 12
-        assert len(used) == 12
+        assert len(used) == 6
         assert not seen & used
 
 
@@ -359,13 +499,13 @@ def test_rows_with_the_same_question_about_other_images_are_others():
         return [b["pixel_values"][0] for b in found]
 
     left = made_without([rows[0], rows[1]])
-    assert len(left) == 1
-    assert torch.equal(left[0], rows[2]["pixel_values"])
+    assert len(left) == 4  # as many as in other processes
+    assert all(torch.equal(pixels, rows[2]["pixel_values"]) for pixels in left)
     with pytest.raises(ValueError, match="Every example is being trained on"):
         made_without(rows[:3])
     # the tokens count, too
     rows[3]["input_ids"] = rows[3]["input_ids"].flip(0)
-    assert len(made_without(rows[:3])) == 1
+    assert len(made_without(rows[:3])) == 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,6 +581,7 @@ def test_training_that_ends_before_the_search_settles_with_a_warning(tmp_path, c
 
 def test_the_best_checkpoint_keeps_the_set_that_made_it_the_best(tmp_path, caplog):
     model = fresh()
+    charge(model, 0.5, (0, 1, 4, 5))
     with caplog.at_level(logging.WARNING):
         made, search = run(
             tmp_path, model, others=[EarlyStoppingCallback(early_stopping_patience=20)], eval_strategy="steps",
@@ -464,6 +605,7 @@ class WorseAndWorse(TrainerCallback):
 
 def test_early_stopping_settles_on_the_set_of_the_best_checkpoint(tmp_path, caplog):
     model = fresh()
+    charge(model, 0.5, (0, 1, 4, 5))
     with caplog.at_level(logging.WARNING):
         made, search = run(
             tmp_path, model, others=[WorseAndWorse(), EarlyStoppingCallback(early_stopping_patience=1)],
@@ -474,7 +616,6 @@ def test_early_stopping_settles_on_the_set_of_the_best_checkpoint(tmp_path, capl
     assert "Training ended at step 8, before the search did" in caplog.text
     assert search.report["rounds"][0]["skip_layers"] != [4, 5]
     assert model.skip_layers == search.report["skip_layers"] == model.peft_config["default"].skip_layers == [4, 5]
-    assert all(not a.drawn for a in attentions(model))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -486,19 +627,19 @@ def test_losses_that_are_not_finite_are_ignored_counted_and_reported(tmp_path, c
             output.loss = output.loss * bad
 
     model.register_forward_hook(spoil)
-    settings = dict(interval=1, num_candidates=4)
+    settings = dict(interval=1)
     with caplog.at_level(logging.WARNING):
         made, search = run(tmp_path, model, settings, save_strategy="no", logging_strategy="steps", logging_steps=1)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report == search.report
-    without = sum(3 in subset for entry in report["rounds"] for subset in entry["subsets"])
-    assert report["ignored"] == without > 0
+    tried = sum(3 in entry["tried"] for entry in report["rounds"])
+    assert report["ignored"] == tried == 1  # not again before others
     for entry in report["rounds"]:
-        assert [loss is None for loss in entry["losses"]] == [3 in subset for subset in entry["subsets"]]
-    assert report["preferences"][3] == 0
-    assert all(math.isfinite(s) for s in report["preferences"])
+        assert [cost is None for cost in entry["costs"]] == [layer == 3 for layer in entry["tried"]]
+    assert report["costs"][3] is None
+    assert 3 not in report["skip_layers"]
     assert "not finite; they are ignored" in caplog.text
-    assert max(entry.get("eas/ignored_candidates", 0) for entry in made.state.log_history) == without
+    assert max(entry.get("eas/ignored_candidates", 0) for entry in made.state.log_history) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,17 +668,26 @@ def test_auto_skips_the_most_that_the_held_out_loss_allows(tmp_path, allowed):
                 kept["model"] = copy.deepcopy(model)
 
     held_out = dataset(4)
-    _, search = run(tmp_path, model, dict(search_dataset=held_out), others=[Keep()], save_strategy="no")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "CLEAR", math.inf)
+        _, search = run(tmp_path, model, dict(search_dataset=held_out), others=[Keep()], save_strategy="no")
     report = search.report
     copied, losses = kept["model"].eval(), []
+    tries = [try_ for e in report["rounds"] for try_ in zip(e["tried"], e["costs"], strict=True)]
+    order = exchange.ranked([5, 4, 3, 2, 1, 0], 2, exchange.costs(tries))
     for count in range(6):
-        copied.set_skip_layers(list(bandit.choose(report["preferences"], count)))
+        copied.set_skip_layers(sorted(order[:count]))
         with torch.no_grad():
             losses.append(copied(**collate(list(held_out))).loss.item())
     assert report["budget"]["losses"] == pytest.approx(losses, rel=1e-4)
+    assert report["order"] == order or report["comparison"]["kept"] == "start"
     expected = max(k for k in range(6) if k == 0 or losses[k] <= losses[0] + allowed)
     assert len(model.skip_layers) == report["count"] == expected
     assert allowed < 100 or expected == 5
+    assert report["budget"]["predicted_loss"] == pytest.approx(losses[expected], rel=1e-4)
+    with torch.no_grad():  # what it is when the training has ended
+        ended = model.eval()(**collate(list(held_out))).loss.item()
+    assert report["budget"]["measured_loss"] == pytest.approx(ended, rel=1e-4)
 
 
 def test_a_target_speedup_is_predicted_from_operations_and_checked_by_measurement(tmp_path, caplog):
@@ -576,21 +726,23 @@ def test_reporters_see_the_metrics_and_files_are_left(tmp_path):
         save_strategy="no",
     )  # fmt: skip
     made.train()
-    logged = [logs for logs in seen if "eas/candidate_loss" in logs]
+    logged = [logs for logs in seen if "eas/loss" in logs]
     entries = search.report["rounds"]
     assert len(logged) == len(entries) == 3
     for logs, entry in zip(logged, entries, strict=True):
-        assert logs["eas/candidate_loss_min"] == min(entry["losses"])
-        assert logs["eas/candidate_loss"] == pytest.approx(sum(entry["losses"]) / 3)
+        means = [sum(cost) / len(cost) for cost in entry["costs"]]
+        assert logs["eas/cost_min"] == pytest.approx(min(means))
+        assert logs["eas/cost_max"] == pytest.approx(max(means))
+        assert logs["eas/loss"] == pytest.approx(sum(entry["losses"]) / PARTS)
         assert logs["eas/skipped"] == 2
-        assert logs["eas/preference_spread"] > 0
+        assert logs["eas/exchanges"] == sum(len(e["exchanged"]) for e in entries[: entries.index(entry) + 1])
         assert all(isinstance(value, (int, float)) for value in logs.values())
         assert next(h for h in made.state.log_history if h["step"] == entry["step"])["eas/skipped"] == 2
     assert [logged[0]["eas/skip_layers/1"], logged[0]["eas/skip_layers/2"]] == entries[0]["skip_layers"]
     assert json.loads((tmp_path / "report.json").read_text()) == search.report
     assert (tmp_path / "search.png").stat().st_size > 10_000
     for given in (search.report, tmp_path, str(tmp_path / "report.json")):
-        assert len(plot_search(given).axes) == 3  # preferences, their scale, losses
+        assert len(plot_search(given).axes) == 4  # scores, sets, costs, losses
     plot_search(tmp_path, tmp_path / "again.png")
     assert (tmp_path / "again.png").exists()
     with pytest.raises(FileNotFoundError):
@@ -606,8 +758,7 @@ def test_reporters_see_the_metrics_and_files_are_left(tmp_path):
     "wrong",
     [
         dict(warmup_steps=-1), dict(warmup_steps=True), dict(search_steps="many"), dict(search_steps=math.inf),
-        dict(interval=0), dict(interval=2.5), dict(num_candidates=1), dict(lr=0), dict(lr=math.nan),
-        dict(warm_start="gradient"),
+        dict(interval=0), dict(interval=2.5), dict(num_candidates=0), dict(warm_start="gradient"),
     ],
     ids=str,
 )  # fmt: skip
@@ -638,6 +789,28 @@ def test_what_can_not_be_searched(tmp_path, caplog):
     model.skip_gates().drop_idle()
     with pytest.raises(ValueError, match="both the adapter and the stand-in"):
         run(tmp_path, model)
+
+
+def test_a_forgotten_callback_is_told_at_the_first_step(tmp_path):
+    def said(callbacks=(), **settings):
+        model = fresh(**settings)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, model, callbacks=list(callbacks), max_steps=3, save_strategy="no").train()
+        return [str(w.message) for w in caught if "no search is running" in str(w.message)]
+
+    (message,) = said()
+    assert "EASCallback" in message
+    assert "skip_layers" in message
+    assert len(said(num_skip="auto", max_loss_increase=0.1)) == 1
+    for settings in (dict(callbacks=[EASCallback(**SEARCH)]), dict(num_skip=0), dict(num_skip=None, skip_layers=[1])):
+        assert not said(**settings)
+
+
+def test_a_callback_that_no_trainer_calls_is_refused(tmp_path):
+    made = trainer(tmp_path, fresh(), max_steps=1)
+    with pytest.raises(ValueError, match=r"was called by something else.*`callbacks`"):
+        EASCallback().on_train_begin(made.args, made.state, made.control, made.model)
 
 
 def test_columns_that_the_collator_does_not_know_are_left_out(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,29 +48,34 @@ def count_for_speedup(total: float, attention: float, available: int, target: fl
 
 
 @torch.no_grad()
-def forward_operations(model: nn.Module, attentions: Sequence[str], inputs: dict[str, Any]) -> tuple[float, float]:
+def forward_operations(forward: Callable[[], Any], model: nn.Module, attentions: Sequence[str]) -> tuple[float, float]:
     """Floating-point operations of a forward, and those of one attention on average.
 
     Args:
-        model: A transformers model.
+        forward: What is counted; it calls `model`.
+        model: A model.
         attentions: Names of its attentions.
-        inputs: Arguments of the forward.
     """
     # of all kernels of attention, only this one is made of operations that are counted on every device
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**inputs)
+        forward()
     by_module = counter.get_flop_counts()
     own = [sum(by_module.get(f"{type(model).__name__}.{name}", {}).values()) for name in attentions]
     return float(counter.get_total_flops()), statistics.fmean(own)
 
 
 @torch.no_grad()
-def measured_speedup(model: nn.Module, attentions: Sequence[str], inputs: dict[str, Any], rounds: int = 5) -> float:
-    """How many times as fast a forward is without these attentions: the median over rounds that take turns."""
+def measured_speedup(
+    forward: Callable[[], float], model: nn.Module, attentions: Sequence[str], rounds: int = 5
+) -> float:
+    """How many times as fast a forward is without these attentions: the median over rounds that take turns.
+
+    `forward` ends when its result is there, on an accelerator, too.
+    """
 
     def seconds() -> float:
         start = time.perf_counter()
-        model(**inputs).logits.flatten()[0].item()  # waits for an accelerator, too
+        forward()
         return time.perf_counter() - start
 
     ratios = []

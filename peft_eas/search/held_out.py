@@ -1,7 +1,8 @@
-"""Held-out batches, and the loss of a model on them."""
+"""Held-out batches."""
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,21 +10,24 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
 
-from ..batches import inputs_of, label_count
+PARTS = 4
+"""Batches of a round, at least: how their losses differ says how sure a difference is."""
+
+COMPARED = 512
+"""At most how many examples, over all processes, the start and what was found are compared on."""
 
 
 class HeldOut:
-    """The batches that candidates are scored with: the same ones for all candidates of a round, others in the next.
+    """The batches that sets are scored with: the same ones for all tries of a round, others in the next.
 
     Which examples they hold depends on nothing but the arguments, so a run that is resumed sees the same ones.
 
     Args:
         dataset: Examples, with a length and an index.
         collate_fn: The Trainer's own collator.
-        batch_size: Examples of a batch.
-        num_batches: Batches of a round, for each process.
+        batch_size: Examples of a batch, at most.
+        examples: Examples of a round, for each process; `PARTS` at least.
         seed: Seed of the order.
         rank: This process.
         world_size: Number of processes; they have different examples as long as there are enough.
@@ -37,7 +41,7 @@ class HeldOut:
         dataset: Sequence[Any],
         collate_fn: Callable[[list], dict],
         batch_size: int,
-        num_batches: int,
+        examples: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -52,24 +56,36 @@ class HeldOut:
         self.dataset = dataset
         self.collate_fn = collate_fn
         self.batch_size = batch_size
-        self.num_batches = num_batches
+        self.examples = max(examples, PARTS)
         self.rank = rank
         self.world_size = world_size
         self.order = list(range(len(dataset)))
         random.Random(f"{seed} held out").shuffle(self.order)
 
     def batches(self, round_number: int, avoid: Collection[int] = ()) -> list[dict[str, Any]]:
-        """The batches of this process in a round.
+        """The batches of this process in a round: at least `PARTS`, and as many in each process.
 
         Args:
             round_number: 0, 1, ...
             avoid: `fingerprints` of rows that must not be among them.
+
+        Raises:
+            ValueError: if that leaves no example, or the collator's batches are no mappings.
         """
-        wanted = self.batch_size * self.num_batches
-        start = (round_number * self.world_size + self.rank) * wanted
+        wanted = self.examples
+        first = (round_number * self.world_size + self.rank) * wanted
+        return self._collated(self._taken(first, wanted, avoid), min(self.batch_size, math.ceil(wanted / PARTS)))
+
+    def all_batches(self, avoid: Collection[int] = ()) -> list[dict[str, Any]]:
+        """The batches of this process of the whole dataset, or of the first `COMPARED` examples of its order."""
+        wanted = max(1, min(len(self.order), COMPARED) // self.world_size)
+        return self._collated(self._taken(self.rank * wanted, wanted, avoid), self.batch_size)
+
+    def _taken(self, first: int, wanted: int, avoid: Collection[int]) -> list[Any]:
+        """`wanted` examples from place `first` of the order on; some twice if there are not as many."""
         examples = []
-        for position in range(start, start + len(self.order)):
-            example = self.dataset[self.order[position % len(self.order)]]
+        for place in range(first, first + len(self.order)):
+            example = self.dataset[self.order[place % len(self.order)]]
             if not avoid or not avoid.intersection(fingerprints(self.collate_fn([example]))):
                 examples.append(example)
             if len(examples) == wanted:
@@ -79,9 +95,13 @@ class HeldOut:
                 "Every example is being trained on, and none is left to score candidates with: give "
                 "`EASCallback(search_dataset=...)` some that are not."
             )
-        return [
-            dict(self.collate_fn(examples[i : i + self.batch_size])) for i in range(0, len(examples), self.batch_size)
-        ]
+        return [examples[i % len(examples)] for i in range(wanted)]
+
+    def _collated(self, examples: list[Any], size: int) -> list[dict[str, Any]]:
+        batches = [self.collate_fn(examples[i : i + size]) for i in range(0, len(examples), size)]
+        if not isinstance(batches[0], Mapping):
+            raise ValueError(f"a batch of its collator is a {type(batches[0]).__name__} of raw examples.")
+        return [dict(batch) for batch in batches]
 
 
 def fingerprints(batch: dict[str, Any]) -> set[int]:
@@ -99,30 +119,10 @@ def fingerprints(batch: dict[str, Any]) -> set[int]:
     return {hash((of_image, *row[keep].tolist())) for of_image, row, keep in zip(seen, ids, kept, strict=True)}
 
 
-@torch.no_grad()
-def loss_sum(model: nn.Module, batches: Sequence[dict[str, Any]], device: torch.device) -> tuple[float, int]:
-    """Sum of the loss over the labelled tokens of this process's batches, and how many they are.
-
-    Raises:
-        ValueError: if the model returns no loss.
-    """
-    total, count = 0.0, 0
-    for batch in batches:
-        loss = getattr(model(**inputs_of(batch, device)), "loss", None)
-        if loss is None:
-            raise ValueError(
-                "The model returned no loss for a held-out batch, so candidates can't be scored: the batches that the "
-                f"Trainer's collator makes need labels, and have {sorted(batch)}."
-            )
-        weight = label_count(batch)
-        total, count = total + weight * loss.item(), count + weight
-    return total, count
-
-
-def means_over_processes(sums: list[tuple[float, int]]) -> list[float]:
+def means_over_processes(sums: list[tuple[float, float]]) -> list[float]:
     """`total / count` over all processes, item by item; the same numbers, bit for bit, in each process."""
     gathered = gather_object([sums])
     return [
-        sum(total for total, _ in parts) / max(1, sum(count for _, count in parts))
+        sum(total for total, _ in parts) / max(1e-9, sum(count for _, count in parts))
         for parts in zip(*gathered, strict=True)
     ]

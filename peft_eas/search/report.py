@@ -31,8 +31,29 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     figure.savefig(folder / PICTURE, dpi=150)
 
 
+def reasons(report: dict[str, Any]) -> list[str]:
+    """Why each attention is skipped or retained, in the order of the report's `layers`."""
+    layers, chosen = report["layers"], set(report["skip_layers"])
+    place = {layers[arm]: rank for rank, arm in enumerate(report["start"], start=1)}
+    by = report["settings"]["warm_start"] or "depth"
+    said = {layer: f"{place[layer]} of {len(layers)} by {by}" for layer in layers}
+    for entry in report["rounds"]:
+        for retained, skipped in entry["exchanged"]:
+            said[retained] = f"dearer than {skipped}, step {entry['step']}"
+            said[skipped] = f"cheaper than {retained}, step {entry['step']}"
+    started = {layers[arm] for arm in report["start"][: report["count"]]}
+    if report["comparison"].get("kept") == "start":
+        exchanged = {layer for entry in report["rounds"] for pair in entry["exchanged"] for layer in pair}
+        said |= dict.fromkeys(exchanged, "the start did better in the end")
+    for layer in layers:  # a budget moved the edge of the set, or an earlier checkpoint was the best
+        if said[layer].endswith(f"by {by}") and (layer in chosen) != (layer in started):
+            said[layer] += ", then by cost"
+    return [said[layer] for layer in layers]
+
+
 def plot_search(report: dict[str, Any] | str | os.PathLike, path: str | os.PathLike | None = None) -> Figure:
-    """Draw a search: preferences by layer over the steps, with the chosen set marked, and the candidates' losses.
+    """Draw a search, a row for each attention: the score that it starts from, when it was skipped and tried, what
+    skipping it costs, and why it is skipped or retained; below, the held-out losses, and the budget's if there is one.
 
     Args:
         report: The content of `report.json`, the file, or the folder that it is in.
@@ -49,73 +70,92 @@ def plot_search(report: dict[str, Any] | str | os.PathLike, path: str | os.PathL
     if not isinstance(report, dict):
         file = Path(report)
         report = json.loads((file / REPORT if file.is_dir() else file).read_text(encoding="utf-8"))
-    layers, rounds, chosen = report["layers"], report["rounds"], set(report["skip_layers"])
-    start = report["initial_preferences"]
-    times = [report["warmup"], *(entry["step"] for entry in rounds)]
-    columns = [start, *(entry["preferences"] for entry in rounds)]
-    edges = [*times, times[-1] + max(1, times[-1] - times[0]) / max(1, len(rounds))]
-    height = max(3.5, 0.11 * len(layers) + 0.8)
+    layers, chosen = report["layers"], set(report["skip_layers"])
+    places, colours = range(len(layers)), ["tab:red" if layer in chosen else "0.6" for layer in layers]
     curve = report["budget"].get("losses")
-    panels = 2 + bool(curve)
-    figure = Figure(figsize=(9, height + 2 * (panels - 1)), layout="constrained")
+    below = 1 + bool(curve)
+    rows = max(2.5, 0.17 * len(layers))
+    figure = Figure(figsize=(11, rows + 2.1 * below + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(panels, 1, height_ratios=[height, *[1.8] * (panels - 1)])
+    grid = figure.add_gridspec(1 + below, 3, height_ratios=[rows, *[1.7] * below], width_ratios=[1, 2.2, 1.5])
+    scores, steps, costs = (figure.add_subplot(grid[0, column]) for column in range(3))
 
-    heat = axes[0]
-    rows = [[column[arm] for column in columns] for arm in range(len(layers))]
-    # beyond 4, an attention is as good as always or never drawn
-    largest = min(max((abs(value) for row in rows for value in row), default=0) or 1, 4)
-    image = heat.pcolormesh(
-        edges, range(len(layers) + 1), rows, cmap="Greys", vmin=-largest, vmax=largest, edgecolors="face", linewidth=0.1
+    if report["scores"] is not None:
+        scores.barh(places, report["scores"], height=0.7, color=colours)
+        edge = abs(report["scores"][report["start"][report["count"] - 1]])  # scores have a long tail
+        scores.set_xscale("symlog", linthresh=edge or 1.0)
+    scores.set_xlabel(f"start: {report['settings']['warm_start'] or 'none'}", fontsize=8)
+    names = [f"{layer} ●" if layer in chosen else str(layer) for layer in layers]
+    scores.set_ylabel("attention (●: skipped)", fontsize=8)
+
+    at = {layer: place for place, layer in enumerate(layers)}
+    first = (
+        [layers[arm] for arm in report["start"][: len(report["rounds"][0]["skip_layers"])]]
+        if report["rounds"]
+        else chosen
     )
-    figure.colorbar(image, ax=heat, label="preference for skipping", pad=0.01, extend="both")
-    marked = [arm for arm, layer in enumerate(layers) if layer in chosen]
-    for arm in marked:  # outlined, so that they are found without colour and at any size
-        heat.plot([edges[0], edges[-1]], [arm, arm], color="tab:red", linewidth=0.7)
-        heat.plot([edges[0], edges[-1]], [arm + 1, arm + 1], color="tab:red", linewidth=0.7)
-    heat.plot(
-        [1.012] * len(marked),
-        [arm + 0.5 for arm in marked],
-        marker="<",
-        markersize=5,
-        color="black",
-        linestyle="none",
-        clip_on=False,
-        transform=heat.get_yaxis_transform(),
-    )
-    every = max(1, len(layers) // 40)
-    heat.set_yticks([arm + 0.5 for arm in range(0, len(layers), every)], [str(i) for i in layers[::every]], fontsize=7)
-    heat.set_ylim(0, len(layers))
-    heat.set_xlim(edges[0], edges[-1])
-    heat.set_ylabel("layer")
+    sets = [first, *(entry["skip_layers"] for entry in report["rounds"])]
+    times = [0, *(entry["step"] for entry in report["rounds"])]
+    end = max(report["settle"], times[-1])
+    end += max(1, round(0.15 * end))
+    for skipped, begin, until in zip(sets, times, [*times[1:], report["settle"]], strict=True):
+        steps.barh([at[layer] for layer in skipped], max(0, until - begin), left=begin, height=0.96, color="0.75")
+    if report["is_settled"]:
+        steps.barh([at[x] for x in chosen], end - report["settle"], left=report["settle"], height=0.96, color="tab:red")
+    tried = [(entry["step"], at[layer]) for entry in report["rounds"] for layer in entry["tried"]]
+    if tried:
+        steps.plot(*zip(*tried, strict=True), ".", color="black", markersize=3)
+    swapped = [(entry["step"], at[x]) for entry in report["rounds"] for pair in entry["exchanged"] for x in pair]
+    if swapped:
+        steps.plot(*zip(*swapped, strict=True), "x", color="black", markersize=6)
+    steps.set_xlim(0, end)
+    steps.set_xlabel("step (bar: skipped, dot: tried, cross: exchanged)", fontsize=8)
+
+    known = [(place, *cost) for place, cost in enumerate(report["costs"]) if cost is not None]
+    for place, mean, error in known:
+        costs.errorbar(
+            mean, place, xerr=error or 0, fmt="o", markersize=3, color=colours[place], ecolor="0.4", linewidth=1
+        )
+    costs.axvline(0, color="0.4", linewidth=0.7)
+    costs.set_xlabel("skipping it costs, in loss (± 1 s. e.)", fontsize=8)
+    costs.yaxis.tick_right()
+    for axes in (scores, steps, costs):
+        axes.set_ylim(-0.6, len(layers) - 0.4)
+        axes.set_yticks(places, [])
+        axes.tick_params(labelsize=7, length=2)
+    scores.set_yticks(places, names)
+    costs.set_yticks(places, reasons(report))
     state = "chosen" if report["is_settled"] else "best so far"
-    heat.set_title(f"{len(chosen)} of {len(layers)} attentions skipped ({state}: arrows and outlines)", fontsize=10)
-    heat.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(f"{len(chosen)} of {len(layers)} attentions skipped ({state})", fontsize=10)
 
-    losses = axes[1]
-    points = [(entry["step"], loss) for entry in rounds for loss in entry["losses"] if loss is not None]
-    means = [
-        (entry["step"], sum(kept) / len(kept))
-        for entry in rounds
-        if (kept := [loss for loss in entry["losses"] if loss is not None])
-    ]
-    if points:
-        losses.plot(*zip(*points, strict=True), marker="o", markersize=3, color="0.55", linestyle="none")
-        losses.plot(*zip(*means, strict=True), color="black", linewidth=1.2)
-    losses.set_xlim(edges[0], edges[-1])
-    losses.set_ylabel("candidates'\nheld-out loss")
-    losses.set_xlabel("optimizer step")
-    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
+    losses = figure.add_subplot(grid[1, :])
+    means = [(e["step"], sum(e["losses"]) / len(e["losses"])) for e in report["rounds"] if e["losses"]]
+    if means:
+        losses.plot(*zip(*means, strict=True), marker="o", markersize=3, color="black", label="of a round")
+    for which, marker in (("start", "s"), ("found", "D")):
+        compared = report["comparison"].get(which)
+        if compared and compared["loss"] is not None:
+            label = f"all held-out examples, {which}: {compared['loss']:.4g}"
+            losses.plot([report["settle"]], [compared["loss"]], marker, color="tab:red", fillstyle="none", label=label)
+    if losses.lines:
+        losses.legend(fontsize=7)
+    losses.set_xlim(0, end)
+    losses.set_ylabel("held-out loss", fontsize=8)
+    losses.set_xlabel("optimizer step", fontsize=8)
+    losses.tick_params(labelsize=7)
+    for axes in (steps, losses):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     if curve:
+        axes = figure.add_subplot(grid[2, :])
         kept = [(k, loss) for k, loss in enumerate(curve) if loss is not None]
-        axes[2].plot(*zip(*kept, strict=True), marker="o", markersize=3, color="black", linewidth=1)
-        limit = curve[0] + report["budget"]["max_loss_increase"]
-        axes[2].axhline(limit, color="0.4", linestyle="--", linewidth=1)
-        axes[2].axvline(len(chosen), color="0.4", linestyle=":", linewidth=1)
-        axes[2].set_ylabel("held-out loss")
-        axes[2].set_xlabel("attentions skipped (dashed: the loss allowed; dotted: chosen)")
-        axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.plot(*zip(*kept, strict=True), marker="o", markersize=3, color="black", linewidth=1)
+        axes.axhline(curve[0] + report["budget"]["max_loss_increase"], color="0.4", linestyle="--", linewidth=1)
+        axes.axvline(len(chosen), color="0.4", linestyle=":", linewidth=1)
+        axes.set_ylabel("held-out loss", fontsize=8)
+        axes.set_xlabel("attentions skipped (dashed: the loss allowed; dotted: chosen)", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

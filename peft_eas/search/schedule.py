@@ -10,7 +10,7 @@ class Schedule:
     """The phases of a training with `total` optimizer steps: warm-up, search, settled.
 
     Attributes:
-        warmup: Steps, from the first on, in which subsets are drawn but not scored.
+        warmup: Steps, from the first on, before attentions are tried.
         settle: The step after which the set is chosen; from `warmup` to here candidates are scored.
         interval: Steps from one round of candidates to the next.
     """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..batches import arguments_of, counted_tokens, evaluating, kept_tokens, label_count
+from ..batches import arguments_of, arguments_seen, counted_tokens, evaluating, kept_tokens, label_count
 from ..families import Arm, Layers, find_layers
 from ..stand_in import attention_means, replaced, watching
 
@@ -74,21 +76,27 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, batches: Sequence[dic
 
 
 def _by_deviation(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
+    return deviations(model, layers, batches, lambda batch: model(**arguments_of(batch, model)), model)
+
+
+def deviations(
+    model: nn.Module, layers: Layers, batches: Iterable[Any], forward: Callable[[Any], Any], caller: nn.Module
+) -> dict[int | str, float]:
+    """Scores by `"deviation"` in what `forward` computes of each batch, over all processes; see `attention_means`."""
     sums = dict.fromkeys(layers, torch.zeros(()))
     squares, streams, counts = (dict.fromkeys(layers, 0.0) for _ in range(3))
-    for batch in batches:
-        inputs = arguments_of(batch, model)
 
-        def see(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, inputs=inputs) -> None:
-            kept = counted_tokens(inputs, arm.row, added.shape[:-1], added.device)
-            adds, stream = added[kept].double(), before.expand_as(added)[kept].double()
-            sums[key] = sums[key] + adds.sum(dim=0).cpu()
-            squares[key] += adds.square().sum().item()
-            streams[key] += stream.square().sum().item()
-            counts[key] += len(adds)
+    def see(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor) -> None:
+        kept = counted_tokens(seen, arm.row, added.shape[:-1], added.device)
+        adds, stream = added[kept].double(), before.expand_as(added)[kept].double()
+        sums[key] = sums[key] + adds.sum(dim=0).cpu()
+        squares[key] += adds.square().sum().item()
+        streams[key] += stream.square().sum().item()
+        counts[key] += len(adds)
 
-        with watching(model, layers, see):
-            model(**inputs)
+    with arguments_seen(*dict.fromkeys([model, caller])) as seen, watching(model, layers, see):
+        for batch in batches:
+            forward(batch)
     scores, gathered = {}, gather_object([(sums, squares, streams, counts)])
     for key in layers:
         total, square, stream, count = (sum(of[key] for of in kinds) for kinds in zip(*gathered, strict=True))

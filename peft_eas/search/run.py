@@ -1,0 +1,447 @@
+"""The search of one training: its state, and what it does at each of the Trainer's events."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+
+from ..families import find_layers
+from ..model import EASModel
+from . import budget, exchange
+from .held_out import fingerprints, means_over_processes
+from .report import write_report
+from .schedule import Schedule
+from .scores import deviations, score_attentions
+from .trainer import Scorer
+
+if TYPE_CHECKING:
+    from .callback import EASCallback
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SearchState:
+    """All that a search knows; JSON, so that it travels with checkpoints.
+
+    Attributes:
+        layers: Layer index, or name, of each arm.
+        count: How many attentions are skipped.
+        warmup, settle, interval: The `Schedule`.
+        start: The order that the search began with: places in `layers`, the first `count` of which are skipped.
+        order: The same, now.
+        scores: What `start` goes by: a score of each arm, low for redundant; `None` if there are none.
+        rounds: One entry a round: `step`; `tried` (attentions) and `costs` (what skipping each costs, one difference a
+            batch; `None` if one was not finite); `losses` (of the set, batch by batch; `None` if not finite);
+            `exchanged` (pairs: retained from now on, skipped instead) and `skip_layers`, the set after it.
+        ignored: Tries whose loss was not finite.
+        comparison: Sets and losses of the start and of what was found, when the search ended, if they differ.
+        settled: The chosen set, once it is chosen.
+        budget: What the budget was, and what came out.
+    """
+
+    layers: list[int | str]
+    count: int
+    warmup: int
+    settle: int
+    interval: int
+    start: list[int]
+    order: list[int]
+    scores: list[float] | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    ignored: int = 0
+    comparison: dict[str, Any] = field(default_factory=dict)
+    settled: list[int | str] | None = None
+    budget: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.warmup, self.settle, self.interval)
+
+    def best(self, count: int | None = None) -> list[int | str]:
+        """The attentions to skip by what is known so far, in the model's order."""
+        return self.to_layers(self.order[: self.count if count is None else count])
+
+    def to_layers(self, arms: Sequence[int]) -> list[int | str]:
+        return [self.layers[arm] for arm in sorted(arms)]
+
+    def tries(self) -> list[tuple[int, list[float]]]:
+        """Arm and differences of each try so far; no differences if the loss was not finite."""
+        places = {layer: arm for arm, layer in enumerate(self.layers)}
+        return [
+            (places[layer], differences or [])
+            for entry in self.rounds
+            for layer, differences in zip(entry["tried"], entry["costs"], strict=True)
+        ]
+
+
+class Search:
+    """The search of one training: what an `EASCallback` does, with all its side effects.
+
+    Args:
+        settings: The callback.
+        args: Arguments of the training.
+        scorer: What gives losses.
+        tuner: The EAS tuner in the model.
+        max_steps: Optimizer steps of the training.
+        saved: The state in the checkpoint that the training goes on from, if any.
+    """
+
+    def __init__(
+        self,
+        settings: EASCallback,
+        args: TrainingArguments,
+        scorer: Scorer,
+        tuner: EASModel,
+        max_steps: int,
+        saved: dict | None,
+    ) -> None:
+        self.settings, self.args, self.scorer, self.tuner = settings, args, scorer, tuner
+        self.model, self.held_out = scorer.model, scorer.held_out
+        self.gates = tuner.skip_gates()
+        self.config = tuner.peft_config[self.gates.adapter_name]
+        next(iter(self.gates.wrappers.values()))[0].searched.add(self.gates.adapter_name)
+        if not self.gates.are_complete():
+            raise ValueError(
+                "A search needs both the adapter and the stand-in of every attention, and some have been dropped or "
+                "never made: begin with a fresh adapter, `get_peft_model(model, EASConfig(num_skip=...))`."
+            )
+        self.metrics: dict[str, float] = {}
+        self.seen: set[int] = set()
+        self.hook = None
+        if isinstance(settings.warm_start, Mapping) and (
+            missing := [i for i in self.gates.layers if i not in settings.warm_start]
+        ):
+            raise ValueError(f"`warm_start` has no scores of layers {missing}.")
+        if settings.search_dataset is None:
+            self.hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        if saved is None:
+            count, about = self._count()
+            schedule = Schedule.of(settings.warmup_steps, settings.search_steps, settings.interval, max_steps)
+            layers, scores = self.gates.layers, self._scores()
+            start = exchange.start(scores or [0.0] * len(layers))
+            self.state = SearchState(
+                layers, count, **asdict(schedule), start=start, order=start, scores=scores, budget=about
+            )
+            self._say(
+                f"searching which {count} of {len(layers)} attentions to skip: they are tried from step "
+                f"{schedule.warmup + 1} to {schedule.settle} of {max_steps}"
+            )
+        else:
+            self.state = SearchState(**saved)
+            if self.state.layers != self.gates.layers:
+                raise ValueError(
+                    f"The checkpoint's search was over the attentions of layers {self.state.layers}, but this adapter "
+                    f"has those of {self.gates.layers}."
+                )
+        self.gates.touch_idle(args.world_size > 1)
+        if self.state.settled is None:
+            self.gates.set(self.state.best())
+        else:
+            self._settle_on(self.state.settled)
+
+    # What the Trainer's events ask for -------------------------------------------------------------------------------
+
+    def before_step(self, step: int) -> None:
+        self.seen.clear()
+
+    def forget_idle_gradients(self, step: int) -> None:
+        """Idle adapters must not move; a gradient of zero would let the optimizer's momentum and decay act on them."""
+        if self.args.world_size == 1:
+            return  # they have none
+        if self.args.fsdp and step == 0:
+            return  # see `rewind_idle_state`
+        for parameter in self.gates.idle_parameters():
+            parameter.grad = None
+
+    def rewind_idle_state(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """A checkpoint of FSDP needs the optimizer's state of every parameter: the first step makes it for idle ones,
+        too, by gradients of zero, and must not count."""
+        if self.args.fsdp and step == 0:
+            for parameter in self.gates.idle_parameters():
+                state = optimizer.state.get(parameter, {})
+                if "step" in state:
+                    state["step"] = state["step"] * 0
+
+    def after_step(self, step: int) -> None:
+        if self.state.settled is not None:
+            return
+        if self.state.schedule.scores_after(step):
+            self.round(step)
+        if self.state.schedule.phase(step) == "settled":
+            self._settle(step)
+
+    def finish(self, step: int) -> None:
+        """After training: choose if that has not happened, and drop what nobody needs any more."""
+        if self.state.settled is None:
+            logger.warning(
+                "Training ended at step %d, before the search did (step %d): the best set so far is skipped. Train for "
+                "longer, or give `EASCallback` smaller `warmup_steps` and `search_steps`.",
+                step,
+                self.state.settle,
+            )
+            self._settle(step)
+        # `load_best_model_at_end` may have brought back an earlier checkpoint, which was good with the set that it had
+        if self.gates.skipped != self.state.settled:
+            logger.warning(
+                "The best checkpoint was saved before the search ended: it skips %s and not %s, and stays as it is.",
+                self.gates.skipped,
+                self.state.settled,
+            )
+            self.state.settled = self.gates.skipped
+            self._settle_on(self.state.settled)
+        if "predicted_loss" in self.state.budget:
+            with self.scorer.aside():
+                loss = self.scorer.mean(self.scorer.sample())
+            self.state.budget["measured_loss"] = loss if math.isfinite(loss) else None
+        self.gates.touch_idle(False)
+        if not self.args.fsdp:  # which would bring them back
+            self.gates.drop_idle()
+        self._write_report()
+
+    def release(self) -> None:
+        """Let go of the model's training forwards."""
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+
+    def new_metrics(self) -> dict[str, float]:
+        """What the Trainer has not logged yet."""
+        new, self.metrics = self.metrics, {}
+        return new
+
+    def report(self) -> dict[str, Any]:
+        """See `report.py`; the state, and `costs`: mean and standard error for each attention, `None` if not tried."""
+        settings = {k: v for k, v in vars(self.settings).items() if k != "search_dataset" and k[0] != "_"}
+        if isinstance(self.settings.warm_start, Mapping):
+            settings["warm_start"] = "scores"
+        known = exchange.costs(self.state.tries())
+        costs = [known.get(arm) for arm in range(len(self.state.layers))]
+        state = asdict(self.state)
+        skip_layers = state.pop("settled")
+        return {
+            "skip_layers": self.state.best() if skip_layers is None else skip_layers,
+            "is_settled": skip_layers is not None,
+            "seed": self.args.seed,
+            "held_out": "training set" if self.settings.search_dataset is None else "search_dataset",
+            "settings": settings,
+            "costs": [cost and [cost.mean, cost.error if math.isfinite(cost.error) else None] for cost in costs],
+            **state,
+        }
+
+    # Scoring ----------------------------------------------------------------------------------------------------------
+
+    def round(self, step: int) -> None:
+        """Try some attentions, and exchange what is clear."""
+        state = self.state
+        tries = state.tries()
+        known = exchange.costs(tries)
+        failed = {arm for arm, _ in tries if arm not in known}
+        fits = state.count + 1 < len(find_layers(self.tuner.model))
+        arms = exchange.to_try(state.order, state.count, known, self.settings.num_candidates, failed, fits)
+        if not arms:
+            return
+        losses, costs = self._tried(arms)
+        failed = sum(cost is None for cost in costs)
+        state.ignored += failed
+        if failed:
+            logger.warning(
+                "Step %d: the held-out loss of %d of %d candidates is not finite; they are ignored.",
+                step,
+                failed,
+                len(arms),
+            )
+        entry = {
+            "step": step,
+            "losses": losses,
+            "tried": [state.layers[arm] for arm in arms],
+            "costs": costs,
+        }
+        state.rounds.append(entry)
+        before = state.best()
+        known = exchange.costs(state.tries())
+        state.order, exchanged = exchange.exchange(state.order, state.count, known)
+        best = state.best()
+        entry["exchanged"] = [[state.layers[arm] for arm in pair] for pair in exchanged]
+        entry["skip_layers"] = best
+        self.gates.set(best)
+        self.metrics |= {
+            "eas/skipped": len(best),
+            "eas/exchanges": sum(len(entry["exchanged"]) for entry in state.rounds),
+            "eas/ignored_candidates": state.ignored,
+        }
+        if losses is not None:
+            self.metrics["eas/loss"] = statistics.fmean(losses)
+        means = [statistics.fmean(cost) for cost in costs if cost is not None]
+        if means:
+            self.metrics |= {"eas/cost_min": min(means), "eas/cost_max": max(means)}
+        if best != before or len(state.rounds) == 1:
+            # curves are of numbers: an attention that goes by its name is given by its place among the candidates
+            places = [key if isinstance(key, int) else state.layers.index(key) for key in best]
+            self.metrics |= {f"eas/skip_layers/{m + 1}": place for m, place in enumerate(places)}
+
+    def _tried(self, arms: Sequence[int]) -> tuple[list[float] | None, list[list[float] | None]]:
+        """Losses of the set on a round's batches, and what skipping each of these arms costs on them."""
+        state, rounds = self.state, len(self.state.rounds)
+        best = state.best()
+        with self.scorer.aside(rounds):
+            batches = self.held_out.batches(rounds, self._trained_on())
+            whole = self._losses(best, batches)
+            costs: list[list[float] | None] = []
+            for arm in arms:
+                layer = state.layers[arm]
+                turned = [key for key in best if key != layer] if layer in best else [*best, layer]
+                sign = -1 if layer in best else 1
+                cost = [sign * (one - of_set) for one, of_set in zip(self._losses(turned, batches), whole, strict=True)]
+                costs.append(cost if all(map(math.isfinite, cost)) else None)
+        return (whole if all(map(math.isfinite, whole)) else None), costs
+
+    def _losses(self, skip_layers: Sequence[int | str], batches: list[dict[str, Any]]) -> list[float]:
+        with self.gates.skipping(skip_layers):
+            return self.scorer.losses(batches)
+
+    def _remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if module.training and self.state.settled is None:
+            self.seen |= fingerprints(kwargs)
+
+    def _trained_on(self) -> set[int]:
+        """Fingerprints of the rows of the optimizer step just done, in all processes; none if there is a dataset."""
+        return set() if self.hook is None else set(gather_object(list(self.seen)))
+
+    def _scores(self) -> list[float] | None:
+        """The score of each attention that the search starts from, if any."""
+        given, layers = self.settings.warm_start, self.gates.layers
+        if given is None:
+            return None
+        if isinstance(given, Mapping):
+            return [float(given[i]) for i in layers]
+        if given == "depth":
+            found = find_layers(self.tuner.model)
+            return [-float(found[key].depth) for key in layers]
+        with self.scorer.aside(), self.tuner.without_adapters():
+            batches = self.scorer.sample()
+            if given == "deviation":
+                model = self.tuner.model
+                by_layer = deviations(model, find_layers(model), batches, self.scorer.loss, self.tuner)
+            else:
+                by_layer = score_attentions(self.model, batches, method=given)
+        return means_over_processes([(by_layer[i], 1) for i in layers])
+
+    # Choosing ---------------------------------------------------------------------------------------------------------
+
+    def _count(self) -> tuple[int, dict[str, Any]]:
+        """How many attentions are skipped, and what there is to say of it."""
+        available, target = len(self.gates.layers), self.config.target_speedup
+        if target is None:
+            return self.config.count_to_skip(available), {}
+        with self.scorer.aside(), self.tuner.without_adapters():
+            counted = budget.forward_operations(self._forward(), self.model, self._attentions(self.gates.layers))
+        total, attention = (sum(numbers) for numbers in zip(*gather_object([counted]), strict=True))
+        count = budget.count_for_speedup(total, attention, available, target)
+        predicted = budget.predicted_speedup(total, attention, count)
+        return count, {"target_speedup": target, "predicted_speedup": predicted}
+
+    def _forward(self) -> Callable[[], Any]:
+        """The forward that a target speedup is of."""
+        return functools.partial(self.scorer.loss, self.held_out.batches(0)[0])
+
+    def _attentions(self, skip_layers: Sequence[int]) -> list[str]:
+        layers = find_layers(self.model)
+        return [layers[key].attention for key in skip_layers]
+
+    def _settle(self, step: int) -> None:
+        state = self.state
+        if self.gates.skipped == state.best():
+            state.order = exchange.ranked(state.order, state.count, exchange.costs(state.tries()))
+            if self.config.max_loss_increase is not None:
+                self._fit_budget()
+            self._keep_the_better()
+            state.settled = state.best()
+        else:  # `load_best_model_at_end` has brought back an earlier checkpoint, which was the best with its own set
+            state.settled = self.gates.skipped
+        if self.config.target_speedup is not None:
+            self._check_speedup()
+        self._settle_on(state.settled)
+        self.metrics |= {"eas/skipped": len(state.settled)}
+        self._say(f"step {step}: from now on the attentions of layers {state.settled} are skipped")
+        self._write_report()
+
+    def _fit_budget(self) -> None:
+        """Let the count be the largest whose held-out loss is within the budget."""
+        state = self.state
+        with self.scorer.aside():
+            batches = self.scorer.sample()
+            losses = []
+            for count in range(len(state.layers)):
+                with self.gates.skipping(state.best(count)):
+                    losses.append(self.scorer.mean(batches))
+        state.count = budget.largest_within(losses, self.config.max_loss_increase)
+        state.budget = {
+            "max_loss_increase": self.config.max_loss_increase,
+            "losses": [loss if math.isfinite(loss) else None for loss in losses],
+            "predicted_loss": losses[state.count] if math.isfinite(losses[state.count]) else None,
+        }
+
+    def _keep_the_better(self) -> None:
+        """Compare what was found with the start, both with what was learned, and stay with the better one."""
+        state = self.state
+        found, start = state.best(), state.to_layers(state.start[: state.count])
+        if found == start:
+            return
+        losses = []
+        with self.scorer.aside():
+            batches = self.held_out.all_batches(self._trained_on())
+            for skip_layers in (start, found):
+                with self.gates.skipping(skip_layers):
+                    losses.append(self.scorer.mean(batches))
+        if not losses[1] < losses[0]:
+            state.order = list(state.start)
+        start_loss, found_loss = (loss if math.isfinite(loss) else None for loss in losses)
+        state.comparison = {
+            "start": {"skip_layers": start, "loss": start_loss},
+            "found": {"skip_layers": found, "loss": found_loss},
+            "kept": "found" if losses[1] < losses[0] else "start",
+        }
+
+    def _check_speedup(self) -> None:
+        with self.scorer.aside(), self.tuner.without_adapters():
+            measured = budget.measured_speedup(self._forward(), self.model, self._attentions(self.state.settled))
+        self.state.budget["measured_speedup"] = measured
+        if measured < self.config.target_speedup:
+            logger.warning(
+                "Skipping %s makes the base model %.2f times as fast on a held-out batch, measured here and now; the "
+                "target is %.2f, and counted operations promise %.2f.",
+                self.state.settled,
+                measured,
+                self.config.target_speedup,
+                self.state.budget["predicted_speedup"],
+            )
+
+    def _settle_on(self, skip_layers: list[int]) -> None:
+        # Idle adapters stay trainable until training is over: an optimizer that a resumed run makes has to have the
+        # parameters that the saved one had.
+        self.release()
+        self.gates.set(skip_layers)
+        self.config.settle(skip_layers)
+
+    # Helpers ----------------------------------------------------------------------------------------------------------
+
+    def _say(self, line: str) -> None:
+        if self.args.process_index == 0:
+            tqdm.write(f"EAS: {line}")
+
+    def _write_report(self) -> None:
+        if self.args.process_index == 0:
+            write_report(self.report(), Path(self.args.output_dir))
