@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--router", choices=["none", "static"], default="none", help="default: none")
     train.add_argument("--stand-in", choices=["mean", "zero"], default="mean", help="default: mean")
     train.add_argument("--search-steps", type=float, help="length of the search: optimizer steps, or a fraction")
-    train.add_argument("--warm-start", choices=[*WARM_STARTS, "none"], help="what the preferences start from")
+    train.add_argument("--warm-start", choices=[*WARM_STARTS, "none"], help="what the first set goes by")
     train.add_argument("--max-length", type=_positive, default=512, help="longest example, in tokens (default: 512)")
 
     merge = add(

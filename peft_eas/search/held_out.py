@@ -14,8 +14,11 @@ from accelerate.utils import gather_object
 PARTS = 4
 """Batches of a round, at least: how their losses differ says how sure a difference is."""
 
+SAMPLE = 32
+"""At most how many examples, over all processes, decide on what is decided once: stand-ins, scores, a budget."""
+
 COMPARED = 512
-"""At most how many examples, over all processes, the start and what was found are compared on."""
+"""At most how many the start and what was found are compared on."""
 
 
 class HeldOut:
@@ -76,9 +79,9 @@ class HeldOut:
         first = (round_number * self.world_size + self.rank) * wanted
         return self._collated(self._taken(first, wanted, avoid), min(self.batch_size, math.ceil(wanted / PARTS)))
 
-    def all_batches(self, avoid: Collection[int] = ()) -> list[dict[str, Any]]:
-        """The batches of this process of the whole dataset, or of the first `COMPARED` examples of its order."""
-        wanted = max(1, min(len(self.order), COMPARED) // self.world_size)
+    def first(self, number: int, avoid: Collection[int] = ()) -> list[dict[str, Any]]:
+        """This process's batches of the first `number` examples of the order, or of all there are; none twice."""
+        wanted = max(1, min(len(self.order), number) // self.world_size)
         return self._collated(self._taken(self.rank * wanted, wanted, avoid), self.batch_size)
 
     def _taken(self, first: int, wanted: int, avoid: Collection[int]) -> list[Any]:

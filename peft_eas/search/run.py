@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from ..families import find_layers
 from ..model import EASModel
 from . import budget, exchange
-from .held_out import fingerprints, means_over_processes
+from .held_out import COMPARED, fingerprints, means_over_processes
 from .report import write_report
 from .schedule import Schedule
 from .scores import deviations, score_attentions
@@ -402,7 +402,7 @@ class Search:
             return
         losses = []
         with self.scorer.aside():
-            batches = self.held_out.all_batches(self._trained_on())
+            batches = self.held_out.first(COMPARED, self._trained_on())
             for skip_layers in (start, found):
                 with self.gates.skipping(skip_layers):
                     losses.append(self.scorer.mean(batches))

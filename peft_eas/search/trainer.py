@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ..batches import evaluating, label_count
-from .held_out import HeldOut, means_over_processes
+from .held_out import SAMPLE, HeldOut, means_over_processes
 
 
 def trainer_of(callback: TrainerCallback, frame: FrameType | None) -> Trainer:
@@ -79,10 +79,6 @@ def batch_loss(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> 
     return loss.detach().float().mean().item(), max(weight, 1e-9)
 
 
-SAMPLE = 32
-"""At least how many examples, over all processes, decide on what is decided once: a warm start, a budget."""
-
-
 class Scorer:
     """Held-out losses of the sets that the gates are put to, by the Trainer's own `compute_loss`.
 
@@ -114,8 +110,7 @@ class Scorer:
 
     def sample(self, avoid: Collection[int] = ()) -> list[dict[str, Any]]:
         """The batches for what is decided once, this process's part of them."""
-        per_round = self.held_out.examples * self.held_out.world_size
-        return [batch for r in range(math.ceil(SAMPLE / per_round)) for batch in self.held_out.batches(r, avoid)]
+        return self.held_out.first(SAMPLE, avoid)
 
     def aside(self, number: int = 0) -> AbstractContextManager[None]:
         """Where to ask for losses without a trace; random numbers are those of `number` and the Trainer's seed."""
