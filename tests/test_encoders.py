@@ -427,7 +427,7 @@ def test_a_search_over_names(tmp_path):
     ]
     resumed, again = trainer(max_steps=9)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert again.report["preferences"] == report["preferences"]
+    assert (again.report["order"], again.report["rounds"]) == (report["order"], report["rounds"])
     assert again.report["skip_layers"] == report["skip_layers"]
     whole.model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(matrix.tiny_model("t5"), tmp_path / "adapter").eval()
