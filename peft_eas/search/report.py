@@ -84,6 +84,7 @@ def plot_search(report: dict[str, Any] | str | os.PathLike, path: str | os.PathL
         scores.barh(places, report["scores"], height=0.7, color=colours)
         edge = abs(report["scores"][report["start"][report["count"] - 1]])  # scores have a long tail
         scores.set_xscale("symlog", linthresh=edge or 1.0)
+        scores.set_xticks([tick for tick in scores.get_xticks() if abs(tick) >= (edge or 1.0)])
     scores.set_xlabel(f"start: {report['settings']['warm_start'] or 'none'}", fontsize=8)
     names = [f"{layer} ●" if layer in chosen else str(layer) for layer in layers]
     scores.set_ylabel("attention (●: skipped)", fontsize=8)
@@ -118,6 +119,7 @@ def plot_search(report: dict[str, Any] | str | os.PathLike, path: str | os.PathL
         )
     costs.axvline(0, color="0.4", linewidth=0.7)
     costs.set_xlabel("skipping it costs, in loss (± 1 s. e.)", fontsize=8)
+    costs.xaxis.set_major_locator(MaxNLocator(4))
     costs.yaxis.tick_right()
     for axes in (scores, steps, costs):
         axes.set_ylim(-0.6, len(layers) - 0.4)
