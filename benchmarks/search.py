@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import bandit
 import matplotlib
 
 matplotlib.use("agg")
@@ -35,7 +36,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from peft_eas import EASCallback, EASConfig, score_attentions
-from peft_eas.search import bandit
 from peft_eas.search.run import Search
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

@@ -66,8 +66,7 @@ class Attentions:
             weights of experts included; those that a layer has of them. A `*` stands for the names of experts; of names
             with a `|` between them, the first that a layer has is meant.
         ffn_back: Of a cross-attention that its layer calls a second time, for the tokens that were looked at to look
-            back (LXMERT): the FFN of these, with the same `ffn_inputs`. It is skipped both times or not at all, and
-            either FFN is told of the other.
+            back (LXMERT): the FFN of these, with the same `ffn_inputs`. It is skipped both times or not at all.
         ffn_masks_input: Whether the FFN makes zeros of its input where there is padding, as Mamba does: what is added
             to the input can't then be made a bias.
         stacked_axis: Which axis of stacked weights is the input's: -1 for `(experts, out, in)`, -2 for `(experts, in,
@@ -114,8 +113,8 @@ class Attentions:
 
 
 _FORM = (
-    "stack", "layers", "attention", "core", "ffn", "ffn_after", "ffn_back", "residual_norm",
-    "adds_residual", "returns", "causal", "answers", "context", "mask", "mask_hides", "shows_keys",
+    "stack", "layers", "attention", "core", "residual_norm", "adds_residual", "returns", "causal", "answers", "context",
+    "mask", "mask_hides", "shows_keys",
 )  # fmt: skip
 
 

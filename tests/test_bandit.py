@@ -6,9 +6,9 @@ import random
 import statistics
 from collections import Counter
 
+import bandit
 import pytest
 
-from peft_eas.search import bandit
 from peft_eas.search.budget import count_for_speedup, largest_within, predicted_speedup
 from peft_eas.search.schedule import Schedule
 
