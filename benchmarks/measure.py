@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from peft_eas import EASConfig
-from peft_eas.modeling_eas import SkippedAttention
+from peft_eas.runtime.eas_attention import SkippedAttention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

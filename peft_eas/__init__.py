@@ -7,12 +7,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import constants
 from transformers import CONFIG_MAPPING
 
-from . import modeling_eas
 from .card import model_card, write_card
 from .config import EASConfig, EASType
 from .export import export
 from .families import FAMILIES, Attentions, Family, register_family
 from .model import EASModel
+from .runtime import modeling_eas
 from .search import EASCallback, plot_search, score_attentions
 from .stand_in import initialize_eas_weights
 

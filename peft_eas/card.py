@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, mod
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from .modeling_eas import auto_classes, propagates, skipped
+from .runtime.eas_record import Record
+from .runtime.modeling_eas import auto_classes
 from .work import Work, base_of, count, on_meta
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,10 @@ def model_card(
         )
     if base_model is not None:
         validate_repo_id(base_model)
-    made = eas["config"]
-    base_model = base_model or made.get("base_model")
-    name = repo_id or f"{base_model.split('/')[-1] if base_model else eas['model_type']} with EAS"
-    auto = _auto_class(model, eas)
+    record = Record.read(eas)
+    base_model = base_model or record.config.get("base_model")
+    name = repo_id or f"{base_model.split('/')[-1] if base_model else record.model_type} with EAS"
+    auto = _auto_class(model, record)
     inherited = _inherited(model.name_or_path, base_model)
     data = ModelCardData(
         library_name="transformers",
@@ -92,12 +93,12 @@ def model_card(
     )
     text = [
         f"# {name}",
-        _summary(eas, base_model),
+        _summary(record, base_model),
         _how_to_load(auto, repo_id),
         _costs(model, count(base_of(model)), count(on_meta(model)), measured),
         _results(eval_results),
-        _how_made(made),
-        _limits(model, eas),
+        _how_made(record.config),
+        _limits(model, record),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, text)) + "\n")
 
@@ -149,9 +150,9 @@ def layer_picture(skip: Collection[int], present: Collection[int]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _auto_class(model: PreTrainedModel, eas: dict) -> str:
+def _auto_class(model: PreTrainedModel, record: Record) -> str:
     name = type(model).__name__.removeprefix("EAS")
-    autos = [auto for auto, found in auto_classes(eas["model_type"]).items() if found.__name__ == name]
+    autos = [auto for auto, found in auto_classes(record.model_type).items() if found.__name__ == name]
     return next((auto for auto in TASKS if auto in autos), "AutoModel")
 
 
@@ -193,14 +194,14 @@ def _inherited(*sources: str | None) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _summary(eas: dict, base_model: str | None) -> str:
-    base = f"[{base_model}]({constants.ENDPOINT}/{base_model})" if base_model else f"A `{eas['model_type']}` model"
-    skip, lines = skipped(eas), []
-    for form in eas["attentions"]:
-        lines += [f"{form['stack']}, {'cross' if form['context'] else 'self'}"] * eas["by_name"]
-        lines += layer_picture(form["skip"], form["present"]) if form["present"] else []
+def _summary(record: Record, base_model: str | None) -> str:
+    base = f"[{base_model}]({constants.ENDPOINT}/{base_model})" if base_model else f"A `{record.model_type}` model"
+    skip, lines = record.skipped, []
+    for kind in record.attentions:
+        lines += [f"{kind.stack}, {kind.kind}"] * record.by_name
+        lines += layer_picture(kind.skip, kind.present) if kind.present else []
     picture = "\n".join(lines)
-    total = sum(len(form["present"]) for form in eas["attentions"])
+    total = len(record.present)
     has_others = "  - no attention" * any("-" in line for line in lines)
     return (
         f"{base}, fine-tuned with [Effective Attention Skipping](https://arxiv.org/abs/2403.15226) (EAS): {len(skip)} "
@@ -223,7 +224,7 @@ model = {auto}.from_pretrained(name, trust_remote_code=True)
 {"processor" if reader == "AutoProcessor" else "tokenizer"} = {reader}.from_pretrained(name)
 ```
 
-`trust_remote_code=True` lets transformers run `modeling_eas.py`, which is in this repository and needs only torch and
+`trust_remote_code=True` lets transformers run `modeling_eas.py` and the files beside it, which need only torch and
 transformers. Where `peft_eas` is installed, `import peft_eas` takes its place."""
 
 
@@ -263,7 +264,7 @@ def _how_made(made: dict) -> str:
     return f"## Training\n\nFine-tuned and merged with peft_eas {__version__}: `EASConfig` with {listed}."
 
 
-def _limits(model: PreTrainedModel, eas: dict) -> str:
+def _limits(model: PreTrainedModel, record: Record) -> str:
     lines = [
         "## Limits",
         "",
@@ -271,7 +272,7 @@ def _limits(model: PreTrainedModel, eas: dict) -> str:
         f"- It is a model of a class of its own (`model_type: {model.config.model_type}`), for transformers 5.15 or "
         "later. Other engines don't load it as it is.",
     ]
-    if propagates(eas):
+    if record.propagates:
         lines.append(
             "- Where an attention is gone, a mean over other tokens is left, which reads the attention's mask: it runs "
             "with `attn_implementation='sdpa'` and `'eager'`, and not in continuous batching."

@@ -37,7 +37,7 @@ from .config import EASConfig, EASType
 from .export import FORMATS, export
 from .families import FAMILIES
 from .folders import new_folder
-from .modeling_eas import attentions, skipped
+from .runtime.eas_record import Record
 from .search import EASCallback, score_attentions
 from .search.callback import WARM_STARTS
 from .search.report import REPORT
@@ -419,22 +419,22 @@ def _about_merged(folder: Path) -> dict[str, Any]:
     if eas is None:
         raise UsageError(f"{folder} is a {config.model_type} model that was not merged by peft_eas.")
     sizes, _ = _tensors(folder)
-    skip, first = skipped(eas), eas["attentions"][0]
-    ranks = [left["rank"] for form in eas["attentions"] for left in form["left"] if left["rank"]]
+    record = Record.read(eas)
+    skip, first = record.skipped, record.attentions[0]
     quantised = getattr(config, "quantization_config", None)
     about = {
-        "kind": f"merged model ({config.model_type}, over {eas['model_type']})",
+        "kind": f"merged model ({config.model_type}, over {record.model_type})",
         "skip_layers": skip,
-        "attentions": attentions(eas),
+        "attentions": record.present,
         "parameters": f"quantised by {quantised['quant_method']}" if quantised else sum(sizes.values()),
-        "biases": f"{sum(len(form['biased']) for form in eas['attentions'])} linears have got a bias",
-        "propagation": _about_propagation(ranks),
+        "biases": f"{sum(len(kind.biased) for kind in record.attentions)} linears have got a bias",
+        "propagation": _about_propagation(record.ranks),
     }
-    if not eas["by_name"] and first["causal"]:
-        text, total = config.get_text_config(decoder=True), len(first["present"])
+    if not record.by_name and first.causal:
+        text, total = config.get_text_config(decoder=True), len(first.present)
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         values = 2 * head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-        kept = (total - len(skip)) * values + sum(ranks)
+        kept = (total - len(skip)) * values + sum(record.ranks)
         about["kv_cache"] = f"{kept} values a token, instead of {total * values}"
     return about
 

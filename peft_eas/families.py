@@ -11,7 +11,9 @@ from packaging.version import Version
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from .modeling_eas import has_module, outermost, register_config
+from .runtime.eas_record import Form
+from .runtime.eas_structure import has_module, outermost
+from .runtime.modeling_eas import register_config
 
 SPLIT = ("q_proj", "k_proj", "v_proj")
 QKV = ("query", "key", "value")
@@ -27,7 +29,7 @@ POST = ("post_attention_layernorm",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attentions:
+class Attentions(Form):
     """Attentions of one kind in one list of layers. Names of modules are relative to the line before them.
 
     Attributes:
@@ -99,23 +101,6 @@ class Attentions:
     ffn_masks_input: bool = False
     ffn_back: str = ""
     stacked_axis: int = -1
-
-    @property
-    def kind(self) -> str:
-        """`"self"` or `"cross"`, the last part of the names of these attentions."""
-        return "cross" if self.context else "self"
-
-    def form(self) -> dict:
-        """What a merged model has to know of these attentions, see `modeling_eas.restructure`."""
-        return {name: getattr(self, name) for name in _FORM} | {
-            "returns": None if self.returns is None else list(self.returns)
-        }
-
-
-_FORM = (
-    "stack", "layers", "attention", "core", "residual_norm", "adds_residual", "returns", "causal", "answers", "context",
-    "mask", "mask_hides", "shows_keys",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from . import pia
 from .config import EASConfig
 from .families import Arm
-from .modeling_eas import Bypass, change_input
 from .quantized import Dequantiser, check_foldable, is_quantised, weight_of
+from .runtime.eas_attention import Bypass, change_input
 
 
 class Adapter(NamedTuple):
@@ -351,7 +351,7 @@ class EASAttention(EASLayer):
         super().__init__(base_layer, arm)
         self.stream_size = stream_size
         self.pooled_size = context_size or self.hidden_size or stream_size
-        self.bypass = Bypass(arm.row.form(), arm.index, base_layer)
+        self.bypass = Bypass(arm.row, arm.index, base_layer)
         self._hooks = [norm.register_forward_hook(self._passed) for norm in output_norms]
         if arm.row.core:
             core = base_layer.get_submodule(arm.row.core)

@@ -19,8 +19,8 @@ from .freeze import FrozenContext, freeze
 from .gates import SkipGates
 from .layer import EASAttention, EASFeedForward, EASLayer, Wrappers, check_single, inputs_of
 from .merge import finish_merge, plan_merge
-from .modeling_eas import UNREADABLE
 from .quantized import Dequantiser, Requantiser, dequantise, is_quantised, unquantised_dtype
+from .runtime.eas_attention import UNREADABLE
 
 
 class EASModel(BaseTuner):

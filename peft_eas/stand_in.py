@@ -19,7 +19,7 @@ from .batches import arguments_of, arguments_seen, counted_tokens, evaluating, h
 from .families import Arm, Layers, find_layers
 from .layer import EASAttention, EASLayer
 from .model import EASModel
-from .modeling_eas import Bypass
+from .runtime.eas_attention import Bypass
 
 Means = dict[int | str, torch.Tensor]
 """`{attention: mean (d,) of what it adds}`, in float64 on the CPU."""
@@ -167,7 +167,7 @@ def replaced(model: nn.Module, arm: Arm, stand_in: torch.Tensor) -> Iterator[Non
     """Forwards inside of the `with` have `stand_in (d,)` where this attention is."""
     layer, row = model.get_submodule(arm.layer), arm.row
     attention = layer.get_submodule(row.attention)
-    bypass = Bypass(row.form(), arm.index, getattr(attention, "base_layer", attention))
+    bypass = Bypass(row, arm.index, getattr(attention, "base_layer", attention))
 
     def constant(output: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(output) + stand_in.to(output)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .batches import hooks
 from .config import EASConfig
 from .families import FAMILIES, Family, find_layers
-from .modeling_eas import outermost
+from .runtime.eas_structure import outermost
 
 
 class TraceError(ValueError):

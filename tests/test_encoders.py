@@ -37,7 +37,7 @@ from peft_eas import (
 )
 from peft_eas.families import find_layers
 from peft_eas.layer import EASLayer
-from peft_eas.modeling_eas import skipped
+from peft_eas.runtime.eas_record import Record
 
 # Formulas -------------------------------------------------------------------------------------------------------------
 
@@ -350,7 +350,7 @@ def test_what_is_said_of_a_merged_model(tmp_path, capsys):
     names = adapted.skip_layers
     adapted.save_pretrained(tmp_path / "adapter")
     merged = adapted.merge_and_unload()
-    assert skipped(merged.config.eas) == names
+    assert Record.read(merged.config.eas).skipped == names
     merged.save_pretrained(tmp_path / "merged")
     card = str(model_card(merged))
     assert f"{len(names)} of its 12 attentions" in card

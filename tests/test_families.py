@@ -19,7 +19,7 @@ from transformers import (
 
 from peft_eas import FAMILIES, EASCallback, EASConfig, Family, cli, model_card, register_family
 from peft_eas.families import find_layers
-from peft_eas.modeling_eas import outermost
+from peft_eas.runtime.eas_structure import outermost
 from peft_eas.trace import TraceError, as_source, check_family, propose_family
 
 # the rest of the matrix is `make supported-models`

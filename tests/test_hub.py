@@ -106,13 +106,13 @@ def test_the_tokenizer_comes_along(loaded_remote_code):
 def test_what_is_in_the_repositories(client, pushed):
     hub = client.hub
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(hub.files("me/adapter"))
-    source = (Path(__file__).parent.parent / "peft_eas" / "modeling_eas.py").read_bytes()
+    runtime = Path(__file__).parent.parent / "peft_eas" / "runtime"
+    sources = {path.name: path.read_bytes() for path in runtime.glob("*.py") if path.name != "__init__.py"}
     sharded = hub.files("me/sharded", "small")
     for files in (hub.files("me/merged"), hub.files("me/merged-folder"), sharded):
-        assert files["modeling_eas.py"] == source
         config = json.loads(files["config.json"])
         assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_eas.EASLlamaForCausalLM"
-        assert not [path for path in files if path.endswith(".py") and path != "modeling_eas.py"]
+        assert {path: content for path, content in files.items() if path.endswith(".py")} == sources
     assert "tokenizer.json" in hub.files("me/merged")
     shards = set(json.loads(sharded["model.safetensors.index.json"])["weight_map"].values())
     assert len(shards) > 1

@@ -8,7 +8,8 @@ import tiny
 import torch
 from peft import get_peft_model
 
-from peft_eas import EASConfig, modeling_eas, pia
+from peft_eas import EASConfig, pia
+from peft_eas.runtime import eas_attention
 
 SETTINGS = [
     dict(propagation=p, router=r, use_bias=b)
@@ -157,12 +158,12 @@ def test_uniform_attention_is_attention_with_queries_of_zero():
     additive = torch.where(causal, 0.0, torch.finfo(torch.float32).min)
     masks = (causal[:, None], additive[:, None], causal, padding, padding[:, None, None], causal[:, None].long())
     for mask in masks:
-        allowed = modeling_eas.looked_at(mask, length=7, total=7, is_causal=True)
-        close(modeling_eas.uniform_attention(values, allowed)[kept], expected[kept])
+        allowed = eas_attention.looked_at(mask, length=7, total=7, is_causal=True)
+        close(eas_attention.uniform_attention(values, allowed)[kept], expected[kept])
         # the last three of the seven look
-        allowed = modeling_eas.looked_at(mask[..., -3:, :] if mask.shape[-2] == 7 else mask, 3, 7, is_causal=True)
-        close(modeling_eas.uniform_attention(values, allowed), expected[:, -3:])
-    close(modeling_eas.causal_mean(values)[1], expected[1])
-    both = modeling_eas.looked_at(padding, length=7, total=7, is_causal=False)
-    close(modeling_eas.uniform_attention(values, both)[:, 0], torch.stack([values[0, 2:].mean(0), values[1].mean(0)]))
-    assert modeling_eas.uniform_attention(values, torch.zeros(1, 7, 7, dtype=torch.bool)).eq(0).all()
+        allowed = eas_attention.looked_at(mask[..., -3:, :] if mask.shape[-2] == 7 else mask, 3, 7, is_causal=True)
+        close(eas_attention.uniform_attention(values, allowed), expected[:, -3:])
+    close(eas_attention.causal_mean(values)[1], expected[1])
+    both = eas_attention.looked_at(padding, length=7, total=7, is_causal=False)
+    close(eas_attention.uniform_attention(values, both)[:, 0], torch.stack([values[0, 2:].mean(0), values[1].mean(0)]))
+    assert eas_attention.uniform_attention(values, torch.zeros(1, 7, 7, dtype=torch.bool)).eq(0).all()

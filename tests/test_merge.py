@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from peft_eas import EASConfig
-from peft_eas.modeling_eas import skipped
+from peft_eas.runtime.eas_record import Record
 
 SETTINGS = [
     dict(),
@@ -237,7 +237,7 @@ def test_merge_of_a_named_adapter():
     model.set_adapter("default")
     merged = model.merge_and_unload(adapter_names=["other"])
     close(merged(**inputs).logits, expected)
-    assert skipped(merged.config.eas) == [1, 2]
+    assert Record.read(merged.config.eas).skipped == [1, 2]
 
 
 def test_merge_of_a_named_adapter_while_another_is_merged_in_place():

@@ -28,6 +28,8 @@ KINDS = {
     "nf4 in bfloat16": FOUR_BITS | dict(bnb_4bit_quant_storage=torch.bfloat16),  # as FSDP needs it
     "int8": dict(load_in_8bit=True),
 }
+# with rows shorter than a block of 64 weights, bitsandbytes undoes 4 bits wrongly on CPUs with AVX512
+WIDE = dict(hidden_size=64, intermediate_size=128, head_dim=16)
 SETTINGS = [dict(), dict(propagation="mean"), dict(router="static", propagation="mean")]
 FOLDED = {f"model.layers.{i}.mlp.{name}_proj" for i in range(6) for name in ("gate", "up")} | {
     f"model.layers.{i}.self_attn.{name}_proj" for i in (1, 2, 4, 5) for name in "qkv"
@@ -49,7 +51,7 @@ def load(tmp_path_factory):
     def load(kind="nf4", family="llama", config=None, **kwargs):
         if family not in folders:
             folders[family] = tmp_path_factory.mktemp(family)
-            made = tiny.model(family) if family in tiny.FAMILIES else tiny_model(family)
+            made = tiny.model(family, changes=WIDE) if family in tiny.FAMILIES else tiny_model(family)
             made.save_pretrained(folders[family])
         if kind is not None:
             config = BitsAndBytesConfig(**KINDS[kind])
@@ -130,9 +132,9 @@ def test_merged_is_what_the_formulas_give_for_the_weights_that_the_adapter_saw(l
     assert not [m for m in merged.modules() if is_quantised(m)]
     merged.save_pretrained(tmp_path / "merged")
     adapted(load(None), **settings).merge_and_unload().save_pretrained(tmp_path / "float")
-    assert json.loads((tmp_path / "merged/config.json").read_text()) == json.loads(
-        (tmp_path / "float/config.json").read_text()
-    )
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("merged", "float")]
+    first, second = ({key: value for key, value in config.items() if key != "eas_files"} for config in configs)
+    assert first == second
     assert saved(tmp_path / "merged") == saved(tmp_path / "float")
     generated = merged.generate(**inputs, max_new_tokens=5, pad_token_id=0)
     for kwargs in (dict(), dict(trust_remote_code=True)):

@@ -23,7 +23,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, defaul
 
 from peft_eas import EASCallback, EASConfig, plot_search, score_attentions
 from peft_eas.layer import EASAttention, EASLayer
-from peft_eas.modeling_eas import skipped
+from peft_eas.runtime.eas_record import Record
 from peft_eas.search import exchange
 from peft_eas.search.held_out import PARTS, HeldOut, fingerprints
 from peft_eas.search.report import reasons
@@ -558,7 +558,7 @@ def test_a_checkpoint_of_any_phase_loads_with_the_best_set_so_far(tmp_path):
         assert loaded.skip_layers == expected
         logits = loaded(**inputs).logits
         merged = loaded.merge_and_unload()
-        assert skipped(merged.config.eas) == expected
+        assert Record.read(merged.config.eas).skipped == expected
         torch.testing.assert_close(merged(**inputs).logits, logits, rtol=1e-4, atol=1e-5)
 
 
@@ -885,7 +885,7 @@ def test_trl_s_sft_trainer(tmp_path):
     assert watch.steps[-1] == model.skip_layers == search.report["skip_layers"]
     assert any("eas/skipped" in logs for logs in made.state.log_history)
     merged = model.merge_and_unload()
-    assert skipped(merged.config.eas) == search.report["skip_layers"]
+    assert Record.read(merged.config.eas).skipped == search.report["skip_layers"]
     # a dataset that is not prepared is refused
     refused = trl.SFTTrainer(
         fresh(), args=arguments, processing_class=tokenizer, train_dataset=Dataset.from_list(rows[:16]),

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..folders import new_folder
-from ..modeling_eas import propagates
+from ..runtime.eas_record import Record
 from .gguf_file import write_gguf
 from .nemotron_nas import write_nemotron_nas
 from .onnx_file import write_onnx
@@ -61,14 +61,14 @@ def _check(model: PreTrainedModel) -> None:
         raise ValueError(
             f"A {type(model).__name__} reads more than text, which can't be exported. transformers runs it as it is."
         )
-    eas = getattr(model.config, "eas", {"attentions": []})
-    if propagates(eas):
+    record = Record.read(model.config.eas) if hasattr(model.config, "eas") else None
+    if record is not None and record.propagates:
         raise ValueError(
             "Skipped attentions of this model leave a mean over other tokens (`propagation='mean'`), which other "
             "engines know nothing of. Ways out: `model.freeze_context(dataloader)` on the model with adapters before "
             "it is merged, or training with `propagation='none'`."
         )
-    if any(form["shifted"] for form in eas["attentions"]):
+    if record is not None and any(kind.shifted for kind in record.attentions):
         raise ValueError(
             "The adapters' biases stay beside this model's weights, as its experts have none, and other engines know "
             "nothing of them. Way out: training with `use_bias=False`."

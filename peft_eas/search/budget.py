@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..modeling_eas import SkippedAttention
+from ..runtime.eas_attention import SkippedAttention
+from ..runtime.eas_record import Left
 
 
 def largest_within(losses: Sequence[float], max_increase: float) -> int:
@@ -92,7 +93,8 @@ def without(model: nn.Module, attentions: Sequence[str]) -> Iterator[None]:
     modules = [model.get_submodule(name) for name in attentions]
     try:
         for module in modules:
-            module.forward = SkippedAttention(module.bypass.form, module.arm.index, module.base_layer, 0).forward
+            form, index = module.bypass.form, module.arm.index
+            module.forward = SkippedAttention(form, index, module.base_layer, Left(width=1)).forward
         yield
     finally:
         for module in modules:
