@@ -5,7 +5,7 @@ Importing this package registers the tuner type "EAS" with PEFT and merged model
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import constants
-from transformers import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .card import model_card, write_card
 from .config import EASConfig, EASType
@@ -43,6 +43,4 @@ for _name, _modules in vars(constants).items():
         _modules.update({f"eas_{model_type}": modules for model_type, modules in _modules.items()})
 
 modeling_eas.describe = write_card
-for _family in FAMILIES.values():
-    if _family.model_type in CONFIG_MAPPING:  # older versions of transformers lack some
-        register_family(_family)
+modeling_eas.register_by_name(CONFIG_MAPPING_NAMES.keys() & FAMILIES.keys())  # older versions of transformers lack some

@@ -1,6 +1,8 @@
 """EASConfig: what is allowed, what is refused, and that it survives saving; errors leave the model as it was."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -174,3 +176,17 @@ def test_a_failed_second_adapter_leaves_the_first():
 def test_other_tuners_still_work():
     model = get_peft_model(tiny.model("llama"), LoraConfig(target_modules=["q_proj"]))
     model(**tiny.inputs("llama"))
+
+
+def test_importing_the_package_imports_no_model_and_no_trainer():
+    script = """
+import sys, torch, transformers, peft
+before = set(sys.modules)
+import peft_eas
+from transformers import AutoConfig
+new = sorted(set(sys.modules) - before)
+print([name for name in new if name.startswith(("transformers.models.", "transformers.trainer.", "datasets"))])
+print(type(AutoConfig.for_model("eas_qwen3_moe")).__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["[]", "EASQwen3MoeConfig"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from huggingface_hub import save_torch_state_dict
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import configuration_decilm
 from .llama_shape import ATTENTION, DTYPES, FFN, LlamaShape, llama_shape
 
 SIZE_STEP = 256
@@ -49,8 +48,7 @@ def write_nemotron_nas(
     size = math.ceil(shape.config.intermediate_size / SIZE_STEP) * SIZE_STEP
     config = _config(shape, dtype, biased, ffn_biased, size)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    source = inspect.getsource(configuration_decilm)
-    (folder / "configuration_decilm.py").write_text(source, encoding="utf-8")
+    shutil.copy(Path(__file__).with_name("configuration_decilm.py"), folder)
     model.generation_config.save_pretrained(folder)
     save_torch_state_dict(_tensors(shape, DTYPES[dtype], biased, ffn_biased, size), folder)
     if tokenizer is not None:

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import tempfile
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from .eas_attention import UNREADABLE
 from .eas_files import CHECKSUMS, SCRATCH, clear, install
@@ -205,6 +207,14 @@ class EASConfigMixin:
 def register_config(base: type[PreTrainedConfig]) -> None:
     """Let `AutoConfig` know merged models over `base`; their model classes follow when one is loaded."""
     AutoConfig.register(f"eas_{base.model_type}", eas_class(base), exist_ok=True)
+
+
+def register_by_name(model_types: Iterable[str]) -> None:
+    """The same over transformers' own models of these types, none of which is imported before one is asked for."""
+    for model_type in model_types:
+        key = f"eas_{model_type}"
+        CONFIG_MAPPING._mapping[key] = f"EAS{CONFIG_MAPPING_NAMES[model_type]}"
+        CONFIG_MAPPING._modules[model_type_to_module_name(key)] = sys.modules[__name__]
 
 
 def register_models(config_class: type[PreTrainedConfig]) -> None:

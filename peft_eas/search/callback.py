@@ -6,17 +6,20 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model import EASModel
 from ..stand_in import are_zero, eas_model, fill_stand_ins
 from .held_out import HeldOut
 from .run import Search
 from .trainer import Scorer, trainer_of
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 

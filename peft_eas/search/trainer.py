@@ -8,15 +8,18 @@ import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from ..batches import evaluating, label_count
 from .held_out import SAMPLE, HeldOut, means_over_processes
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 def trainer_of(callback: TrainerCallback, frame: FrameType | None) -> Trainer:
@@ -31,6 +34,8 @@ def trainer_of(callback: TrainerCallback, frame: FrameType | None) -> Trainer:
     Raises:
         ValueError: if no Trainer called.
     """
+    from transformers import Trainer  # imports much, and whoever has a Trainer has done it
+
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
