@@ -74,23 +74,26 @@ def skipped_in(entries: Entries, layers: Layers, wrappers: list[EASLayer], adapt
 
 
 def check_parameters(entries: Entries, wrappers: list[EASLayer], skipped: Collection[str], adapter_name: str) -> None:
-    """Refuse what lacks parameters that a forward uses if attentions of these names are skipped.
+    """Refuse what has other parameters than a forward uses if attentions of these names are skipped.
 
     Raises:
-        ValueError: which names the first of them.
+        ValueError: which names the first of them. What such a forward does not look at may be there or not.
     """
-    lacking = []
+    lacking, unknown = [], []
     for wrapper in wrappers:
         place = place_of(wrapper)
         with torch.device("meta"):
             made = wrapper.initial(wrapper.eas_config[adapter_name])
-        used = [f"{place}.{name}" for name in wrapper.names(place in skipped) if name in made]
-        lacking += [name for name in used if name not in entries]
-    if lacking:
+        for name in wrapper.names(place in skipped):
+            if (name in made) != (f"{place}.{name}" in entries):
+                (lacking if name in made else unknown).append(f"{place}.{name}")
+    if lacking or unknown:
+        found = [f"lacks {_some(lacking)}"] * bool(lacking) + [f"has {_some(unknown)}"] * bool(unknown)
         raise ValueError(
-            f"What is loaded into adapter {adapter_name!r} lacks {_some(lacking)}, which its configuration and the set "
-            f"of skipped attentions need. Save the adapter again, as a whole (`model.save_pretrained(folder)`, or "
-            "`get_peft_model_state_dict(model)`), or load it with the configuration that it was saved with."
+            f"What is loaded into adapter {adapter_name!r} {' and '.join(found)}: this is not what its configuration "
+            "and the set of skipped attentions need. Save the adapter again, as a whole "
+            "(`model.save_pretrained(folder)`, or `get_peft_model_state_dict(model)`), or load it with the "
+            "configuration that it was saved with."
         )
 
 

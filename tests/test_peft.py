@@ -302,13 +302,34 @@ def test_missing_parameters_are_refused(tmp_path, name, settings, is_chosen):
     model = adapted(**settings)
     model.save_pretrained(tmp_path)
     edit_weights(tmp_path, lambda key, value: None if key.endswith(name) else value)
-    message = rf"lacks {name}, which its configuration and the set"
+    message = rf"lacks {name}: this is not what its configuration and the set"
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(tiny.model("llama"), tmp_path)
     model = adapted(**settings if is_chosen else settings | dict(skip_layers=None, num_skip=2))
     state, logits = state_of(model), model(**tiny.inputs("llama")).logits
     with pytest.raises(ValueError, match=message):
         model.load_adapter(tmp_path, "default")
+    same_model(model, state, logits)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (dict(), r"has model\.layers\.0\.mlp\.eas_down_bias, .* and 16 more:"),
+        (dict(use_bias=False, router="static"), r"has model\.layers\.0\.mlp\.eas_router, "),
+        (
+            dict(use_bias=False, propagation="mean"),
+            r"has model\.layers\.0\.self_attn\.eas_mean_down, model\.layers\.0\.self_attn\.eas_mean_up, ",
+        ),
+        (dict(use_bias=False, stand_in="zero"), r"lacks model\.layers\.0\.self_attn\.eas_stand_in, [^,]*:"),
+    ],
+    ids=str,
+)
+def test_parameters_of_another_configuration_are_refused(saved, message):
+    model = adapted(use_bias=False)
+    state, logits = state_of(model), model(**tiny.inputs("llama")).logits
+    with pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(adapted(**saved)))
     same_model(model, state, logits)
 
 
