@@ -378,6 +378,7 @@ class EASModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_in_memory()
         self._prepare_merge(self.active_adapters if adapter_names is None else adapter_names, safe_merge)
         super().merge_adapter(adapter_names)
 
@@ -410,7 +411,6 @@ class EASModel(BaseTuner):
 
     def _prepare_merge(self, names: list[str], safe_merge: bool) -> list[EASLayer]:
         """Refuse what can't be merged before anything is changed, and say what becomes of quantised linears."""
-        self._check_in_memory()
         wrappers = [module for module in self.model.modules() if isinstance(module, EASLayer)]
         quantised = any(map(is_quantised, self.model.parameters()))
         dequantiser = Dequantiser(unquantised_dtype(self.model)) if quantised else EASLayer.unquantised
