@@ -104,6 +104,8 @@ class EASConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = EASType.EAS
+        # Whether `skip_layers` is what an adapter was made with, and not what was chosen since; not saved.
+        self.is_set_given = False
         _check_int("groups", self.groups, minimum=1)
         for name in ("r", "r_pia"):
             rank = _check_int(name, getattr(self, name), minimum=1)
@@ -190,6 +192,7 @@ class EASConfig(PeftConfig):
     def settle(self, skip_layers: Iterable[int | str]) -> None:
         """Record that the set is chosen, in place of whatever said how to choose it."""
         self.skip_layers = list(skip_layers)
+        self.is_set_given = False
         if self.num_skip is not None:
             self.num_skip = len(self.skip_layers)
         self.max_loss_increase = self.target_speedup = None

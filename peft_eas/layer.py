@@ -252,8 +252,6 @@ class EASLayer(nn.Module, BaseTunerLayer):
         for name in self.inputs:
             linear = _get(self.base_layer, name)
             check_foldable(linear)
-            if _tensors(linear)[0].device.type == "meta":
-                raise ValueError("The model's weights are offloaded: load it without offloading before merging it.")
             yield name, _fold(linear, self.stacked_axis, adapter, *biases, self.unquantised)
 
     def check_foldable(self) -> None:
@@ -396,6 +394,20 @@ class EASAttention(EASLayer):
 
     def acts(self, adapter_name: str) -> bool:
         return self.has_adapter(adapter_name) and not self.gates[adapter_name]
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """Refuse a gate that contradicts the set that the adapter has the parameters of; see `EASModel`, which follows
+        it where it can."""
+        for name, skip in self.gates.items():
+            saved = state_dict.get(f"{prefix}eas_skip.{name}")
+            if self.eas_config[name].skip_layers is not None and saved is not None and bool(saved) != skip:
+                loaded, present = ("keeps", "skips") if skip else ("skips", "keeps")
+                raise ValueError(
+                    f"What is loaded {loaded} the attention {self.arm.name!r}, and adapter {name!r} {present} it: make "
+                    "the adapter with the set that was saved, `EASConfig(skip_layers=[...])`, or load into the PEFT "
+                    "model, and not into a part of it."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = self.acting_adapter()

@@ -18,6 +18,7 @@ from .families import Arm, find_layers
 from .freeze import FrozenContext, freeze
 from .gates import SkipGates
 from .layer import EASAttention, EASFeedForward, EASLayer, Wrappers, check_single, inputs_of
+from .loading import check_parameters, entries_of, skipped_in, wrappers_of
 from .merge import finish_merge, plan_merge
 from .quantized import Dequantiser, Requantiser, dequantise, is_quantised, unquantised_dtype
 from .runtime.eas_attention import UNREADABLE
@@ -70,6 +71,7 @@ class EASModel(BaseTuner):
         skippable = [key for key, arm in layers.items() if arm.is_skippable and {arm.attention, *arm.ffns} <= targeted]
         if peft_config.skip_layers is not None:
             peft_config.skip_layers = self._checked(peft_config.skip_layers, skippable)
+        peft_config.is_set_given = peft_config.skip_layers is not None
         count = peft_config.count_to_skip(len(skippable))
         if count > len(skippable):
             raise ValueError(f"`num_skip`={count} is more than the {len(skippable)} attentions that can be skipped.")
@@ -258,26 +260,71 @@ class EASModel(BaseTuner):
         """Follow the skip set of a checkpoint that is loaded into an adapter that exists (resume, best model).
 
         Raises:
-            ValueError: for an adapter of peft_eas 0.1, whose parameters are others.
+            ValueError: for an adapter of peft_eas 0.1, whose parameters are others; for one that skips other attentions
+                than `config.skip_layers` named when the adapter was made, or lacks parameters that its set needs.
         """
         if any(".eas_B" in key for key in state_dict):
             raise ValueError(
                 "This adapter was trained with peft_eas 0.1, whose adapters had another form. Ways out: merge it with "
                 "peft_eas 0.1, or train it anew."
             )
-        prefix = "base_model.model."
+        wrappers = wrappers_of(model, adapter_name)
         tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
-        if tuner is not None:
-            keys = {i: f"{prefix}{arm.attention}.eas_skip" for i, arm in tuner._layers.items()}
-            saved = [i for i, key in keys.items() if key in state_dict and bool(state_dict[key])]
-            if saved != tuner._skipped_by(adapter_name):
-                places = [tuner._layers[i].attention for i in saved if tuner._layers[i].row.attention_inputs]
-                has_both = all(any(key.startswith(f"{prefix}{p}.eas_up") for key in state_dict) for p in places)
-                if tuner.peft_config[adapter_name].skip_layers is None and has_both:
-                    tuner.skip_gates(adapter_name).set(saved)  # the search that saved it may go on
-                else:
-                    tuner.set_skip_layers(saved, adapter_name)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layers = find_layers(model) if tuner is None else tuner._layers  # none: `inject_adapter_in_model`
+        prefix = "base_model.model."
+        entries = entries_of(state_dict, adapter_name, "_orig_mod.", prefix)
+        skipped = skipped_in(entries, layers, wrappers, adapter_name)
+        check_parameters(entries, wrappers, [layers[i].attention for i in skipped], adapter_name)
+        if tuner is not None and skipped != tuner._skipped_by(adapter_name):
+            places = [layers[i].attention for i in skipped if layers[i].row.attention_inputs]
+            has_both = all(any(key.startswith(f"{place}.eas_up") for key in entries) for place in places)
+            if config.skip_layers is None and has_both:
+                tuner.skip_gates(adapter_name).set(skipped)  # the search that saved it may go on
+            else:
+                tuner.set_skip_layers(skipped, adapter_name)
+        gates = {f"{w.arm.attention}.eas_skip": w.gates[adapter_name] for w in wrappers if not w.is_ffn}
+        lacking = {prefix + key: torch.tensor(gate) for key, gate in gates.items() if key not in entries}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict | lacking)
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """Follow the skip sets of what torch's `load_state_dict` loads, before it loads any of it.
+
+        Raises:
+            ValueError: as `_remap_adapter_state_dict_for_load`; parts are loaded that have the same set.
+        """
+        inside = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}model.")}
+        changes = {}
+        for name, config in self.peft_config.items():
+            entries = entries_of(inside, name, f"{prefix}model.")
+            # until a set is chosen there is all that any set needs, and the attentions read their gates
+            if config.skip_layers is not None and any(key.endswith(".eas_skip") for key in entries):
+                wrappers = wrappers_of(self, name)
+                skipped = skipped_in(entries, self._layers, wrappers, name)
+                if skipped != self._skipped_by(name):
+                    check_parameters(entries, wrappers, [self._layers[i].attention for i in skipped], name)
+                    changes[name] = skipped
+        for name, skipped in changes.items():
+            self.set_skip_layers(skipped, name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: EASConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """What is saved of an adapter; with its gates, also out of a `state_dict` of parameters alone.
+
+        Raises:
+            ValueError: if the model was merged or unloaded, and nothing is left of the adapter.
+        """
+        wrappers = wrappers_of(model, adapter_name)
+        names = {module: name.replace("_fsdp_wrapped_module.", "") for name, module in model.named_modules()}
+        gates = {f"{names[w]}.eas_skip.{adapter_name}": w.eas_skip[adapter_name] for w in wrappers if not w.is_ffn}
+        return gates | super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     def freeze_context(
         self, dataloader: Iterable[dict[str, torch.Tensor]], adapter_name: str | None = None
@@ -331,6 +378,7 @@ class EASModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_in_memory()
         self._prepare_merge(self.active_adapters if adapter_names is None else adapter_names, safe_merge)
         super().merge_adapter(adapter_names)
 
@@ -373,6 +421,17 @@ class EASModel(BaseTuner):
                 wrapper.check_finite(name)
         return wrappers
 
+    def _check_in_memory(self) -> None:
+        """Refuse to fold weights, or to put them back, where some are on the meta device, as offloaded ones are."""
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+        elsewhere = [name for name, tensor in tensors if tensor.device.type == "meta"]
+        if elsewhere:
+            raise ValueError(
+                f"{len(elsewhere)} weights, such as {elsewhere[0]}, are offloaded or on the meta device. Adapters are "
+                "merged and unloaded in memory: load the base model without offloading (such as `device_map='cpu'`), "
+                "put the adapter on it with `PeftModel.from_pretrained`, and merge that."
+            )
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -383,6 +442,7 @@ class EASModel(BaseTuner):
     ) -> nn.Module:
         if not any(isinstance(module, EASLayer) for module in self.model.modules()):
             return self.model  # merged or unloaded before
+        self._check_in_memory()
         plan = requantiser = None
         if merge:  # refuses before anything is changed
             names = self.active_adapters if adapter_names is None else adapter_names

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from peft_eas import EASConfig
+from peft_eas.layer import EASLayer
 from peft_eas.runtime.eas_record import Record
 
 SETTINGS = [
@@ -390,9 +391,61 @@ class AllocatedBytes(TorchDispatchMode):
         return result
 
 
-def test_offloaded_weights_are_refused():
-    model = adapted()
-    linear = model.base_model.model.model.layers[1].self_attn.base_layer.q_proj
-    linear.weight = nn.Parameter(linear.weight.to("meta"))
-    with pytest.raises(ValueError, match="offloaded"):
-        model.merge_and_unload()
+OFFLOADED = [
+    "layers.1.self_attn.base_layer.q_proj.weight",
+    "layers.5.mlp.base_layer.up_proj.weight",
+    "eas_stand_in",
+    "lm_head.weight",
+]
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload", "unload"])
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_weights_on_the_meta_device_are_refused_before_any_is_folded(name, method):
+    model, inputs = adapted(), tiny.inputs("llama")
+    expected = model(**inputs).logits
+    before = {n: (id(m), dict(m._parameters)) for n, m in model.named_modules()}
+    gone = next(n for n, _ in model.named_parameters() if name in n)
+    parent, _, leaf = gone.rpartition(".")
+    parameters = model.get_submodule(parent)._parameters
+    kept = parameters[leaf]
+    parameters[leaf] = nn.Parameter(kept.to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"1 weights, such as .*{name}.*, are offloaded.*without offloading"):
+        getattr(model, method)()
+    parameters[leaf] = kept
+    assert not any(m.merged for m in model.modules() if isinstance(m, EASLayer))
+    after = {n: (id(m), dict(m._parameters)) for n, m in model.named_modules()}
+    assert after.keys() == before.keys()
+    for n, (module, tensors) in before.items():
+        assert after[n][0] == module
+        assert all(after[n][1][key] is tensor for key, tensor in tensors.items())
+    assert torch.equal(model(**inputs).logits, expected)
+    close(model.merge_and_unload()(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload", "unload"])
+def test_offloaded_weights_are_refused(tmp_path, method):
+    """By accelerate, which takes them off the disk in each forward."""
+    inputs = tiny.inputs("llama")
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    places = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places | {"lm_head": "disk"}, offload_folder=str(tmp_path / "offload")
+    )
+    model = adapted(base=base)
+    expected = model(**inputs).logits
+    with pytest.raises(ValueError, match=r"lm_head\.weight, are offloaded"):
+        getattr(model, method)()
+    assert torch.equal(model(**inputs).logits, expected)
+    assert not any(m.merged for m in model.modules() if isinstance(m, EASLayer))
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload", "unload"])
+def test_a_model_without_values_is_refused(method):
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForCausalLM.from_config(tiny.config("llama")), EASConfig(skip_layers=[0, 3]))
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="on the meta device"):
+        getattr(model, method)()
+    assert [type(module) for module in model.modules()] == classes
+    assert not any(m.merged for m in model.modules() if isinstance(m, EASLayer))

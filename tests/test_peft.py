@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from safetensors.torch import load_file, save_file
 
 from peft_eas import EASConfig
 
@@ -166,26 +168,260 @@ def test_set_skip_layers(tmp_path):
         model.set_skip_layers([2])
 
 
-def test_the_skip_set_of_a_checkpoint_wins_over_the_adapter_it_is_loaded_into(tmp_path):
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_model(model, state, logits):
+    """Nothing of it has changed."""
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    for name, tensor in state.items():
+        equal(after[name], tensor)
+    equal(model(**tiny.inputs("llama")).logits, logits)
+
+
+@pytest.mark.parametrize("made", [dict(skip_layers=None, num_skip=2), dict(skip_layers=[0, 3])], ids=str)
+def test_the_skip_set_of_a_checkpoint_wins_over_one_that_was_chosen(tmp_path, made):
     """As in a resume: PEFT does not read the configuration of an adapter that exists."""
     inputs = tiny.inputs("llama")
-    trained = adapted()
-    trained.set_skip_layers([2, 4])
-    tiny.shake(trained, seed=9)
+    trained = adapted(skip_layers=[2, 4])
     trained.save_pretrained(tmp_path)
-    model = adapted()
+    model = adapted(**made)
+    if made["skip_layers"]:
+        model.set_skip_layers([0, 1])
     model.load_adapter(tmp_path, "default")
     assert model.skip_layers == model.peft_config["default"].skip_layers == [2, 4]
     equal(model.eval()(**inputs).logits, trained(**inputs).logits)
-    # and where the whole state is loaded by torch
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_the_skip_set_of_a_state_that_torch_loads_is_followed(tmp_path, is_strict):
+    inputs = tiny.inputs("llama")
+    trained = adapted(skip_layers=[2, 4])
+    model = adapted()
+    model.set_skip_layers([1])
+    state = trained.state_dict()
+    if is_strict:  # what is idle here has to be there, too
+        model.set_skip_layers([2, 4])
+        state = model.state_dict() | state
+        model.set_skip_layers([1])
+    model.load_state_dict(state, strict=is_strict)
+    assert model.skip_layers == model.peft_config["default"].skip_layers == [2, 4]
+    equal(model(**inputs).logits, trained(**inputs).logits)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(tmp_path)  # with a configuration that says so
+    equal(PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()(**inputs).logits, trained(**inputs).logits)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# States that are not whole
+# ----------------------------------------------------------------------------------------------------------------------
+
+KINDS = [dict(), dict(propagation="mean", use_bias=False), dict(stand_in="zero", router="static")]
+
+
+def trainable(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def edit_weights(folder, edit):
+    """Change the state dict that a folder holds; `edit(key, value)` gives the new value, or `None` to drop it."""
+    path = folder / "adapter_model.safetensors"
+    edited = {key: edit(key, value) for key, value in load_file(path).items()}
+    save_file({key: value for key, value in edited.items() if value is not None}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("lost", ["self_attn.eas_skip", "layers.3.self_attn.eas_skip"])
+def test_gates_that_are_lost_are_those_of_the_configuration(tmp_path, recwarn, lost, low_cpu_mem_usage, settings):
+    inputs, model = tiny.inputs("llama"), adapted(**settings)
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda key, value: None if key.endswith(lost) else value)
+    options = dict(low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded = PeftModel.from_pretrained(tiny.model("llama"), tmp_path, **options).eval()
+    assert loaded.skip_layers == [0, 3]
+    equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert not [warning for warning in recwarn if "missing adapter keys" in str(warning.message)]
+    loaded.save_pretrained(tmp_path / "again")
+    assert len([key for key in load_file(tmp_path / "again" / "adapter_model.safetensors") if "eas_skip" in key]) == 6
+
+
+def test_gates_that_are_lost_are_those_of_the_adapter_that_is_loaded_into(tmp_path):
+    inputs, trained = tiny.inputs("llama"), adapted()
+    trained.set_skip_layers([2, 4])
+    tiny.shake(trained, seed=9)
     model = adapted()
     model.set_skip_layers([2, 4])
-    state = model.state_dict() | trained.state_dict()
-    model.load_state_dict(state)
-    model.set_skip_layers([0, 3])
-    model.load_state_dict(state)
-    assert model.skip_layers == [2, 4]
-    equal(model(**inputs).logits, trained(**inputs).logits)
+    for state in (trainable(trained), {k.removesuffix(".default"): v for k, v in trainable(trained).items()}):
+        assert not set_peft_model_state_dict(model, state).unexpected_keys
+        assert model.skip_layers == [2, 4]
+        equal(model(**inputs).logits, trained(**inputs).logits)
+        tiny.shake(model)
+
+
+@pytest.mark.parametrize("made", [dict(), dict(skip_layers=None, num_skip=2)], ids=str)
+def test_gates_are_saved_with_a_state_of_parameters_alone(tmp_path, made):
+    """As training scripts save one; also while a search has not ended, when the configuration names no set."""
+    inputs, model = tiny.inputs("llama"), adapted(**made)
+    if made:
+        model.skip_gates().set([1, 5])
+    model.save_pretrained(tmp_path, state_dict=trainable(model))
+    whole = get_peft_model_state_dict(model)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == whole.keys()
+    loaded = PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    assert loaded.skip_layers == model.skip_layers
+    equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_some_gates_alone_are_refused_where_no_set_has_been_chosen(tmp_path):
+    model = adapted(skip_layers=None, num_skip=2)
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda key, value: None if key.endswith("layers.3.self_attn.eas_skip") else value)
+    with pytest.raises(ValueError, match=r"can't be told: model\.layers\.3\.self_attn\.eas_skip are missing"):
+        PeftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
+NEEDED = {
+    "model.layers.0.self_attn.eas_stand_in": dict(),
+    "model.layers.3.self_attn.eas_mean_up": dict(propagation="mean"),
+    "model.layers.1.self_attn.eas_down": dict(),
+    "model.layers.2.self_attn.eas_up_bias": dict(),
+    "model.layers.5.self_attn.eas_router": dict(router="static"),
+    "model.layers.0.mlp.eas_up": dict(),
+    "model.layers.4.mlp.eas_down_bias": dict(),
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), NEEDED.items(), ids=NEEDED)
+@pytest.mark.parametrize("is_chosen", [True, False], ids=["chosen", "not chosen"])
+def test_missing_parameters_are_refused(tmp_path, name, settings, is_chosen):
+    model = adapted(**settings)
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda key, value: None if key.endswith(name) else value)
+    message = rf"lacks {name}: this is not what its configuration and the set"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(tiny.model("llama"), tmp_path)
+    model = adapted(**settings if is_chosen else settings | dict(skip_layers=None, num_skip=2))
+    state, logits = state_of(model), model(**tiny.inputs("llama")).logits
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "default")
+    same_model(model, state, logits)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (dict(), r"has model\.layers\.0\.mlp\.eas_down_bias, .* and 16 more:"),
+        (dict(use_bias=False, router="static"), r"has model\.layers\.0\.mlp\.eas_router, "),
+        (
+            dict(use_bias=False, propagation="mean"),
+            r"has model\.layers\.0\.self_attn\.eas_mean_down, model\.layers\.0\.self_attn\.eas_mean_up, ",
+        ),
+        (dict(use_bias=False, stand_in="zero"), r"lacks model\.layers\.0\.self_attn\.eas_stand_in, [^,]*:"),
+    ],
+    ids=str,
+)
+def test_parameters_of_another_configuration_are_refused(saved, message):
+    model = adapted(use_bias=False)
+    state, logits = state_of(model), model(**tiny.inputs("llama")).logits
+    with pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(adapted(**saved)))
+    same_model(model, state, logits)
+
+
+def test_a_state_with_nothing_of_the_adapter_is_refused():
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.0\..*, .*, .*, .* and \d+ more"):
+        set_peft_model_state_dict(adapted(), {})
+
+
+def load_folder(model, folder):
+    model.load_adapter(folder, "default")
+
+
+def load_by_peft(model, folder):
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+def load_by_torch(model, folder):
+    model.load_state_dict(PeftModel.from_pretrained(tiny.model("llama"), folder).state_dict(), strict=False)
+
+
+def load_base_by_torch(model, folder):
+    state = PeftModel.from_pretrained(tiny.model("llama"), folder).get_base_model().state_dict()
+    model.get_base_model().load_state_dict(state, strict=False)
+
+
+LOADS = [load_folder, load_by_peft, load_by_torch]
+
+
+@pytest.mark.parametrize("skip_layers", [[], [0], [0, 3, 4], [1, 2]], ids=str)
+@pytest.mark.parametrize("load", LOADS)
+def test_another_set_than_the_one_that_an_adapter_was_made_with_is_refused(tmp_path, load, skip_layers):
+    adapted(skip_layers=skip_layers).save_pretrained(tmp_path)
+    model = adapted()
+    tiny.shake(model, seed=9)
+    state, logits = state_of(model), model(**tiny.inputs("llama")).logits
+    with pytest.raises(ValueError, match=re.escape(f"skips the attentions {skip_layers}, but adapter 'default'")):
+        load(model, tmp_path)
+    same_model(model, state, logits)
+    assert model.skip_layers == model.peft_config["default"].skip_layers == [0, 3]
+    model.set_skip_layers(skip_layers)  # as the message says
+    load(model, tmp_path)
+    assert model.skip_layers == skip_layers
+
+
+def test_a_folder_whose_configuration_contradicts_its_weights_is_refused(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda key, value: ~value if "layers.3.self_attn.eas_skip" in key else value)
+    with pytest.raises(ValueError, match=r"skips the attentions \[0\], .* `skip_layers=\[0, 3\]`"):
+        PeftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
+def test_a_state_of_another_set_that_is_not_whole_changes_nothing_in_torch():
+    state = {name: tensor for name, tensor in adapted(skip_layers=[1]).state_dict().items() if "stand_in" not in name}
+    model = adapted()
+    model.set_skip_layers([0])
+    before, logits = state_of(model), model(**tiny.inputs("llama")).logits
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.1\.self_attn\.eas_stand_in"):
+        model.load_state_dict(state, strict=False)
+    same_model(model, before, logits)
+    assert model.peft_config["default"].skip_layers == [0]
+    # parts of the same set are torch's own affair
+    model.load_state_dict({name: tensor for name, tensor in before.items() if "layers.2." in name}, strict=False)
+
+
+def test_a_base_model_does_not_take_a_state_of_another_set(tmp_path):
+    """Nor one that has been injected into: nothing there could change the set as a whole."""
+    adapted(skip_layers=[2, 4]).save_pretrained(tmp_path)
+    model = adapted()
+    with pytest.raises(ValueError, match=r"keeps the attention 'decoder.0.self', and adapter 'default' skips it"):
+        load_base_by_torch(model, tmp_path)
+    model(**tiny.inputs("llama"))
+    injected = inject_adapter_in_model(EASConfig(skip_layers=[0, 3]), tiny.model("llama"))
+    with pytest.raises(ValueError, match=r"skips the attentions \[2, 4\], but adapter 'default'"):
+        load_by_peft(injected, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
+def test_saving_what_has_been_merged_or_unloaded_is_refused(tmp_path, method):
+    """Merging changes the model in place, also where what it returns is not looked at."""
+    model, inputs = adapted(), tiny.inputs("llama")
+    model.save_pretrained(tmp_path)
+    expected = model(**inputs).logits
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    getattr(model, method)()
+    for save in (model.save_pretrained, lambda folder: get_peft_model_state_dict(model)):
+        with pytest.raises(ValueError, match=r"no longer in this model.*`model\.get_base_model\(\)`"):
+            save(tmp_path)
+    with pytest.raises(ValueError, match="no longer in this model"):
+        model.load_adapter(tmp_path, "default")
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+    equal(PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()(**inputs).logits, expected)
 
 
 def test_low_level_injection():

@@ -1,12 +1,15 @@
 """Training: gradients, checkpointing, and the stock Trainer with resume and best model."""
 
+from pathlib import Path
+
 import pytest
 import reference
 import tiny
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from peft_eas import EASConfig
 
@@ -193,3 +196,41 @@ def test_every_token_may_be_a_label(tmp_path, propagation):
     run.train_dataset = dataset().map(lambda row: {"labels": row["input_ids"]})
     run.train()
     assert run.state.global_step == 2
+
+
+def test_a_checkpoint_of_another_set_is_not_gone_on_from(tmp_path):
+    trainer(tmp_path, adapted(), max_steps=3).train()
+    again = trainer(tmp_path / "again", adapted(skip_layers=[1, 4]))
+    with pytest.raises(
+        ValueError, match=r"skips the attentions \[0, 3\], but adapter 'default' was made with `skip_la"
+    ):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+class SaveTrainable(TrainerCallback):
+    """Saves over each checkpoint what some training scripts save: a state dict of parameters, and no gates."""
+
+    def on_save(self, args, state, control, model, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.save_pretrained(folder, state_dict=trainable)
+        weights = load_file(folder / "adapter_model.safetensors")
+        gateless = {name: tensor for name, tensor in weights.items() if "eas_skip" not in name}
+        save_file(gateless, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def test_checkpoints_without_gates(tmp_path):
+    """Resumed, and brought back as the best ones."""
+    settings = dict(learning_rate=0.0, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
+    model = adapted()
+    expected = parameters(model)
+    run = trainer(tmp_path, model, [SaveTrainable()], max_steps=3, **settings)
+    run.train()
+    resumed = trainer(tmp_path / "again", adapted(seed=1), [SaveTrainable()], max_steps=6, **settings)
+    tiny.shake(resumed.model, seed=5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for trained in (run.model, resumed.model):
+        assert trained.skip_layers == [0, 3]
+        actual = parameters(trained)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], value) for name, value in expected.items())
