@@ -78,8 +78,8 @@ class EASMixin:
 
         Args:
             pretrained_model_name_or_path: As in transformers, and so are all others but `verify`.
-            verify: Whether to compare the weights with the checksums that were saved with them, which takes about as
-                long as reading the files twice.
+            verify: Whether to compare the weights with the checksums that were saved with them, which reads all of the
+                files.
 
         Raises:
             ValueError: if weights are missing, other than those of a head that the checkpoint's class does not have; if
