@@ -195,7 +195,11 @@ def shuffled_texts(kind: str, max_length: int | None = None) -> list[Review]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Classification(Task):
-    """An encoder with a fresh head tells positive from negative texts."""
+    """An encoder with a fresh head tells positive from negative texts.
+
+    The pooler between them has to be trained, too: LoRA adapts it, as any linear; EAS, which adapts attentions and FFNs,
+    trains it whole.
+    """
 
     kind: str
     has_fresh_head = True
@@ -212,6 +216,10 @@ class Classification(Task):
 
     def load(self) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(model_folder(ENCODER))
+
+    def lora(self) -> LoraConfig:
+        settings = self.adapted | {"modules_to_save": ["classifier"]}
+        return LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", **settings)
 
     def collate(self, examples: list) -> dict[str, torch.Tensor]:
         return dict(DataCollatorWithPadding(self.tokenizer)(examples))
@@ -363,7 +371,7 @@ def _mini_lm(name: str, kind: str, test: int, validation: int = 300) -> Task:
         model="MiniLM", name=name, kind=kind, layers=6, counts=(2, 3), steps=150, batch_size=16, validation=validation,
         test=test, seeds=5,
         rates=dict.fromkeys(("LoRA", GIVEN), (1e-3, 2e-3, 4e-3)) | dict.fromkeys(("EAS", "0.1.0"), (5e-4, 1e-3, 2e-3)),
-        adapted={"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
+        adapted={"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "pooler"]},
     )  # fmt: skip
 
 
