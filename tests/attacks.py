@@ -1,0 +1,187 @@
+"""What is tried to break things with: values, files and moments that are wrong; the tests use small numbers of them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+from peft import get_peft_model
+
+from peft_eas import (
+    Attentions,
+    EASCallback,
+    EASConfig,
+    Family,
+    export,
+    initialize_eas_weights,
+    register_family,
+    score_attentions,
+)
+from peft_eas.checks import shown
+
+
+class Unprintable:
+    """Something that fails when an error would repeat it."""
+
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+def wrong_values() -> list[Any]:
+    """Values of every kind; wrong nearly everywhere."""
+    return [
+        None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, 10**5000, -(10**400), 0.5, 1.0, 1e300, -1e300, 5e-324,
+        float("nan"), float("inf"), 1j, "", "auto", "none", "mean", "\x00", "\x1b[2J\n", "(", "x" * 10**6, b"r",
+        [], [0], [-1], [0, 0], [2**63], [[0]], [None], [True], ["self_attn"], ["("], [""], {}, {0: 1}, {"r": 1}, set(),
+        {0, 1}, (1,), range(3), range(10**9), itertools.count(), object(), int, Unprintable(),
+        np.int64(1), np.float32(0.5), np.float64("nan"), np.bool_(True), np.str_("mean"), np.datetime64("nat"),
+        np.array(1), np.array(0.5), np.array(None), np.array("none"), np.array([0, 1]), np.zeros((2, 2)), np.array([]),
+        torch.tensor(1), torch.tensor(0.5), torch.tensor(True), torch.tensor([0, 1]), torch.zeros(2, 2),
+        torch.zeros((), device="meta"), torch.zeros(2, device="meta"), torch.tensor(float("nan")),
+    ]  # fmt: skip
+
+
+def likely_values() -> dict[str, list[Any]]:
+    """For each setting of `EASConfig`, values that are allowed, or nearly."""
+    modules = [None, ["self_attn", "mlp"], ["mlp"], ["self_attn"], "mlp", r".*\.(self_attn|mlp)", r"[", "all-linear"]
+    return {
+        "r": [1, 4, 16, 32, 33, 10**7, np.int32(8), torch.tensor(4)],
+        "r_pia": [2, 3, 8, 32, 64, 10**7, np.int64(6), np.array(8)],
+        "num_skip": [None, 0, 1, 2, 0.5, 0.01, "auto", np.float64(0.5), torch.tensor(1)],
+        "max_loss_increase": [None, 0, 0.1, 1e308, np.float32(0.1)],
+        "target_speedup": [None, 1.1, 1, 1e308],
+        "skip_layers": [None, [], [0], [1], [0, 1], ["decoder.1.self"], np.array([1]), torch.tensor([0]), {1}],
+        "groups": [1, 2, 4, 3, np.int8(2)],
+        "router": ["none", "static", "prompt"],
+        "propagation": ["none", "mean", "prompt"],
+        "stand_in": ["mean", "zero"],
+        "dropout": [0.0, 0.1, 0.999999, 1 - 2**-53, np.float16(0.5)],
+        "scaling": [1.0, -2, 1e4, 1e-4, 1e5, 1e300, np.float32(0.5), torch.tensor(2.0)],
+        "use_bias": [True, False, np.bool_(True)],
+        "init_weights": [True, False],
+        "target_modules": modules,
+        "exclude_modules": [*modules, ["layers.0.self_attn"], ["layers.0.mlp"], r".*\.0\..*"],
+        "layers_to_transform": [None, 0, [0], [1], [5], [], np.int64(1)],
+        "modules_to_save": [None, ["lm_head"], ["embed_tokens"], ["mlp"], ["self_attn"], ["q_proj"], ["nowhere"], []],
+    }
+
+
+def random_configurations(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Settings for `EASConfig`: up to four drawn from the likely ones, and in each second one something wrong."""
+    drawn, wrong, likely = random.Random(seed), wrong_values(), likely_values()
+    for number in range(count):
+        names = drawn.sample(list(likely), drawn.randint(0, 4))
+        settings = {name: drawn.choice(likely[name]) for name in names}
+        if number % 2:
+            settings[drawn.choice(list(likely))] = drawn.choice(wrong)
+        yield settings
+
+
+def outcome(attempt: Callable[[], Any]) -> str:
+    """`"works"`, `"refused"` (by a ValueError that says something) or what went wrong."""
+    try:
+        attempt()
+    except ValueError as error:
+        return "refused" if "ambiguous" not in str(error) else f"ValueError: {error}"  # NumPy's
+    except OSError:  # a folder's name that is too long
+        return "refused"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "works"
+
+
+def configurations(count: int, injected: int, seed: int = 0) -> Counter[str]:
+    """Try random configurations, and at most `injected` of those that are allowed on a model of two layers.
+
+    Returns:
+        How often each `outcome` was seen: of the configuration alone, and of a model with it.
+    """
+    seen: Counter[str] = Counter()
+    for settings in random_configurations(count, seed):
+        made = []
+        said = outcome(lambda settings=settings, made=made: made.append(EASConfig(**settings)))
+        if not made:
+            seen["config " + said] += 1
+            continue
+        if injected > 0:
+            injected -= 1
+            said = outcome(lambda config=made[0]: inject(config))
+            seen["model " + said if said in ("works", "refused") else f"model {said} {settings}"] += 1
+        else:
+            seen["config allowed, no model tried"] += 1
+    return seen
+
+
+def inject(config: EASConfig) -> None:
+    """Make a model with adapters of it, which has to give finite logits, train a step, and save its configuration."""
+    model = get_peft_model(tiny.model("llama", changes=dict(num_hidden_layers=2)), config)
+    inputs = tiny.inputs("llama", rows=2)
+    with torch.no_grad():
+        assert torch.isfinite(model.eval()(**inputs).logits).all(), "logits are not finite"
+    assert any(parameter.requires_grad for parameter in model.parameters()), "nothing is left to train"
+    written = json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()})
+    assert EASConfig(**json.loads(written)).to_dict() == config.to_dict()
+
+
+def wrong_calls(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Each public function with each wrong value in each place; some work, by chance."""
+    base, inputs = tiny.model("llama", changes=dict(num_hidden_layers=2)), tiny.inputs("llama", rows=2)
+    model = get_peft_model(tiny.model("llama"), EASConfig(skip_layers=[1]))
+    free = itertools.count()
+
+    def exported(**given: Any) -> None:
+        new = {"model": base, "dir": folder / str(next(free)), "format": "nemotron-nas"} | given
+        return export(**new)
+
+    named = {"model": model, "dataloader": [inputs], "adapter_name": None}
+    scored = {"model": base, "dataloader": [inputs], "method": "similarity"}
+    calls: dict[str, tuple[Callable[..., Any], Iterable[str]]] = {
+        "EASCallback": (EASCallback, ("warmup_steps", "search_steps", "interval", "num_candidates", "warm_start")),
+        "export": (exported, ("model", "dir", "format", "tokenizer", "dtype", "pre_tokenizer")),
+        "set_skip_layers": (lambda **given: model.set_skip_layers(**{"skip_layers": [1]} | given),
+                            ("skip_layers", "adapter_name")),
+        "score_attentions": (lambda **given: score_attentions(**scored | given), scored),
+        "initialize_eas_weights": (lambda **given: initialize_eas_weights(**named | given), named),
+        "register_family": (register_family, ("family",)),
+        "Family": (lambda **given: Family(**{"model_type": "llama"} | given), [f.name for f in fields(Family)]),
+        "Attentions": (Attentions, [f.name for f in fields(Attentions)]),
+    }  # fmt: skip
+    endless = (range, itertools.count)
+    for name, (call, places) in calls.items():
+        for place in places:
+            values = wrong_values()
+            if place == "dataloader":  # its batches are wrong
+                values = [v for v in values if not isinstance(v, endless)]
+                values += [[value] for value in wrong_values()] + list(map(list, wrong_batches()))
+            for value in values:
+                yield f"{name}({place}={shown(value)})", functools.partial(call, **{place: value})
+
+
+def wrong_batches() -> Iterator[list[dict[str, Any]]]:
+    """Lists of a batch that a language model can't take."""
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for wrong in (
+        {}, {"input_ids": ids.float()}, {"input_ids": ids[0]}, {"input_ids": ids + 10**6}, {"input_ids": ids[:, :0]},
+        {"input_ids": [[1, 2]]}, {"input_ids": None}, {"labels": ids}, {"input_ids": ids, "nothing": 1},
+        {"input_ids": ids, "attention_mask": ids[:1, :2]}, {1: ids}, {"input_ids": ids, "attention_mask": "all"},
+    ):  # fmt: skip
+        yield [wrong]
+
+
+def outcomes(attempts: Iterable[tuple[str, Callable[[], Any]]]) -> Counter[str]:
+    """How often each outcome was seen; what is neither "works" nor "refused" goes by the name of the attempt."""
+    seen: Counter[str] = Counter()
+    for name, attempt in attempts:
+        said = outcome(attempt)
+        seen[said if said in ("works", "refused") else f"{name}: {said}"] += 1
+    return seen
