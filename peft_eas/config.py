@@ -20,6 +20,10 @@ class EASType(str, enum.Enum):
     EAS = "EAS"
 
 
+RECORDED = ("r", "r_pia", "groups", "router", "propagation", "stand_in", "scaling", "use_bias")
+"""The settings that a merged model remembers."""
+
+
 @dataclass
 class EASConfig(PeftConfig):
     """Configuration of Effective Attention Skipping (arXiv 2403.15226) for PEFT.
@@ -199,8 +203,7 @@ class EASConfig(PeftConfig):
             validate_repo_id(base)
         except ValueError:  # a folder, or nothing
             base = None
-        kept = ("r", "r_pia", "groups", "router", "propagation", "stand_in", "scaling", "use_bias")
-        return {"base_model": None if base and os.path.isdir(base) else base} | {k: getattr(self, k) for k in kept}
+        return {"base_model": None if base and os.path.isdir(base) else base} | {k: getattr(self, k) for k in RECORDED}
 
     def settle(self, skip_layers: Iterable[int | str]) -> None:
         """Record that the set is chosen, in place of whatever said how to choose it."""

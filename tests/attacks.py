@@ -6,8 +6,9 @@ import functools
 import itertools
 import json
 import random
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from peft_eas import (
     EASCallback,
     EASConfig,
     Family,
+    cli,
     export,
     initialize_eas_weights,
     register_family,
@@ -185,3 +187,97 @@ def outcomes(attempts: Iterable[tuple[str, Callable[[], Any]]]) -> Counter[str]:
         said = outcome(attempt)
         seen[said if said in ("works", "refused") else f"{name}: {said}"] += 1
     return seen
+
+
+def data_files(folder: Path) -> Iterator[Path]:
+    """Files that hold no examples, or odd ones."""
+    row = json.dumps({"text": "w1 w2 w3"})
+    contents: dict[str, str | bytes] = {
+        "empty.jsonl": "", "empty.csv": "", "empty.parquet": "", "spaces.jsonl": " \n \n", "null.json": "null",
+        "number.json": "5", "list.json": "[1, 2]", "scalar.jsonl": "5\n6\n", "nested.jsonl": '{"text": {"a": 1}}',
+        "lists.jsonl": '{"text": ["w1", "w2"]}', "mixed.jsonl": f'{row}\n{{"text": 5}}\n',
+        "mixed_shape.jsonl": f'{row}\n[1, 2]\n"w"\n', "null.jsonl": '{"text": null}',
+        "cut.jsonl": f"{row}\n" + row[:9], "deep.json": "[" * 100_000, "nan.jsonl": '{"text": NaN}',
+        "deep.jsonl": '{"text": ' + "[" * 5000 + "]" * 5000 + "}", "surrogate.jsonl": '{"text": "\\ud800"}',
+        "twice.jsonl": '{"text": "w1", "text": 2}', "wrong.jsonl": '{"Text": "w1"}', "half.jsonl": '{"prompt": "w1"}',
+        "none.csv": "text\n", "one.csv": "w1", "wrong.csv": "a,b\n1,2\n", "ragged.csv": "text,b\nw1\nw1,2,3\n",
+        "quote.csv": 'text\n"w1\n', "twice.csv": "text,text\n1,2\n", "binary.jsonl": bytes(range(256)),
+        "binary.csv": bytes(range(256)), "binary.parquet": bytes(range(256)), "zeros.jsonl": bytes(1000),
+        "latin.jsonl": '{"text": "é"}'.encode("latin-1"), "latin.csv": "text\né\n".encode("latin-1"),
+        "utf16.jsonl": row.encode("utf-16"), "utf32.jsonl": row.encode("utf-32"),
+        "bom.jsonl": b"\xef\xbb\xbf" + row.encode(), "magic.parquet": b"PAR1" * 9,
+        "huge.jsonl": json.dumps({"text": "w1 " * 10**5}), "huge.csv": "text\n" + "w1 " * 10**5,
+        "line.jsonl": json.dumps({"text": "w1 \u2028 w2"}, ensure_ascii=False),
+        "escape.jsonl": '{"\\u001b[2J\\n": "w1"}', "many.jsonl": "{}\n" * 1000, "notes.txt": row, "noname": row,
+    }  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        yield folder / name
+
+
+def changed_json(content: Any, seed: int, count: int) -> Iterator[str]:
+    """What a JSON file may hold after somebody has changed a value in it, or the file was damaged."""
+    drawn = random.Random(seed)
+    values = [
+        None, True, -1, 0, 10**7, 2**63, 10**400, 1e300, float("nan"), float("inf"), "", "x", "../../etc",
+        "\n# <script>", "\x1b[2J", [], [None], [[]], {}, {"a": 1}, "os", "pipeline", "PreTrainedModel",
+    ]  # fmt: skip
+    whole = json.dumps(content)
+    yield from ("", "null", "[]", "5", '"x"', "{}", "{", "[" * 100_000, "\x00", whole[: len(whole) // 2])
+    for _ in range(count):
+        copied = json.loads(whole)
+        place: Any = copied
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            key = drawn.choice(keys)
+            if isinstance(place[key], (dict, list)) and place[key] and drawn.random() < 0.8:
+                place = place[key]
+                continue
+            break
+        if drawn.random() < 0.2:
+            del place[key]
+        else:
+            place[key] = drawn.choice(values)
+        yield json.dumps(copied)
+
+
+def command(*argv: object) -> Callable[[], None]:
+    """A command, whose exit codes 1 and 2 are errors like any other's."""
+
+    def run() -> None:
+        try:
+            code = cli.main([str(arg) for arg in argv])
+        except SystemExit as stopped:
+            code = stopped.code
+        if code:
+            raise ValueError(f"exit code {code}")
+
+    return run
+
+
+def wrong_data(folder: Path, base: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """`peft-eas score` with each odd file, and arguments that are none."""
+    folder.mkdir()
+    for file in data_files(folder):
+        yield f"score {file.name}", command("score", base, file, "--method", "similarity", "--max-length", 16)
+    for wrong in ("", "\x00", "no/such/data", "x" * 5000, "a b", "-"):
+        yield f"score {str(wrong)[:20]!r}", command("score", base, wrong)
+        yield f"score model {str(wrong)[:20]!r}", command("score", wrong, folder / "bom.jsonl")
+        yield f"inspect {str(wrong)[:20]!r}", command("inspect", wrong)
+    for options in (
+        ["--examples", "0"], ["--examples", "²"], ["--examples", "9" * 5000], ["--batch-size", "-1"],
+        ["--max-length", "1.5"], ["--method", "x"], ["--nothing"],
+    ):  # fmt: skip
+        yield f"score {options}", command("score", base, folder / "bom.jsonl", *options)
+
+
+def changed_folders(
+    folder: Path, what: Path, file: str, argv: Callable[[Path], Sequence[object]], count: int, seed: int = 0
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A command for a copy of the folder `what`, in which a JSON file is changed."""
+    content = json.loads((what / file).read_text())
+    for number, text in enumerate(changed_json(content, seed, count)):
+        copied = folder / f"{what.name}-{file}-{number}"
+        shutil.copytree(what, copied)
+        (copied / file).write_text(text)
+        yield f"{file} {text[:3000]}", command(*argv(copied))

@@ -212,8 +212,8 @@ def test_what_the_user_can_put_right_is_said_in_one_line(base, data, adapter, tm
     for odd, said in (
         ("", "it is empty"),
         ('{"text": "w1"}\n{"text"', "JSON"),
-        ('{"text": "w1"}\n{"text": null}\n', "`text` of row 2 is no text, but 'None'"),
-        ('{"prompt": "w1", "completion": 1}\n', "`completion` of row 1 is no text, but '1'"),
+        ('{"text": "w1"}\n{"text": null}\n', "`text` of row 2 is no text, but None"),
+        ('{"prompt": "w1", "completion": 1}\n', "`completion` of row 1 is no text, but 1"),
     ):
         (tmp_path / "odd.jsonl").write_text(odd)
         assert said in fails(capsys, "score", base, tmp_path / "odd.jsonl")
