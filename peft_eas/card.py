@@ -216,9 +216,9 @@ def escaped(text: object) -> str:
 
 
 def _summary(eas: dict, base_model: str | None) -> str:
-    base = (
-        f"[{base_model}]({constants.ENDPOINT}/{base_model})" if base_model else f"A {escaped(eas['model_type'])} model"
-    )
+    base = f"A `{escaped(eas['model_type'])}` model"
+    if base_model:
+        base = f"[{base_model}]({constants.ENDPOINT}/{base_model})"
     skip, lines = skipped(eas), []
     for form in eas["attentions"]:
         lines += [f"{escaped(form['stack'])}, {'cross' if form['context'] else 'self'}"] * eas["by_name"]

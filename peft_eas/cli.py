@@ -201,6 +201,8 @@ def _reading(name: str | Path) -> Iterator[None]:
     """Whatever libraries run into while they read files that hold something else than they should."""
     try:
         yield
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name} holds a file that is no JSON: {error}.") from error
     except (UsageError, OSError, ValueError):  # which say what is wrong
         raise
     except Exception as error:

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import attacks
 import pytest
 import tiny
 import torch
@@ -569,6 +570,29 @@ def test_a_checkpoint_without_a_search_can_not_be_gone_on_from(tmp_path):
         run(tmp_path, fresh(), resume=str(tmp_path / "checkpoint-3"))
 
 
+def test_a_checkpoint_whose_search_was_changed_is_refused(tmp_path):
+    run(tmp_path, fresh(), max_steps=7, save_strategy="steps", save_steps=7)
+    (file,) = tmp_path.glob("checkpoint-7/trainer_state.json")
+    state = json.loads(file.read_text())
+    saved = state["stateful_callbacks"]["eas_search"]
+    changes = [
+        ("new", 1),
+        ("order", [0, 0, 1, 2, 3, 4]),
+        ("count", 7),
+        ("interval", 0),
+        ("rounds", [{}]),
+        ("rounds", 3),
+    ]
+    changes += [("settled", [9]), ("layers", None), ("warmup", "1")]
+    for wrong in (5, [], {"a": 1}, *(saved | {key: value} for key, value in changes)):
+        state["stateful_callbacks"]["eas_search"] = wrong
+        file.write_text(json.dumps(state))
+        model = fresh()
+        with pytest.raises(ValueError, match=r"`trainer_state.json` has a search"):
+            run(tmp_path, model, resume=str(file.parent))
+        assert not model._forward_pre_hooks
+
+
 def test_training_that_ends_before_the_search_settles_with_a_warning(tmp_path, caplog):
     model = fresh()
     with caplog.at_level(logging.WARNING):
@@ -747,6 +771,17 @@ def test_reporters_see_the_metrics_and_files_are_left(tmp_path):
     assert (tmp_path / "again.png").exists()
     with pytest.raises(FileNotFoundError):
         plot_search(tmp_path / "nowhere")
+    # one that somebody changed
+    report, odd = json.loads((tmp_path / "report.json").read_text()), tmp_path / "odd.json"
+
+    def drawn(text):
+        odd.write_text(text)
+        return lambda: plot_search(odd)
+
+    seen = attacks.outcomes(("a report", drawn(text)) for text in attacks.changed_json(report, seed=5, count=30))
+    assert set(seen) == {"works", "refused"}
+    with pytest.raises(ValueError, match="not the report of a search"):
+        plot_search({"layers": [1]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
