@@ -177,8 +177,6 @@ class Search:
                     f"The checkpoint's search was over the attentions of layers {self.state.layers}, but this adapter "
                     f"has those of {self.gates.layers}."
                 )
-        if settings.search_dataset is None:  # last: nothing above may leave it behind
-            self.hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
         self.gates.touch_idle(args.world_size > 1)
         if self.state.settled is None:
             self.gates.set(self.state.best())
@@ -188,7 +186,11 @@ class Search:
     # What the Trainer's events ask for -------------------------------------------------------------------------------
 
     def before_step(self, step: int) -> None:
+        """Look, in this step alone, at what is trained on: between steps nothing is left on the model."""
+        self.release()
         self.seen.clear()
+        if self.settings.search_dataset is None and self.state.settled is None:
+            self.hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def forget_idle_gradients(self, step: int) -> None:
         """Idle adapters must not move; a gradient of zero would let the optimizer's momentum and decay act on them."""
@@ -209,6 +211,7 @@ class Search:
                     state["step"] = state["step"] * 0
 
     def after_step(self, step: int) -> None:
+        self.release()
         if self.state.settled is not None:
             return
         if self.state.schedule.scores_after(step):
@@ -346,12 +349,12 @@ class Search:
             return self.scorer.losses(batches)
 
     def _remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if module.training and self.state.settled is None:
+        if module.training:
             self.seen |= fingerprints(kwargs)
 
     def _trained_on(self) -> set[int]:
         """Fingerprints of the rows of the optimizer step just done, in all processes; none if there is a dataset."""
-        return set() if self.hook is None else set(gather_object(list(self.seen)))
+        return set(gather_object(list(self.seen))) if self.settings.search_dataset is None else set()
 
     def _scores(self) -> list[float] | None:
         """The score of each attention that the search starts from, if any."""
@@ -465,7 +468,6 @@ class Search:
     def _settle_on(self, skip_layers: list[int]) -> None:
         # Idle adapters stay trainable until training is over: an optimizer that a resumed run makes has to have the
         # parameters that the saved one had.
-        self.release()
         self.gates.set(skip_layers)
         self.config.settle(skip_layers)
 
