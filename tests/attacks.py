@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
+import errno
 import functools
 import itertools
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -12,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import tiny
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, peft_model
 
 from peft_eas import (
     Attentions,
@@ -281,3 +286,84 @@ def changed_folders(
         shutil.copytree(what, copied)
         (copied / file).write_text(text)
         yield f"{file} {text[:3000]}", command(*argv(copied))
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path, at: int) -> Iterator[list[str]]:
+    """The disk is full at the `at`-th time that something in `folder` is opened to be written, written or renamed;
+    what is being written then is half there.
+
+    Yields:
+        A list that the moments so far are in.
+    """
+    moments: list[str] = []
+    real = {"open": builtins.open, "replace": os.replace, "save": peft_model.safe_save_file}
+
+    def reached(moment: str) -> bool:
+        moments.append(moment)
+        return len(moments) == at
+
+    def full() -> OSError:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def is_inside(path: Any) -> bool:
+        return isinstance(path, (str, os.PathLike)) and folder in Path(path).parents
+
+    def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if not is_inside(path) or not set(mode) & set("wxa+"):
+            return real["open"](path, mode, *args, **kwargs)
+        if reached(f"open {Path(path).name}"):
+            raise full()
+        file = real["open"](path, mode, *args, **kwargs)
+        write = file.write
+
+        def written(content: Any) -> int:
+            if reached(f"write {Path(path).name}"):
+                write(content[: len(content) // 2])
+                raise full()
+            return write(content)
+
+        file.write = written
+        return file
+
+    def replaced(source: Any, target: Any, **kwargs: Any) -> None:
+        if is_inside(target) and reached(f"replace {Path(target).name}"):
+            raise full()
+        real["replace"](source, target, **kwargs)
+
+    def saved(tensors: Any, path: Any, **kwargs: Any) -> None:
+        real["save"](tensors, path, **kwargs)
+        if reached(f"save {Path(path).name}"):
+            os.truncate(path, os.path.getsize(path) // 2)
+            raise full()
+
+    with (
+        mock.patch("builtins.open", opened),
+        mock.patch("io.open", opened),
+        mock.patch("os.replace", replaced),
+        mock.patch("peft.peft_model.safe_save_file", saved),
+    ):
+        yield moments
+
+
+def full_disks(folder: Path, write: Callable[[], Any]) -> Iterator[tuple[str, bool]]:
+    """Let the disk be full at each moment of `write`, one after the other.
+
+    Yields:
+        The moment, and whether the error was raised.
+    """
+    for at in itertools.count(1):
+        with full_disk(folder, at) as moments:
+            try:
+                write()
+                failed = False
+            except OSError as error:
+                failed = error.errno == errno.ENOSPC
+        if len(moments) < at:
+            return
+        yield moments[-1], failed
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is in all files of a folder, hidden ones included."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

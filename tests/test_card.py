@@ -1,5 +1,6 @@
 """The model card: its numbers against what models have and do, its metadata, and whose text is never touched."""
 
+import attacks
 import matrix
 import pytest
 import tiny
@@ -372,3 +373,14 @@ def test_a_base_model_s_odd_card_is_no_reason_for_none(hub, tmp_path):
     assert model_card(merged).data.license is None
     hub["me/other"] = dict(license="mit", license_link=5)
     assert model_card(merge(tiny.model("llama"), name="me/other")).data.license == "mit"
+
+
+def test_a_full_disk_leaves_the_card_that_was_there(merged, tmp_path):
+    write_card(merged, tmp_path)
+    before = attacks.contents(tmp_path)
+    moments = []
+    for moment, failed in attacks.full_disks(tmp_path, lambda: write_card(merged, tmp_path, "me/other")):
+        moments.append(moment)
+        assert failed
+        assert attacks.contents(tmp_path) == before
+    assert [moment.split()[0] for moment in moments] == ["open", "write", "replace"]

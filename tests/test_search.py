@@ -28,7 +28,7 @@ from peft_eas.layer import EASAttention, EASLayer
 from peft_eas.modeling_eas import skipped
 from peft_eas.search import exchange
 from peft_eas.search.held_out import PARTS, HeldOut, fingerprints
-from peft_eas.search.report import reasons
+from peft_eas.search.report import reasons, write_report
 from peft_eas.search.run import Search
 
 STEPS = 20
@@ -882,6 +882,26 @@ def test_reporters_see_the_metrics_and_files_are_left(tmp_path):
     assert set(seen) == {"works", "refused"}
     with pytest.raises(ValueError, match="not the report of a search"):
         plot_search({"layers": [1]})
+
+
+def test_a_full_disk_leaves_the_report_and_the_picture_that_were_there(tmp_path):
+    run(tmp_path / "run", fresh(), save_strategy="no")
+    before, report = attacks.contents(tmp_path), json.loads((tmp_path / "run" / "report.json").read_text())
+    moments = []
+    for moment, failed in attacks.full_disks(tmp_path, lambda: write_report(report | {"seed": 1}, tmp_path / "run")):
+        moments.append(moment)
+        assert failed
+        after = attacks.contents(tmp_path)
+        assert after.keys() == before.keys()
+        assert after["run/search.png"] == before["run/search.png"]
+        # a new report stands as soon as it is whole
+        assert json.loads(after["run/report.json"])["seed"] == (1 if "search.png" in moment else 7)
+        (tmp_path / "run" / "report.json").write_bytes(before["run/report.json"])
+    assert {"open report.json", "write report.json", "replace report.json", "replace search.png"} <= {*moments}
+    before = attacks.contents(tmp_path)  # with the new report, of the last time, when the disk was large enough
+    for moment, failed in attacks.full_disks(tmp_path, lambda: plot_search(report, tmp_path / "run" / "search.png")):
+        assert failed, moment
+        assert attacks.contents(tmp_path) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
