@@ -328,7 +328,7 @@ def _save_tokenizer(sources: Sequence[str], folder: Path) -> None:
 
 def _processors(sources: Sequence[str]) -> Iterator[ProcessorMixin]:
     for source in sources:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), _reading(source):
             found = AutoProcessor.from_pretrained(source)
             if isinstance(found, ProcessorMixin):  # of a language model it is the tokenizer
                 yield found
@@ -336,15 +336,13 @@ def _processors(sources: Sequence[str]) -> Iterator[ProcessorMixin]:
 
 def _tokenizers(sources: Sequence[str]) -> Iterator[PreTrainedTokenizerBase]:
     for source in sources:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), _reading(source):
             yield AutoTokenizer.from_pretrained(source)
 
 
 def _export(args: argparse.Namespace) -> None:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.dir)
-    except (OSError, ValueError):
-        tokenizer = None
+    tokenizer = next(_tokenizers([args.dir]), None)
+    if tokenizer is None:
         print(f"There is no tokenizer in {args.dir}.", file=sys.stderr)
     export(_load_model(args.dir), args.out, args.format, tokenizer, args.dtype, args.pre_tokenizer)
     files = sorted(args.out.iterdir())
@@ -377,7 +375,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _inspect_family(args: argparse.Namespace) -> None:
     trust = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model, **trust)
+    with _reading(args.model):
+        config = AutoConfig.from_pretrained(args.model, **trust)
     by_hand = "Look at the model's code, and write the row by hand: docs/usage.md says how."
     if config.is_encoder_decoder or not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise UsageError(f"Rows are proposed for decoders, and {args.model} is a {config.model_type!r}. {by_hand}")
@@ -387,7 +386,8 @@ def _inspect_family(args: argparse.Namespace) -> None:
         if isinstance(value, list) and len(value) == whole:  # one entry a layer
             setattr(config, name, value[:count])
     try:
-        model = AutoModelForCausalLM.from_config(config, **trust)
+        with _reading(args.model):
+            model = AutoModelForCausalLM.from_config(config, **trust)
     except ValueError:
         raise UsageError(
             f"Rows are proposed for decoders, and transformers has none of type {config.model_type!r}. {by_hand}"

@@ -274,6 +274,13 @@ def wrong_data(folder: Path, base: Path) -> Iterator[tuple[str, Callable[[], Any
         ["--max-length", "1.5"], ["--method", "x"], ["--nothing"],
     ):  # fmt: skip
         yield f"score {options}", command("score", base, folder / "bom.jsonl", *options)
+    for number, options in enumerate((
+        ["--num-skip", "nan"], ["--num-skip", "99"], ["--target-speedup", "0"], ["--skip-layers", "9"],
+        ["--skip-layers", "²"], ["--r", "99999999"], ["--r-pia", "64"], ["--search-steps", "nan"],
+        ["--warm-start", "x"], ["--num-skip", "auto", "--max-loss-increase", "-1"], ["--optim", "x"],
+    )):  # fmt: skip
+        out = ["--output_dir", folder / f"out{number}", "--use_cpu", "--report_to", "none"]
+        yield f"train {options}", command("train", base, folder / "bom.jsonl", *out, *options)
 
 
 def changed_folders(
