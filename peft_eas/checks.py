@@ -62,7 +62,7 @@ def number(name: str, value: Any, accepts: Callable[[float], bool], allowed: str
         is_right = False
     if not is_right or not accepts(float(found)):
         raise refused(name, value, allowed)
-    return float(found)
+    return found
 
 
 def flag(name: str, value: Any) -> bool:

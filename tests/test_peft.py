@@ -319,7 +319,7 @@ def test_adapters_that_are_deleted_leave_nothing():
             model(**tiny.inputs("llama"))
             model.set_adapter("default")
         model.delete_adapter(f"another{number}")
-    assert alive() == before
+    assert not alive() - before  # less, where something of an earlier test went meanwhile
     assert list(model.peft_config) == ["default"]
 
 
