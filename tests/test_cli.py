@@ -273,6 +273,17 @@ def changed(adapter, folder, **settings):
     return folder
 
 
+def test_what_a_file_says_is_no_command_for_the_terminal(adapter, tmp_path, capsys):
+    odd = changed(adapter, tmp_path / "odd", base_model_name_or_path="no\x1b[2J\nskips")
+    assert [line.split()[0] for line in _said(capsys, "inspect", odd).splitlines()].count("skips") == 1
+    assert cli.main(["inspect", str(odd)]) == 0
+    assert cli.main(["merge", str(odd), str(tmp_path / "out")]) == 1
+    streams = capsys.readouterr()
+    assert "\x1b" not in streams.out + streams.err
+    assert r"no\x1b[2J" in streams.out
+    assert r"no\x1b[2J" in streams.err
+
+
 def test_an_adapter_s_class_of_models_is_one(base, adapter, tmp_path, capsys):
     for number, name in enumerate(("pipeline", "TrainingArguments", "utils", "AutoConfig", "logging")):
         wrong = changed(adapter, tmp_path / str(number), task_type=None, auto_mapping={"base_model_class": name})

@@ -476,8 +476,8 @@ def noticed(model):
     )  # fmt: skip
 
 
-MOMENTS = {"dataset": (1, 6, 14, 23), "collator": (1, 5, 7, 10), "loss": (1, 2, 4, 9), "forward": (1, 2, 4, 9)}
-"""Which call, of each kind, is one that tries a batch, measures stand-ins, scores the start, and is in a round."""
+MOMENTS = {"dataset": (1, 6, 14, 23), "collator": (1, 5, 7, 10), "loss": (1, 2, 4, 11), "forward": (1, 2, 4, 11)}
+"""Which calls try a batch, measure stand-ins, score the start, and are in a round (those of a model: in a try)."""
 
 
 @pytest.mark.parametrize(("where", "at"), [(where, at) for where, moments in MOMENTS.items() for at in moments])
