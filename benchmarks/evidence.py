@@ -197,8 +197,8 @@ def shuffled_texts(kind: str, max_length: int | None = None) -> list[Review]:
 class Classification(Task):
     """An encoder with a fresh head tells positive from negative texts.
 
-    The pooler between them has to be trained, too: LoRA adapts it, as any linear; EAS, which adapts attentions and FFNs,
-    trains it whole.
+    The pooler between them has to be trained, too: LoRA adapts it, as any linear; EAS, which adapts attentions and
+    FFNs, trains it whole.
     """
 
     kind: str

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .checks import shown
 from .families import Attentions
+
+
+def batches_of(dataloader: Any) -> Iterator[Mapping[str, Any]]:
+    """The batches of a dataloader.
+
+    Raises:
+        ValueError: if it isn't one.
+    """
+    try:
+        batches = iter(dataloader)
+    except TypeError:
+        raise ValueError(f"The dataloader must give batches one by one, got {shown(dataloader)}.") from None
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                "Each batch must be a dict of what the model takes, such as `input_ids` and `attention_mask`, got "
+                f"{shown(batch)}."
+            )
+        yield batch
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Whatever a model raises inside of the `with` for a batch that it can't take becomes an error that says so."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"The model can't take such a batch ({type(error).__name__}: {error}): give batches as its Trainer's "
+            "collator makes them."
+        ) from error
 
 
 def inputs_of(batch: dict, device: torch.device) -> dict:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, mod
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
+from .checks import one_line
+from .config import RECORDED, EASConfig
+from .folders import new_file
 from .runtime.eas_record import Record
 from .runtime.modeling_eas import auto_classes
 from .work import Work, base_of, count, on_meta
@@ -71,10 +75,11 @@ def model_card(
             f"This {type(model).__name__} was not merged by peft_eas, or nothing was left to merge (its config has no "
             "`eas`): there is nothing to say about it."
         )
-    if base_model is not None:
-        validate_repo_id(base_model)
+    for given in (base_model, repo_id):
+        if given is not None:
+            validate_repo_id(given)
     record = Record.read(eas)
-    base_model = base_model or record.config.get("base_model")
+    base_model = base_model or _repository(record.config.get("base_model"))
     name = repo_id or f"{base_model.split('/')[-1] if base_model else record.model_type} with EAS"
     auto = _auto_class(model, record)
     inherited = _inherited(model.name_or_path, base_model)
@@ -129,7 +134,8 @@ def write_card(model: PreTrainedModel, folder: str | os.PathLike, repo_id: str |
         own = {key: value for key, value in own.items() if not key.startswith("license")}
     card.data = ModelCardData(**own | kept | {"tags": _unique([*own["tags"], *kept.get("tags", ())])})
     card.text += f"\n{mark}\n"
-    card.save(path)
+    with new_file(path) as file:
+        card.save(file)
 
 
 def read_card(name: str) -> ModelCardData:
@@ -148,6 +154,15 @@ def layer_picture(skip: Collection[int], present: Collection[int]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Metadata
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def _repository(name: Any) -> str | None:
+    """A name out of a file, if it can be that of a repository."""
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return None
+    return name
 
 
 def _auto_class(model: PreTrainedModel, record: Record) -> str:
@@ -177,8 +192,9 @@ def _inherited(*sources: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for source in _unique(filter(None, sources)):
         data = read_card(source).to_dict()
-        if "license" not in found and "license" in data:
-            found |= {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
+        if "license" not in found and isinstance(data.get("license"), str):
+            terms = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+            found |= {key: value for key, value in terms.items() if isinstance(value, str)}
             link = found.get("license_link")
             if link and "://" not in link:  # a file in the base model's repository
                 del found["license_link"]
@@ -194,6 +210,11 @@ def _inherited(*sources: str | None) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def escaped(text: object) -> str:
+    """Text that came from a file, fit for a line or a table's cell: words, and no Markdown or HTML."""
+    return re.sub(r"([\\`<>|\[\]])", r"\\\1", one_line(" ".join(str(text).split())))
+
+
 def _summary(record: Record, base_model: str | None) -> str:
     base = f"[{base_model}]({constants.ENDPOINT}/{base_model})" if base_model else f"A `{record.model_type}` model"
     skip, lines = record.skipped, []
@@ -207,7 +228,7 @@ def _summary(record: Record, base_model: str | None) -> str:
         f"{base}, fine-tuned with [Effective Attention Skipping](https://arxiv.org/abs/2403.15226) (EAS): {len(skip)} "
         f"of its {total} attentions are gone, and the adapters of the training are folded into the weights.\n\n"
         f"```\nlayers  # attention kept  . skipped{has_others}\n{picture}\n```\n\n"
-        f"Skipped: {', '.join(map(str, skip)) or 'none'}."
+        f"Skipped: {', '.join(map(escaped, skip)) or 'none'}."
     )
 
 
@@ -242,7 +263,7 @@ def _costs(model: PreTrainedModel, base: Work, merged: Work, measured: Mapping[s
     lines += [f"things, too. Bytes are those of {str(model.dtype).removeprefix('torch.')}."]
     if measured:
         lines += ["", "| measured | times as fast as the base model |", "|---|---:|"]
-        lines += [f"| {what} | {ratio:.2f} |" for what, ratio in measured.items()]
+        lines += [f"| {escaped(what)} | {ratio:.2f} |" for what, ratio in measured.items()]
     return "\n".join(lines)
 
 
@@ -252,16 +273,24 @@ def _results(eval_results: list[EvalResult] | None) -> str:
     lines = ["## Evaluation", "", "| task | dataset | metric | value |", "|---|---|---|---:|"]
     for result in eval_results:
         task, metric = result.task_name or result.task_type, result.metric_name or result.metric_type
-        lines.append(f"| {task} | {result.dataset_name} | {metric} | {result.metric_value} |")
+        cells = (task, result.dataset_name, metric, result.metric_value)
+        lines.append(f"| {' | '.join(map(escaped, cells))} |")
     return "\n".join(lines)
 
 
 def _how_made(made: dict) -> str:
     from . import __version__
 
-    settings = {key: value for key, value in made.items() if key != "base_model"}
+    text = f"## Training\n\nFine-tuned and merged with peft_eas {__version__}"
+    settings = {key: made[key] for key in RECORDED if key in made}
+    try:
+        EASConfig(**settings)
+    except ValueError:  # somebody changed the file
+        settings = {}
+    if not settings:
+        return f"{text}."
     listed = ", ".join(f"`{key}={value!r}`" for key, value in settings.items())
-    return f"## Training\n\nFine-tuned and merged with peft_eas {__version__}: `EASConfig` with {listed}."
+    return f"{text}: `EASConfig` with {listed}."
 
 
 def _limits(model: PreTrainedModel, record: Record) -> str:
@@ -269,8 +298,8 @@ def _limits(model: PreTrainedModel, record: Record) -> str:
         "## Limits",
         "",
         "- The attentions to skip were chosen, and their stand-ins trained, for one task. Others may have suffered.",
-        f"- It is a model of a class of its own (`model_type: {model.config.model_type}`), for transformers 5.15 or "
-        "later. Other engines don't load it as it is.",
+        f"- It is a model of a class of its own (`model_type: {escaped(model.config.model_type)}`), for transformers "
+        "5.15 or later. Other engines don't load it as it is.",
     ]
     if record.propagates:
         lines.append(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 import transformers
@@ -33,6 +34,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from .card import TAGS, layer_picture, read_card, write_card
+from .checks import one_line, shown
 from .config import EASConfig, EASType
 from .export import FORMATS, export
 from .families import FAMILIES
@@ -40,9 +42,12 @@ from .folders import new_folder
 from .runtime.eas_record import Record
 from .search import EASCallback, score_attentions
 from .search.callback import WARM_STARTS
-from .search.report import REPORT
+from .search.report import REPORT, read_report
 from .search.scores import METHODS
 from .trace import TraceError, as_source, check_family, propose_family
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 DATA_HELP = (
     "data: a .jsonl, .json, .csv or .parquet file, a folder, or a dataset of the hub, with the columns `prompt` and "
@@ -69,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (UsageError, ValueError, OSError) as error:
-        print(f"peft-eas {args.command}: error: {error}", file=sys.stderr)
+        _say(f"peft-eas {args.command}: error: {error}", file=sys.stderr)
         if os.environ.get("PEFT_EAS_TRACEBACK"):
             raise
         return 1
@@ -186,6 +191,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say(text: str, file: TextIO) -> None:
+    """Print lines that may have something of a file in them, which is not to reach the terminal as a command."""
+    print("\n".join(map(one_line, text.split("\n"))), file=file)
+
+
+@contextlib.contextmanager
+def _reading(name: str | Path) -> Iterator[None]:
+    """Whatever libraries run into while they read files that hold something else than they should."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name} holds a file that is no JSON: {error}.") from error
+    except (UsageError, OSError, ValueError):  # which say what is wrong
+        raise
+    except Exception as error:
+        raise UsageError(f"{name} can't be read ({type(error).__name__}: {error}): is a file damaged?") from error
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The commands
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,13 +288,13 @@ def _train(args: argparse.Namespace) -> None:
 
 def _merge(args: argparse.Namespace) -> None:
     with new_folder(args.out) as folder:
-        config = PeftConfig.from_pretrained(args.adapter)
-        if config.peft_type != EASType.EAS:
-            raise UsageError(f"{args.adapter} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
+        config = _adapter_config(args.adapter)
         base = args.base or config.base_model_name_or_path
         if not base:
             raise UsageError(f"{args.adapter} does not say what its base model is: give --base.")
-        model = PeftModel.from_pretrained(_load_model(base, args.dtype, config), args.adapter, config=config)
+        base_model = _load_model(base, args.dtype, config)
+        with _reading(args.adapter):
+            model = PeftModel.from_pretrained(base_model, args.adapter, config=config)
         skipped = model.skip_layers
         if args.freeze_context:
             _freeze_context(model, args.freeze_context, (args.adapter, base))
@@ -298,14 +321,14 @@ def _save_tokenizer(sources: Sequence[str], folder: Path) -> None:
     """Save the tokenizer of the first source that has one; or the processor, which has a tokenizer and more."""
     found = next(_processors(sources), None) or next(_tokenizers(sources), None)
     if found is None:
-        print(f"There is no tokenizer beside {' or '.join(sources)}; none was saved.", file=sys.stderr)
+        _say(f"There is no tokenizer beside {' or '.join(sources)}; none was saved.", file=sys.stderr)
     else:
         found.save_pretrained(folder)
 
 
 def _processors(sources: Sequence[str]) -> Iterator[ProcessorMixin]:
     for source in sources:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), _reading(source):
             found = AutoProcessor.from_pretrained(source)
             if isinstance(found, ProcessorMixin):  # of a language model it is the tokenizer
                 yield found
@@ -313,15 +336,13 @@ def _processors(sources: Sequence[str]) -> Iterator[ProcessorMixin]:
 
 def _tokenizers(sources: Sequence[str]) -> Iterator[PreTrainedTokenizerBase]:
     for source in sources:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), _reading(source):
             yield AutoTokenizer.from_pretrained(source)
 
 
 def _export(args: argparse.Namespace) -> None:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.dir)
-    except (OSError, ValueError):
-        tokenizer = None
+    tokenizer = next(_tokenizers([args.dir]), None)
+    if tokenizer is None:
         print(f"There is no tokenizer in {args.dir}.", file=sys.stderr)
     export(_load_model(args.dir), args.out, args.format, tokenizer, args.dtype, args.pre_tokenizer)
     files = sorted(args.out.iterdir())
@@ -332,19 +353,20 @@ def _export(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     if not args.dir.is_dir():
         raise UsageError(f"There is no folder {args.dir}.")
-    if (args.dir / "adapter_config.json").exists():
-        about = _about_adapter(args.dir)
-    elif (args.dir / "config.json").exists():
-        about = _about_merged(args.dir)
-    else:
-        raise UsageError(f"{args.dir} holds no adapter (adapter_config.json) and no model (config.json).")
+    with _reading(args.dir):
+        if (args.dir / "adapter_config.json").exists():
+            about = _about_adapter(args.dir)
+        elif (args.dir / "config.json").exists():
+            about = _about_merged(args.dir)
+        else:
+            raise UsageError(f"{args.dir} holds no adapter (adapter_config.json) and no model (config.json).")
     if args.json:
         print(json.dumps(about))
         return
     skip, present = set(about["skip_layers"]), about["attentions"]
     for key, value in about.items():
         if key not in ("skip_layers", "attentions"):
-            print(f"{key.replace('_', ' '):12} {value}")
+            print(f"{key.replace('_', ' '):12} {one_line(value)}")
     print(f"{'skips':12} {len(skip)} of {len(present)} attentions: {sorted(skip)}")
     if all(isinstance(key, int) for key in present):
         for line in layer_picture(skip, present):
@@ -353,7 +375,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _inspect_family(args: argparse.Namespace) -> None:
     trust = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model, **trust)
+    with _reading(args.model):
+        config = AutoConfig.from_pretrained(args.model, **trust)
     by_hand = "Look at the model's code, and write the row by hand: docs/usage.md says how."
     if config.is_encoder_decoder or not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise UsageError(f"Rows are proposed for decoders, and {args.model} is a {config.model_type!r}. {by_hand}")
@@ -363,7 +386,8 @@ def _inspect_family(args: argparse.Namespace) -> None:
         if isinstance(value, list) and len(value) == whole:  # one entry a layer
             setattr(config, name, value[:count])
     try:
-        model = AutoModelForCausalLM.from_config(config, **trust)
+        with _reading(args.model):
+            model = AutoModelForCausalLM.from_config(config, **trust)
     except ValueError:
         raise UsageError(
             f"Rows are proposed for decoders, and transformers has none of type {config.model_type!r}. {by_hand}"
@@ -388,9 +412,7 @@ def _inspect_family(args: argparse.Namespace) -> None:
 
 
 def _about_adapter(folder: Path) -> dict[str, Any]:
-    config = PeftConfig.from_pretrained(folder)
-    if config.peft_type != EASType.EAS:
-        raise UsageError(f"{folder} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
+    config = _adapter_config(str(folder))
     sizes, gates = _tensors(folder)
     indices = sorted(map(_layer_of, gates))
     by_name = len(set(indices)) < len(indices)
@@ -404,13 +426,26 @@ def _about_adapter(folder: Path) -> dict[str, Any]:
         "settings": f"r={config.r} r_pia={config.r_pia} propagation={config.propagation} router={config.router}",
     }
     if (folder / REPORT).exists():
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        try:
+            report = read_report(folder)
+        except (OSError, ValueError) as error:  # what is inspected is the adapter
+            _say(f"The search is left out: {error}", file=sys.stderr)
+            return about
         if report["skip_layers"] == about["skip_layers"]:  # and not of an earlier training into this folder
             about["search"] = (
                 f"{len(report['rounds'])} rounds from step {report['warmup']} to {report['settle']}, "
                 f"{report['ignored']} candidates ignored; see {REPORT} and search.png"
             )
     return about
+
+
+def _adapter_config(name: str) -> EASConfig:
+    """The configuration of an adapter, a folder or a name on the Hub."""
+    with _reading(name):
+        config = PeftConfig.from_pretrained(name)
+    if config.peft_type != EASType.EAS:
+        raise UsageError(f"{name} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
+    return config
 
 
 def _about_merged(folder: Path) -> dict[str, Any]:
@@ -457,21 +492,30 @@ def _device() -> torch.device:
 
 def _load_model(name: str, dtype: str | None = None, adapter: PeftConfig | None = None) -> PreTrainedModel:
     """A model that generates text; or the one that `adapter` was trained with, if that says so."""
-    trained_with = getattr(adapter, "auto_mapping", None) or {}  # saved where there is no type of the task
-    own = getattr(transformers, trained_with.get("base_model_class", ""), None)
+    own = None if adapter is None else _model_class(adapter.auto_mapping)
     if own is None and adapter is not None and adapter.task_type == TaskType.SEQ_2_SEQ_LM:
         own = AutoModelForSeq2SeqLM
-    if own is not None:
+    with _reading(name):
+        if own is None:
+            model_type = AutoConfig.from_pretrained(name).model_type
+            reads_images = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            is_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            own = AutoModelForImageTextToText if reads_images and not is_causal else AutoModelForCausalLM
         return own.from_pretrained(name, dtype=dtype or "auto")
-    model_type = AutoConfig.from_pretrained(name).model_type
-    reads_images = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    is_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    auto = AutoModelForImageTextToText if reads_images and not is_causal else AutoModelForCausalLM
-    return auto.from_pretrained(name, dtype=dtype or "auto")
+
+
+def _model_class(auto_mapping: Any) -> type[PreTrainedModel] | None:
+    """The class that an adapter was trained with; saved where there is no type of the task."""
+    name = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
+    own = getattr(transformers, name, None) if isinstance(name, str) else None
+    if own is not None and not (isinstance(own, type) and issubclass(own, PreTrainedModel)):
+        raise UsageError(f"adapter_config.json names {name!r} as its `base_model_class`, which is no class of models.")
+    return own
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    return _with_padding(AutoTokenizer.from_pretrained(name), name)
+    with _reading(name):
+        return _with_padding(AutoTokenizer.from_pretrained(name), name)
 
 
 def _with_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
@@ -486,36 +530,70 @@ def _examples(
     data: str, tokenizer: PreTrainedTokenizerBase, max_length: int, count: int | None = None
 ) -> list[dict[str, list[int]]]:
     """Tokenised examples, with labels that are -100 for the prompt; the longest are cut at the end."""
+    with _reading(data):
+        return _tokenised(data, _rows(data), tokenizer, max_length, count)
+
+
+def _rows(data: str) -> Sequence[dict[str, Any]] | Dataset:
+    """The rows of a file, a folder or a dataset of the Hub."""
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    path = Path(data)
+    if path.suffix in kinds and not path.exists():
+        raise UsageError(f"There is no file {data}.")
+    if path.is_file() and path.suffix not in kinds:
+        raise UsageError(f"{data} is no {', '.join(kinds)} file.")
+    if path.is_file() and not path.stat().st_size:
+        raise UsageError(f"{data} can't be read: it is empty")
+    if path.is_file() and kinds[path.suffix] == "json":
+        return _json_rows(path)
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
     except ImportError:
         raise UsageError("reading data needs the package `datasets`: pip install 'peft_eas[cli]'.") from None
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    path = Path(data)
-    if path.suffix in kinds and not path.exists():
-        raise UsageError(f"There is no file {data}.")
-    if path.is_file():
-        if path.suffix not in kinds:
-            raise UsageError(f"{data} is no {', '.join(kinds)} file.")
-        try:
-            rows = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-        except (DatasetsError, StopIteration) as error:  # the latter for an empty file
-            reason = error.__cause__ if path.stat().st_size else "it is empty"
-            raise UsageError(f"{data} can't be read: {reason or error}") from None
-    else:
-        rows = load_dataset(data, split="train")
-    columns = set(rows.column_names)
-    if not ({"prompt", "completion"} <= columns or "text" in columns):
-        raise UsageError(f"{data} has the columns {sorted(columns)}, but needs `prompt` and `completion`, or `text`.")
+    if not path.is_file():
+        return load_dataset(data, split="train")
+    try:
+        return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    except (DatasetsError, ValueError) as error:
+        raise UsageError(f"{data} can't be read: {error.__cause__ or error}") from None
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file, one a line or in one list. (The parser that `datasets` uses ends the process if there is
+    something else.)"""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        is_list = text.lstrip()[:1] == "["
+        rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no text in UTF-8: {error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON, with an object in each line or a list of objects: {error}.") from None
+    wrong = [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]
+    if wrong:
+        raise UsageError(f"{path}: row {wrong[0]} is no object, but {shown(rows[wrong[0] - 1])}.")
+    return rows
+
+
+def _tokenised(
+    data: str,
+    rows: Sequence[dict[str, Any]] | Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    count: int | None,
+) -> list[dict[str, list[int]]]:
     if not len(rows):
         raise UsageError(f"{data} has no rows.")
+    columns = {*rows[0]}
+    if not ({"prompt", "completion"} <= columns or "text" in columns):
+        raise UsageError(f"{data} has the columns {sorted(columns)}, but needs `prompt` and `completion`, or `text`.")
     names = ("prompt", "completion") if {"prompt", "completion"} <= columns else ("text",)
     examples = []
-    for number, row in enumerate(rows if count is None else rows.select(range(min(count, len(rows)))), start=1):
+    for number, row in enumerate(itertools.islice(rows, count), start=1):
         for name in names:
-            if not isinstance(row[name], str):
-                raise UsageError(f"{data}: `{name}` of row {number} is no text, but {str(row[name])[:60]!r}.")
+            if not isinstance(row.get(name), str):
+                raise UsageError(f"{data}: `{name}` of row {number} is no text, but {shown(row.get(name))}.")
         if len(names) == 2:
             prompt = tokenizer(row["prompt"]).input_ids
             answer = tokenizer(row["completion"], add_special_tokens=False).input_ids

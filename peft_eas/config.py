@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,11 +11,17 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 
+from . import checks
+
 
 class EASType(str, enum.Enum):
     """PEFT's own enum of methods is closed to plugins; one that equals its string works in every mapping of PEFT."""
 
     EAS = "EAS"
+
+
+RECORDED = ("r", "r_pia", "groups", "router", "propagation", "stand_in", "scaling", "use_bias")
+"""The settings that a merged model remembers."""
 
 
 @dataclass
@@ -28,7 +33,8 @@ class EASConfig(PeftConfig):
     it folds into the neighbouring weights in `merge_and_unload()`.
 
     Args:
-        r (`int`): Rank of the adapters in front of attentions; a multiple of `groups`.
+        r (`int`): Rank of the adapters in front of attentions; a multiple of `groups`, and no more than the width of
+            the model.
         r_pia (`int`): Rank of the adapters in front of FFNs, a multiple of `groups`; and of `propagation="mean"`, where
             it has to be even.
         num_skip (`int`, `float` or `"auto"`, *optional*): How many attentions to skip: a count (`int`), a fraction in
@@ -50,7 +56,7 @@ class EASConfig(PeftConfig):
             an `EASCallback` or `initialize_eas_weights` starts at the mean of what the attention added to the residual
             stream; or nothing.
         dropout (`float`): Dropout probability of the adapters' inputs while training.
-        scaling (`float`): Factor `s` of the adapters' output.
+        scaling (`float`): Factor `s` of the adapters' output, from 1e-4 to 1e4, or from -1e4 to -1e-4.
         use_bias (`bool`): Whether down- and up-projections have biases. Merged linears then have one, too.
         init_weights (`bool`): `True` makes a fresh adapter an identity; `False` draws the up-projections at random.
         target_modules (`list[str]` or `str`, *optional*): Restricts the attention and FFN modules that get adapters, by
@@ -60,7 +66,8 @@ class EASConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*): Further modules that are trained and saved as a whole.
 
     Raises:
-        ValueError: for every value outside of what is allowed.
+        ValueError: for every value outside of what is allowed. Numbers may be NumPy's, or
+            tensors of one number; they are kept as Python's.
     """
 
     r: int = field(default=16, metadata={"help": "Rank of the adapters in front of retained attentions."})
@@ -106,50 +113,69 @@ class EASConfig(PeftConfig):
         self.peft_type = EASType.EAS
         # Whether `skip_layers` is what an adapter was made with, and not what was chosen since; not saved.
         self.is_set_given = False
-        _check_int("groups", self.groups, minimum=1)
+        self.groups = checks.integer("groups", self.groups, 1)
+        self.r, self.r_pia = (checks.integer(name, getattr(self, name), 1) for name in ("r", "r_pia"))
         for name in ("r", "r_pia"):
-            rank = _check_int(name, getattr(self, name), minimum=1)
-            if rank % self.groups:
-                raise ValueError(f"`{name}` must be a multiple of `groups`={self.groups}, got {rank}.")
+            if getattr(self, name) % self.groups:
+                raise ValueError(f"`{name}` must be a multiple of `groups`={self.groups}, got {getattr(self, name)}.")
         self._check_prompt()
-        _check_choice("router", self.router, ("none", "static"))
-        _check_choice("propagation", self.propagation, ("none", "mean"))
+        self.router = checks.choice("router", self.router, ("none", "static"))
+        self.propagation = checks.choice("propagation", self.propagation, ("none", "mean"))
         if self.propagation == "mean" and self.r_pia % 2:
             raise ValueError(f"`r_pia` must be even with `propagation='mean'`, got {self.r_pia}.")
-        _check_choice("stand_in", self.stand_in, ("mean", "zero"))
-        _check_number("dropout", self.dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
-        _check_number("scaling", self.scaling, lambda v: v != 0, "a finite number other than 0")
-        for name in ("use_bias", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        self.skip_layers = _check_indices("skip_layers", self.skip_layers, or_names=True)
-        if not isinstance(self.layers_to_transform, int) or isinstance(self.layers_to_transform, bool):
-            self.layers_to_transform = _check_indices("layers_to_transform", self.layers_to_transform)
+        self.stand_in = checks.choice("stand_in", self.stand_in, ("mean", "zero"))
+        self.dropout = checks.number("dropout", self.dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
+        # beyond, a factor only overflows, or leaves nothing to learn
+        self.scaling = checks.number(
+            "scaling", self.scaling, lambda v: 1e-4 <= abs(v) <= 1e4, "a number with an absolute value from 1e-4 to 1e4"
+        )
+        self.use_bias = checks.flag("use_bias", self.use_bias)
+        self.init_weights = checks.flag("init_weights", self.init_weights)
+        if self.skip_layers is not None:
+            self.skip_layers = checks.attentions("skip_layers", self.skip_layers)
         self._check_num_skip()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        self._check_modules()
+
+    def _check_modules(self) -> None:
+        layers = checks.plain(self.layers_to_transform)
+        if isinstance(layers, int):
+            self.layers_to_transform = checks.integer("layers_to_transform", layers, 0)
+        elif layers is not None:
+            self.layers_to_transform = checks.attentions("layers_to_transform", layers, or_names=False)
+        for name in ("target_modules", "exclude_modules"):
+            if getattr(self, name) is not None:
+                setattr(self, name, checks.modules_or_pattern(name, getattr(self, name)))
+        if self.modules_to_save is not None:
+            self.modules_to_save = checks.modules("modules_to_save", self.modules_to_save)
 
     def _check_prompt(self) -> None:
-        if self.propagation == "prompt":
+        if isinstance(self.propagation, str) and self.propagation == "prompt":
             raise ValueError(
                 "`propagation='prompt'` was a mean over the prompt's tokens, for which layers had to know what the "
                 "prompt is. Its successor is `propagation='mean'`: over the tokens that the skipped attention would "
                 "have let each token look at."
             )
-        if self.router == "prompt":
+        if isinstance(self.router, str) and self.router == "prompt":
             raise ValueError(
                 "`router='prompt'` weighted the branches by the prompt, which does not fold into the weights. Its "
                 "successor is `router='static'`, with `propagation='mean'` for what other tokens say."
             )
 
     def _check_num_skip(self) -> None:
-        value = self.num_skip
+        value = self.num_skip = checks.plain(self.num_skip)
+        is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= checks.LARGEST
+        is_share = isinstance(value, float) and 0 < value < 1
+        if not (value is None or is_count or is_share or (isinstance(value, str) and value == "auto")):
+            allowed = f"a count from 0 to {checks.LARGEST} (int), a fraction in (0, 1) (float), or 'auto'"
+            raise checks.refused("num_skip", value, allowed)
         if self.max_loss_increase is not None:
-            _check_number("max_loss_increase", self.max_loss_increase, lambda v: v >= 0, "a number of at least 0")
+            self.max_loss_increase = checks.number(
+                "max_loss_increase", self.max_loss_increase, lambda v: v >= 0, "a number of at least 0"
+            )
         if self.target_speedup is not None:
-            _check_number("target_speedup", self.target_speedup, lambda v: v > 1, "a number above 1")
+            self.target_speedup = checks.number(
+                "target_speedup", self.target_speedup, lambda v: v > 1, "a number above 1"
+            )
         by_budget = [n for n in ("max_loss_increase", "target_speedup") if getattr(self, n) is not None]
         if value == "auto" and by_budget != ["max_loss_increase"]:
             raise ValueError("`num_skip='auto'` needs `max_loss_increase`, and no `target_speedup`.")
@@ -159,13 +185,6 @@ class EASConfig(PeftConfig):
             raise ValueError(f"`target_speedup` says how many to skip, and so does `num_skip`={value!r}: give one.")
         if by_budget and self.skip_layers is not None:
             raise ValueError(f"`{by_budget[0]}` is for a search, but `skip_layers` names the set: give one of the two.")
-        if value is None or value == "auto":
-            return
-        allowed = "a count of at least 0 (int), a fraction in (0, 1) (float), or 'auto'"
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"`num_skip` must be {allowed}, got {value!r}.")
-        if value < 0 if isinstance(value, int) else not 0 < value < 1:
-            raise ValueError(f"`num_skip` must be {allowed}, got {value!r}.")
         if isinstance(value, int) and self.skip_layers is not None and value != len(self.skip_layers):
             raise ValueError(
                 f"`num_skip`={value} contradicts `skip_layers`, which names {len(self.skip_layers)} layers: "
@@ -186,8 +205,7 @@ class EASConfig(PeftConfig):
             validate_repo_id(base)
         except ValueError:  # a folder, or nothing
             base = None
-        kept = ("r", "r_pia", "groups", "router", "propagation", "stand_in", "scaling", "use_bias")
-        return {"base_model": None if base and os.path.isdir(base) else base} | {k: getattr(self, k) for k in kept}
+        return {"base_model": None if base and os.path.isdir(base) else base} | {k: getattr(self, k) for k in RECORDED}
 
     def settle(self, skip_layers: Iterable[int | str]) -> None:
         """Record that the set is chosen, in place of whatever said how to choose it."""
@@ -196,35 +214,3 @@ class EASConfig(PeftConfig):
         if self.num_skip is not None:
             self.num_skip = len(self.skip_layers)
         self.max_loss_increase = self.target_speedup = None
-
-
-def _check_int(name: str, value: object, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
-    return value
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-
-
-def _check_number(name: str, value: object, accept, allowed: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not accept(value):
-        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
-
-
-def _check_indices(name: str, value: object, or_names: bool = False) -> list[int | str] | None:
-    if value is None:
-        return None
-    allowed = "layer indices (0 or more)" + " or names of attentions" * or_names
-    wrong = ValueError(f"`{name}` must be a list of distinct {allowed}, got {value!r}.")
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise wrong
-    items = list(value)
-    indices = [i for i in items if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
-    names = [i for i in items if isinstance(i, str) and or_names]
-    if len(indices) + len(names) < len(items) or len(set(items)) < len(items):
-        raise wrong
-    return sorted(indices) + names

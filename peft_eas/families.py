@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import transformers
 from packaging.version import Version
 from torch import nn
 from transformers import CONFIG_MAPPING
 
+from .checks import integer, refused
 from .runtime.eas_record import Form
 from .runtime.eas_structure import has_module, outermost
-from .runtime.modeling_eas import register_config
+from .runtime.modeling_eas import EASConfigMixin, register_config
 
 SPLIT = ("q_proj", "k_proj", "v_proj")
 QKV = ("query", "key", "value")
@@ -101,6 +104,43 @@ class Attentions(Form):
     ffn_masks_input: bool = False
     ffn_back: str = ""
     stacked_axis: int = -1
+
+    def __post_init__(self) -> None:
+        """Refuse what is of another kind than a field's annotation says; above all text for a tuple of names."""
+        for place in fields(self):
+            value = getattr(self, place.name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, place.name, value)
+            accepts, allowed = _KINDS[place.type]
+            if not accepts(value):
+                raise refused(f"{type(self).__name__}.{place.name}", value, allowed)
+        if self.stacked_axis not in (-1, -2):
+            raise refused("stacked_axis", self.stacked_axis, "-1 or -2")
+        integer("ffn_after", self.ffn_after, 0)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.*|-]*", value) is not None
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_name, value))
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "str": (_is_name, "a name"),
+    "str | None": (lambda v: v is None or (_is_name(v) and v != ""), "a name, or None"),
+    "bool": (lambda v: isinstance(v, bool), "True or False"),
+    "int": (lambda v: isinstance(v, int) and not isinstance(v, bool), "an integer"),
+    "tuple[str, ...]": (_are_names, "a tuple of names"),
+    "tuple[str, ...] | None": (lambda v: v is None or _are_names(v), "a tuple of names, or None"),
+    "tuple[Attentions, ...]": (
+        lambda v: isinstance(v, tuple) and all(isinstance(item, Attentions) for item in v),
+        "a tuple of `Attentions`",
+    ),
+}
+"""Whether a value is of the kind that a row's annotation says, and what that is called in an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -637,6 +677,10 @@ def register_family(family: Family) -> None:
         ValueError: if transformers has no configuration class for the `model_type`; register that first
             (`AutoConfig.register`).
     """
+    if not isinstance(family, Family):
+        raise refused("family", family, "a `peft_eas.Family`")
+    if issubclass(CONFIG_MAPPING.get(family.model_type, object), EASConfigMixin):
+        raise ValueError(f"{family.model_type!r} is the type of merged models, which can't get EAS again.")
     if family.model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"transformers knows no model type {family.model_type!r}: call `AutoConfig.register` for it first."

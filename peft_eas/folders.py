@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Folders and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         folder.replace(target)
+
+
+@contextlib.contextmanager
+def new_file(target: str | os.PathLike) -> Iterator[Path]:
+    """A file to write, which takes the place of `target` when the `with` ends; if it ends in an exception, all is as it
+    was, and nothing else is left."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        file = Path(scratch) / target.name
+        yield file
+        file.replace(target)

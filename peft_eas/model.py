@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import checks
 from .config import EASConfig
 from .families import Arm, find_layers
 from .freeze import FrozenContext, freeze
@@ -60,6 +61,7 @@ class EASModel(BaseTuner):
                 f"`exclude_modules` and `layers_to_transform` leaves none of them, such as "
                 f"{next(iter(self._places))!r}. Leave it out to adapt all."
             )
+        widths = []
         for name, arms in self._places.items():
             if name not in targeted:
                 continue
@@ -68,9 +70,22 @@ class EASModel(BaseTuner):
             _, width = inputs_of(base_layer, arms[0], is_ffn=name != arms[0].attention)
             if width % peft_config.groups:
                 raise ValueError(f"`groups`={peft_config.groups} does not divide the model's hidden size {width}.")
+            widths.append(width)
+        rank = max(peft_config.r, peft_config.r_pia)
+        if widths and rank > max(widths):
+            raise ValueError(
+                f"`r`={peft_config.r} and `r_pia`={peft_config.r_pia} must be at most the model's hidden size, "
+                f"{max(widths)}."
+            )
         skippable = [key for key, arm in layers.items() if arm.is_skippable and {arm.attention, *arm.ffns} <= targeted]
         if peft_config.skip_layers is not None:
             peft_config.skip_layers = self._checked(peft_config.skip_layers, skippable)
+        elif not skippable and peft_config.num_skip != 0:
+            raise ValueError(
+                "No attention can be skipped: `target_modules`, `exclude_modules`, `layers_to_transform` and "
+                "`modules_to_save` leave none that has an adapter together with its FFN. Let them leave some, or say "
+                "`num_skip=0`."
+            )
         peft_config.is_set_given = peft_config.skip_layers is not None
         count = peft_config.count_to_skip(len(skippable))
         if count > len(skippable):
@@ -79,7 +94,7 @@ class EASModel(BaseTuner):
 
     def _checked(self, skip_layers: Iterable[int | str], skippable: list[int | str]) -> list[int | str]:
         """The attentions that are meant by indices or names, in the model's order."""
-        keys = self._layers.resolve(skip_layers)
+        keys = self._layers.resolve(checks.attentions("skip_layers", skip_layers))
         wrong = [key for key in keys if key not in skippable]
         if wrong:
             raise ValueError(
@@ -188,6 +203,17 @@ class EASModel(BaseTuner):
         attentions = {i: self._wrappers(i)[0] for i in self._layers}
         return [i for i, attention in attentions.items() if attention is not None and attention.gates.get(adapter_name)]
 
+    def named(self, adapter_name: str | None) -> str:
+        """An adapter's name, by default that of the active one.
+
+        Raises:
+            ValueError: if there is no such adapter.
+        """
+        name = next(iter(self.active_adapters), None) if adapter_name is None else adapter_name
+        if not isinstance(name, str) or name not in self.peft_config:
+            raise ValueError(f"There is no adapter {checks.shown(name)}: name one of {list(self.peft_config)}.")
+        return name
+
     def set_skip_layers(self, skip_layers: list[int | str], adapter_name: str | None = None) -> None:
         """Skip just these attentions.
 
@@ -201,8 +227,7 @@ class EASModel(BaseTuner):
         Raises:
             ValueError: for an attention that is not there, or that the adapter can't skip, or while merged.
         """
-        if adapter_name is None:
-            (adapter_name,) = self.active_adapters
+        adapter_name = self.named(adapter_name)
         config = self.peft_config[adapter_name]
         targeted = self._targeted(adapter_name)
         skip_layers = self._checked(skip_layers, list(targeted))
@@ -222,8 +247,7 @@ class EASModel(BaseTuner):
 
     def skip_gates(self, adapter_name: str | None = None) -> SkipGates:
         """The gates of an adapter, by default the active one, for a search to work with."""
-        if adapter_name is None:
-            (adapter_name,) = self.active_adapters
+        adapter_name = self.named(adapter_name)
         return SkipGates(self._targeted(adapter_name), adapter_name)
 
     def stand_ins(self, adapter_name: str) -> dict[int | str, nn.Parameter]:
@@ -343,8 +367,7 @@ class EASModel(BaseTuner):
             ValueError: if the adapter has `propagation="none"`, has no skip set yet, is merged or not active; and
                 without any tokens. The model is then as it was.
         """
-        if adapter_name is None:
-            (adapter_name,) = self.active_adapters
+        adapter_name = self.named(adapter_name)
         config = self.peft_config[adapter_name]
         if config.propagation == "none":
             raise ValueError(f"Adapter {adapter_name!r} has `propagation='none'`: there is nothing to freeze.")

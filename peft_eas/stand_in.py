@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from .batches import arguments_of, arguments_seen, counted_tokens, evaluating, hooks
+from .batches import arguments_of, arguments_seen, batches_of, counted_tokens, evaluating, explaining, hooks
 from .families import Arm, Layers, find_layers
 from .layer import EASAttention, EASLayer
 from .model import EASModel
@@ -41,21 +41,23 @@ def initialize_eas_weights(
         adapter_name: Adapter; the active one by default.
 
     Raises:
-        ValueError: for a model or adapter without stand-ins, while it is merged, without any tokens, and for values
-            that are not finite; nothing is changed then.
+        ValueError: for a model or adapter without stand-ins, while it is merged, without any tokens, for batches that
+            the model does not take, and for values that are not finite; nothing is changed then.
     """
     tuner = eas_model(model)
-    if adapter_name is None:
-        (adapter_name,) = tuner.active_adapters
-    if adapter_name not in tuner.peft_config:
-        raise ValueError(f"There is no adapter {adapter_name!r}: name one of {list(tuner.peft_config)}.")
+    adapter_name = tuner.named(adapter_name)
     if not tuner.stand_ins(adapter_name):
         raise ValueError(
             f"Adapter {adapter_name!r} has no stand-ins: it skips nothing, or was made with `stand_in='zero'`."
         )
     if any(isinstance(module, EASLayer) and module.merged for module in tuner.modules()):
         raise ValueError("The adapter is merged: call `unmerge_adapter()` before its stand-ins are measured.")
-    fill_stand_ins(tuner, adapter_name, dataloader, lambda batch: model(**arguments_of(batch, tuner.model)))
+
+    def forward(batch: dict[str, torch.Tensor]) -> None:
+        with explaining():
+            model(**arguments_of(batch, tuner.model))
+
+    fill_stand_ins(tuner, adapter_name, batches_of(dataloader), forward)
 
 
 def fill_stand_ins(tuner: EASModel, adapter_name: str, batches: Iterable[Any], forward: Callable[[Any], Any]) -> None:
@@ -193,7 +195,7 @@ def eas_model(model: nn.Module) -> EASModel:
     Raises:
         ValueError: if there is none.
     """
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, EASModel):
             return module
     raise ValueError(

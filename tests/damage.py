@@ -70,10 +70,14 @@ def edit(folder: Path, change: Callable[[dict], object], is_signed: bool = True)
     config = json.loads(path.read_text())
     change(config["eas"])
     if is_signed:
-        content = {key: value for key, value in config["eas"].items() if key != "checksum"}
-        content = json.dumps(content, sort_keys=True)
-        config["eas"]["checksum"] = hashlib.sha256(content.encode()).hexdigest()[:16]
+        sign(config["eas"])
     path.write_text(json.dumps(config))
+
+
+def sign(eas: dict) -> None:
+    """Give a changed record the checksum that it should have."""
+    content = json.dumps({key: value for key, value in eas.items() if key != "checksum"}, sort_keys=True)
+    eas["checksum"] = hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def outcome(folder: Path, change: Callable[[dict], object], is_signed: bool, inputs: dict) -> str:

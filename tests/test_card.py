@@ -1,5 +1,7 @@
 """The model card: its numbers against what models have and do, its metadata, and whose text is never touched."""
 
+import attacks
+import damage
 import matrix
 import pytest
 import tiny
@@ -10,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from peft_eas import EASConfig, card, model_card
 from peft_eas.card import layer_picture, write_card
+from peft_eas.checks import shown
 from peft_eas.work import base_of, count, on_meta
 
 SKIP = [0, 3]
@@ -321,3 +324,67 @@ def test_metadata_that_somebody_added_is_kept(merged, tmp_path, hub):
         write_card(merged, tmp_path)
         made = ModelCard(written(tmp_path))
         assert (made.data.base_model, made.data.license, made.data.license_name) == ("me/base", "mit", None)
+
+
+# Files that somebody changed ------------------------------------------------------------------------------------------
+
+WRONG = ["", "\n# Title", "<script>alert(1)</script>", "../..", "a/b/c", "me/base\n", "x" * 200, 5, None]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_what_can_not_be_a_repository_is_not_named(merged, wrong):
+    merged.config.eas["config"]["base_model"] = wrong
+    damage.sign(merged.config.eas)
+    made = model_card(merged)
+    assert made.data.base_model is None
+    assert made.text.startswith("\n# llama with EAS\n\nA `llama` model, fine-tuned")
+    for argument in ("repo_id", "base_model"):
+        if wrong is not None:
+            with pytest.raises(ValueError, match=r"[Rr]epo"):
+                model_card(merged, **{argument: wrong})
+
+
+@pytest.mark.parametrize(
+    "wrong", [*(w for w in WRONG if w != 5), "\x1b[2J", "`](x)|", 10**400, float("nan")], ids=shown
+)
+def test_nothing_of_a_changed_record_gets_into_a_card_as_it_is(merged, wrong):
+    for key in ("r", "router", "scaling", "use_bias", "<script>", "groups"):
+        merged.config.eas["config"] |= {key: wrong}
+        damage.sign(merged.config.eas)
+        text = model_card(merged).text
+        assert text.count("\n# ") == 1
+        assert "<script>" not in text
+        assert "\x1b" not in text
+        assert ("`EASConfig` with" in text) == (key == "<script>")
+        merged.config.eas["config"] = {"r": 4}
+    merged.config.eas["config"] = wrong
+    with pytest.raises(ValueError, match=r"`eas\.config` in config\.json must be a dict"):
+        model_card(merged)
+
+
+def test_words_of_others_are_words(merged, tmp_path):
+    odd = "a\n# b | <script> [c](d) `e` \x1b[2J"
+    result = EvalResult(odd, odd, odd, odd, 0.5)
+    card = model_card(merged, eval_results=[result], measured={odd: 1.5})
+    assert card.text.count("\n# ") == 1
+    assert r"| a # b \| \<script\> \[c\](d) \`e\` \\x1b\[2J | 1.50 |" in card.text
+    assert "<script>" not in card.text
+
+
+def test_a_base_model_s_odd_card_is_no_reason_for_none(hub, tmp_path):
+    hub["me/base"] = dict(license=["mit"], language="en", license_link=5)
+    merged = merge(tiny.model("llama"))
+    assert model_card(merged).data.license is None
+    hub["me/other"] = dict(license="mit", license_link=5)
+    assert model_card(merge(tiny.model("llama"), name="me/other")).data.license == "mit"
+
+
+def test_a_full_disk_leaves_the_card_that_was_there(merged, tmp_path):
+    write_card(merged, tmp_path)
+    before = attacks.contents(tmp_path)
+    moments = []
+    for moment, failed in attacks.full_disks(tmp_path, lambda: write_card(merged, tmp_path, "me/other")):
+        moments.append(moment)
+        assert failed
+        assert attacks.contents(tmp_path) == before
+    assert [moment.split()[0] for moment in moments] == ["open", "write", "replace"]

@@ -5,8 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
+import attacks
 import pytest
 import tiny
 import torch
@@ -212,8 +214,8 @@ def test_what_the_user_can_put_right_is_said_in_one_line(base, data, adapter, tm
     for odd, said in (
         ("", "it is empty"),
         ('{"text": "w1"}\n{"text"', "JSON"),
-        ('{"text": "w1"}\n{"text": null}\n', "`text` of row 2 is no text, but 'None'"),
-        ('{"prompt": "w1", "completion": 1}\n', "`completion` of row 1 is no text, but '1'"),
+        ('{"text": "w1"}\n{"text": null}\n', "`text` of row 2 is no text, but None"),
+        ('{"prompt": "w1", "completion": 1}\n', "`completion` of row 1 is no text, but 1"),
     ):
         (tmp_path / "odd.jsonl").write_text(odd)
         assert said in fails(capsys, "score", base, tmp_path / "odd.jsonl")
@@ -236,6 +238,83 @@ def test_what_the_user_can_put_right_is_said_in_one_line(base, data, adapter, tm
         with pytest.raises(SystemExit) as stopped:
             cli.main(wrong)
         assert stopped.value.code == 2
+
+
+def test_odd_data_and_arguments_are_refused(base, tmp_path, monkeypatch, capfd):
+    """No exception, and nothing that a terminal takes for a command."""
+    monkeypatch.chdir(tmp_path)
+    seen = attacks.outcomes(attacks.wrong_data(tmp_path / "data", base))
+    assert set(seen) == {"works", "refused"}
+    assert seen["works"] == 4  # a BOM, a very long row twice, a line separator
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "report.json"])
+def test_an_adapter_whose_files_were_changed_is_inspected_or_refused(adapter, file, tmp_path, capfd):
+    seen = attacks.outcomes(attacks.changed_folders(tmp_path, adapter, file, lambda f: ["inspect", f], count=60))
+    assert set(seen) <= {"works", "refused"}
+    assert seen["works"] > 10
+    assert seen["refused"] == 0 or file != "report.json"  # what is inspected is the adapter
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
+def test_a_merged_model_whose_configuration_was_changed_is_inspected_or_refused(base, adapter, tmp_path, capfd):
+    assert cli.main(["merge", str(adapter), str(tmp_path / "merged")]) == 0
+    changed = attacks.changed_folders(tmp_path, tmp_path / "merged", "config.json", lambda f: ["inspect", f], count=40)
+    assert set(attacks.outcomes(changed)) == {"works", "refused"}
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
+def changed(adapter, folder, **settings):
+    """A copy of an adapter with another configuration."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_a_file_says_is_no_command_for_the_terminal(adapter, tmp_path, capsys):
+    odd = changed(adapter, tmp_path / "odd", base_model_name_or_path="no\x1b[2J\nskips")
+    assert [line.split()[0] for line in _said(capsys, "inspect", odd).splitlines()].count("skips") == 1
+    assert cli.main(["inspect", str(odd)]) == 0
+    assert cli.main(["merge", str(odd), str(tmp_path / "out")]) == 1
+    streams = capsys.readouterr()
+    assert "\x1b" not in streams.out + streams.err
+    assert r"no\x1b[2J" in streams.out
+    assert r"no\x1b[2J" in streams.err
+
+
+def test_an_adapter_s_class_of_models_is_one(base, adapter, tmp_path, capsys):
+    for number, name in enumerate(("pipeline", "TrainingArguments", "utils", "AutoConfig", "logging")):
+        wrong = changed(adapter, tmp_path / str(number), task_type=None, auto_mapping={"base_model_class": name})
+        said = fails(capsys, "merge", wrong, tmp_path / "out", "--base", base)
+        assert f"names '{name}' as its `base_model_class`, which is no class of models" in said
+    for number, given in enumerate(("x", ["pipeline"], {"base_model_class": ["pipeline"]}, {}), start=9):
+        odd = changed(adapter, tmp_path / str(number), auto_mapping=given)
+        assert cli.main(["merge", str(odd), str(tmp_path / f"out{number}"), "--base", str(base)]) == 0
+
+
+def test_ranks_that_ask_for_all_memory_are_refused_before_anything_is_made(base, adapter, tmp_path, capsys):
+    for rank, said in (
+        (10**7, "`r_pia` must be an integer from 1 to 65536"),
+        (2**16, "at most the model's hidden size"),
+    ):
+        wrong = changed(adapter, tmp_path / str(rank), r_pia=rank)
+        tracemalloc.start()
+        assert said in fails(capsys, "merge", wrong, tmp_path / "out", "--base", base)
+        assert tracemalloc.get_traced_memory()[1] < 10**8
+        tracemalloc.stop()
+
+
+def test_a_report_that_is_none_is_left_out_with_a_warning(adapter, tmp_path, capsys):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    for odd in ("", "null", '{"layers": 1}', "[]"):
+        (tmp_path / "adapter" / "report.json").write_text(odd)
+        assert cli.main(["inspect", str(tmp_path / "adapter")]) == 0
+        streams = capsys.readouterr()
+        assert "The search is left out" in streams.err
+        assert "report.json is not the report of a search" in streams.err
+        assert "skips        2 of 6" in streams.out
 
 
 def test_text_without_prompts_trains(base, adapter, tmp_path, capsys):

@@ -1,9 +1,12 @@
 """EASConfig: what is allowed, what is refused, and that it survives saving; errors leave the model as it was."""
 
+import itertools
 import json
 import subprocess
 import sys
 
+import attacks
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,27 +14,61 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, Ta
 from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 from peft_eas import EASConfig
+from peft_eas.checks import shown
 
 WRONG = {
-    "r": [0, -8, 3, 2.0, True, "8", None],
-    "r_pia": [0, 7, 1.5, None],
-    "num_skip": [-1, 0.0, 1.0, -0.5, float("nan"), True, "4"],
-    "skip_layers": [[-1], [1, 1], [1.0], ["a", "a"], "12", 3, [True]],
+    "r": [0, -8, 3, 2.0, True, "8", None, 10**7, 2**63, 10**5000, torch.ones(2)],
+    "r_pia": [0, 7, 1.5, None, np.float32(8)],
+    "num_skip": [-1, 0.0, 1.0, -0.5, float("nan"), True, "4", 2**63, np.array([1])],
+    "skip_layers": [[-1], [1, 1], [1.0], ["a", "a"], "12", 3, [True], [2**63], {1: 2}, itertools.count()],
     "groups": [0, -1, 1.5, True, 5],
     "router": ["dynamic", None, 1],
     "propagation": ["all", None, True],
     "dropout": [-0.1, 1.0, float("nan"), "0"],
-    "scaling": [0, float("inf"), float("nan"), None],
+    "scaling": [0, float("inf"), float("nan"), None, 1e300, 5e-324, 10**400, torch.tensor(1e5)],
     "use_bias": [None, "none", 1],
     "init_weights": [None, "gaussian"],
-    "layers_to_transform": [[-1], [0, 0], ["a"], True],
+    "layers_to_transform": [[-1], [0, 0], ["a"], True, 2**63, np.array(1.0)],
+    "target_modules": [1, [1], [""], {"mlp": 1}, [["mlp"]], "[", [None]],
+    "exclude_modules": [1, [1], "("],
+    "modules_to_save": [1, "lm_head", ["("], [3]],
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values], ids=str)
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values], ids=shown)
 def test_a_wrong_value_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"`{name}`") as said:
         EASConfig(**{"groups": 2, name: value})
+    assert len(str(said.value)) < 250
+
+
+def test_numbers_of_numpy_and_torch_are_kept_as_python_s(tmp_path):
+    config = EASConfig(
+        r=np.int32(4), r_pia=torch.tensor(8), groups=np.array(2), num_skip=np.float64(0.5), scaling=np.float32(0.5),
+        dropout=torch.tensor(0.25), use_bias=np.bool_(False), layers_to_transform=np.arange(3),
+    )  # fmt: skip
+    for name, value in (("r", 4), ("r_pia", 8), ("groups", 2), ("num_skip", 0.5), ("scaling", 0.5), ("dropout", 0.25)):
+        assert getattr(config, name) == value
+        assert type(getattr(config, name)) is type(value)
+    assert config.use_bias is False
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert EASConfig(skip_layers=torch.tensor([3, 1])).skip_layers == [1, 3]
+
+
+def test_a_random_configuration_is_refused_or_works():
+    """A ValueError, or a model of finite logits with something to train; nothing else."""
+    seen = attacks.configurations(2000, injected=200)
+    assert set(seen) <= {"config refused", "config allowed, no model tried", "model works", "model refused"}
+    assert seen["model works"] > 100
+    assert seen["model refused"] > 20
+
+
+def test_wrong_values_are_refused_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = attacks.outcomes(attacks.wrong_calls(tmp_path))
+    assert set(seen) == {"works", "refused"}
+    assert seen["refused"] > 10 * seen["works"]
 
 
 def test_num_skip_and_skip_layers_must_agree():
@@ -134,6 +171,10 @@ def state(model):
         (dict(skip_layers=[1], exclude_modules=["layers.1.mlp"]), r"names \[1\]"),
         (dict(target_modules=["q_proj"], skip_layers=[]), "whole attentions and FFNs"),
         (dict(groups=3, r=3, r_pia=3, skip_layers=[1]), "does not divide"),
+        (dict(r=64), "at most the model's hidden size, 32"),
+        (dict(r_pia=64, skip_layers=[1]), "at most the model's hidden size, 32"),
+        (dict(exclude_modules=["self_attn"]), "No attention can be skipped.*`num_skip=0`"),
+        (dict(target_modules=r".*\.mlp"), "No attention can be skipped"),
     ],
     ids=str,
 )

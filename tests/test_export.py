@@ -487,7 +487,7 @@ def test_what_no_format_can_hold_is_refused(format, refused, tmp_path):
     quantised = tiny.model("llama")
     quantised.config.quantization_config = {"quant_method": "gptq"}
     refused(format, "unquantised base", quantised)
-    with pytest.raises(ValueError, match="no format 'tflite': choose from 'nemotron-nas', 'gguf', 'onnx'"):
+    with pytest.raises(ValueError, match="`format` must be one of 'nemotron-nas', 'gguf', 'onnx', got 'tflite'"):
         peft_eas.export(tiny.model("llama"), tmp_path / "out", "tflite")
 
 

@@ -151,6 +151,50 @@ def test_generations_in_threads_do_not_mix(state):
 
 
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_generations_and_a_training_in_threads_do_not_mix(state, shared):
+    models = [adapted("llama", [0, 3], state)] * 2 if shared else [adapted("llama", [i], state) for i in (0, 3)]
+    trained = adapted("llama", [1, 2])
+    at_first = copy.deepcopy(trained.state_dict())
+    prompts = [tiny.inputs("llama", rows=2, length=7 + seed, seed=seed) for seed in range(2)]
+
+    def generated(i):
+        return [generate(models[i], prompts[i], cache_implementation=cache) for cache in (None, "static")]
+
+    def losses():
+        trained.train().load_state_dict(at_first)
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-2)
+        found = []
+        for _ in range(8):
+            loss = trained(**prompts[0], labels=prompts[0]["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    works = [lambda: generated(0), lambda: generated(1), losses]
+    expected = [work() for work in works]
+    assert expected[2][-1] < expected[2][0]
+    actual = [[], [], []]
+
+    def again(i):
+        barrier.wait()
+        actual[i] += [works[i]() for _ in range(3)]
+
+    barrier = threading.Barrier(3)
+    threads = [threading.Thread(target=again, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert len(actual[i]) == 3
+        assert all(torch.equal(a, e) for some in actual[i] for a, e in zip(some, expected[i], strict=True))
+    assert actual[2] == [expected[2]] * 3
+
+
+@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_static_cache_can_be_reset_and_used_again(family, state):
     model = adapted(family, [0, 3], state)

@@ -1,9 +1,12 @@
 """What users of PEFT expect of any tuner."""
 
 import copy
+import gc
 import pickle
 import re
+from collections import Counter
 
+import attacks
 import pytest
 import tiny
 import torch
@@ -533,3 +536,41 @@ def test_torch_compile_without_graph_breaks(settings, merged):
         model.set_skip_layers([1])
         with torch.no_grad():
             torch.testing.assert_close(compiled(**inputs).logits, inner(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+def alive():
+    gc.collect()
+    kinds = (torch.Tensor, torch.nn.Module, EASConfig)
+    return Counter(type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), kinds))
+
+
+def test_adapters_that_are_deleted_leave_nothing():
+    model = get_peft_model(tiny.model("llama"), EASConfig(skip_layers=[1]))
+    before = alive()
+    for number in range(100):
+        settings = dict(skip_layers=[number % 6], propagation=("none", "mean")[number % 2], r=4, r_pia=4)
+        model.add_adapter(f"another{number}", EASConfig(**settings))
+        if number % 10 == 0:
+            model.set_adapter(f"another{number}")
+            model(**tiny.inputs("llama"))
+            model.set_adapter("default")
+        model.delete_adapter(f"another{number}")
+    assert not alive() - before  # less, where something of an earlier test went meanwhile
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_full_disk_while_an_adapter_is_saved_is_said_and_a_later_save_works(tmp_path):
+    """PEFT writes its files one after the other, in place: they may be half there until then. (Of a card that was cut
+    off, it takes the rest for somebody's text, and keeps it.)"""
+    model = get_peft_model(tiny.model("llama"), EASConfig(skip_layers=[1], propagation="mean"))
+    tiny.shake(model)
+    model.save_pretrained(tmp_path / "adapter")
+    before, moments = attacks.contents(tmp_path), []
+    for moment, failed in attacks.full_disks(tmp_path, lambda: model.save_pretrained(tmp_path / "adapter")):
+        moments.append(moment)
+        assert failed, moment
+        assert attacks.contents(tmp_path).keys() == before.keys()
+        model.save_pretrained(tmp_path / "adapter")
+        after = attacks.contents(tmp_path)
+        assert all(after[name] == content for name, content in before.items() if "README" not in name)
+    assert {"save adapter_model.safetensors", "write adapter_config.json", "open README.md"} <= {*moments}

@@ -13,6 +13,8 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import attacks
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -26,7 +28,7 @@ from peft_eas.layer import EASAttention, EASLayer
 from peft_eas.runtime.eas_record import Record
 from peft_eas.search import exchange
 from peft_eas.search.held_out import PARTS, HeldOut, fingerprints
-from peft_eas.search.report import reasons
+from peft_eas.search.report import reasons, write_report
 from peft_eas.search.run import Search
 
 STEPS = 20
@@ -447,6 +449,105 @@ def test_an_exception_while_scoring_leaves_the_model_as_it_was(tmp_path, when):
     assert not model._forward_pre_hooks
 
 
+class Recorded(EASCallback):
+    """Writes down what was before an event in which it scores, and when it does."""
+
+    scores = False
+
+    def watched(self, event, *args, **kwargs):
+        self.before, self.scores = noticed(kwargs["model"]), True
+        event(*args, **kwargs)
+        self.scores = False
+
+    def on_train_begin(self, *args, **kwargs):
+        self.watched(lambda *a, **k: EASCallback.on_train_begin(self, *a, **k), *args, **kwargs)
+
+    def on_step_end(self, *args, **kwargs):
+        self.watched(super().on_step_end, *args, **kwargs)
+
+
+def noticed(model):
+    """What a scoring, even one that fails, must leave as it was."""
+    return (
+        random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), torch.is_grad_enabled(),
+        [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        [(n, p.requires_grad) for n, p in model.named_parameters()],
+        [(dict(a.gates), {k: bool(v) for k, v in a.eas_skip.items()}, a.disable_adapters) for a in attentions(model)],
+    )  # fmt: skip
+
+
+MOMENTS = {"dataset": (1, 6, 14, 23), "collator": (1, 5, 7, 10), "loss": (1, 2, 4, 11), "forward": (1, 2, 4, 11)}
+"""Which calls try a batch, measure stand-ins, score the start, and are in a round (those of a model: in a try)."""
+
+
+@pytest.mark.parametrize(("where", "at"), [(where, at) for where, moments in MOMENTS.items() for at in moments])
+def test_what_fails_while_scoring_leaves_no_trace(tmp_path, where, at):
+    model, rows, calls = fresh().train(), dataset(8), Counter()
+    error = KeyboardInterrupt if where in ("dataset", "loss") else OSError
+
+    def fail(place):
+        calls[place] += search.scores
+        if search.scores and place == where and calls[place] == at:
+            raise error("here")
+
+    class Rows:
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            fail("dataset")
+            return rows[i]
+
+    def collator(examples):
+        fail("collator")
+        return collate(examples)
+
+    def compute_loss(*args, **kwargs):
+        fail("loss")
+        return Trainer.compute_loss(made, *args, **kwargs)
+
+    with torch.no_grad():
+        for stand_in in model.stand_ins("default").values():
+            stand_in.zero_()  # so that they are measured
+    model.base_model.model.model.layers[3].mlp.register_forward_hook(lambda *args: fail("forward"))
+    search = Recorded(Rows(), **SEARCH | dict(warm_start="deviation"))
+    made = trainer(tmp_path, model, callbacks=[search], max_steps=STEPS, save_strategy="no")
+    made.data_collator, made.compute_loss = collator, compute_loss
+    with pytest.raises(error, match="here"):
+        made.train()
+    assert made.state.global_step == (6 if at == MOMENTS[where][-1] else 0)
+    assert noticed(model) == search.before
+    assert model.training
+    assert model.skip_layers == (search.report["skip_layers"] if made.state.global_step else [])
+    # a plain step of a training goes by the set, whatever it is
+    search.scores = False
+    watch = Watch(model)
+    model.set_skip_layers([1])
+    model(**collate(list(dataset(4)))).loss.backward()
+    assert watch.skipped(training=True) == [1]
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_what_fails_while_training_leaves_nothing_on_the_model(tmp_path):
+    """A data loader, which fails between two steps."""
+    model, rows = fresh(), dataset(24)
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, i):
+            if made.state.global_step == 7:
+                raise OSError("disk")
+            return rows[i]
+
+    made = trainer(tmp_path, model, callbacks=[EASCallback(**SEARCH)], max_steps=STEPS, save_strategy="no")
+    made.train_dataset = Rows()
+    with pytest.raises(OSError, match="disk"):
+        made.train()
+    assert not model._forward_pre_hooks
+
+
 def test_rewards_from_the_training_set_never_see_the_batch_just_trained_on(tmp_path, monkeypatch):
     trained, scored, rounds = [], [], []
     original = Search.round
@@ -567,6 +668,29 @@ def test_a_checkpoint_without_a_search_can_not_be_gone_on_from(tmp_path):
     plain.train()
     with pytest.raises(ValueError, match="without an `EASCallback`"):
         run(tmp_path, fresh(), resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_checkpoint_whose_search_was_changed_is_refused(tmp_path):
+    run(tmp_path, fresh(), max_steps=7, save_strategy="steps", save_steps=7)
+    (file,) = tmp_path.glob("checkpoint-7/trainer_state.json")
+    state = json.loads(file.read_text())
+    saved = state["stateful_callbacks"]["eas_search"]
+    changes = [
+        ("new", 1),
+        ("order", [0, 0, 1, 2, 3, 4]),
+        ("count", 7),
+        ("interval", 0),
+        ("rounds", [{}]),
+        ("rounds", 3),
+    ]
+    changes += [("settled", [9]), ("layers", None), ("warmup", "1")]
+    for wrong in (5, [], {"a": 1}, *(saved | {key: value} for key, value in changes)):
+        state["stateful_callbacks"]["eas_search"] = wrong
+        file.write_text(json.dumps(state))
+        model = fresh()
+        with pytest.raises(ValueError, match=r"`trainer_state.json` has a search"):
+            run(tmp_path, model, resume=str(file.parent))
+        assert not model._forward_pre_hooks
 
 
 def test_training_that_ends_before_the_search_settles_with_a_warning(tmp_path, caplog):
@@ -747,6 +871,37 @@ def test_reporters_see_the_metrics_and_files_are_left(tmp_path):
     assert (tmp_path / "again.png").exists()
     with pytest.raises(FileNotFoundError):
         plot_search(tmp_path / "nowhere")
+    # one that somebody changed
+    report, odd = json.loads((tmp_path / "report.json").read_text()), tmp_path / "odd.json"
+
+    def drawn(text):
+        odd.write_text(text)
+        return lambda: plot_search(odd)
+
+    seen = attacks.outcomes(("a report", drawn(text)) for text in attacks.changed_json(report, seed=5, count=30))
+    assert set(seen) == {"works", "refused"}
+    with pytest.raises(ValueError, match="not the report of a search"):
+        plot_search({"layers": [1]})
+
+
+def test_a_full_disk_leaves_the_report_and_the_picture_that_were_there(tmp_path):
+    run(tmp_path / "run", fresh(), save_strategy="no")
+    before, report = attacks.contents(tmp_path), json.loads((tmp_path / "run" / "report.json").read_text())
+    moments = []
+    for moment, failed in attacks.full_disks(tmp_path, lambda: write_report(report | {"seed": 1}, tmp_path / "run")):
+        moments.append(moment)
+        assert failed
+        after = attacks.contents(tmp_path)
+        assert after.keys() == before.keys()
+        assert after["run/search.png"] == before["run/search.png"]
+        # a new report stands as soon as it is whole
+        assert json.loads(after["run/report.json"])["seed"] == (1 if "search.png" in moment else 7)
+        (tmp_path / "run" / "report.json").write_bytes(before["run/report.json"])
+    assert {"open report.json", "write report.json", "replace report.json", "replace search.png"} <= {*moments}
+    before = attacks.contents(tmp_path)  # with the new report, of the last time, when the disk was large enough
+    for moment, failed in attacks.full_disks(tmp_path, lambda: plot_search(report, tmp_path / "run" / "search.png")):
+        assert failed, moment
+        assert attacks.contents(tmp_path) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------

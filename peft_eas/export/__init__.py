@@ -8,6 +8,7 @@ from collections.abc import Callable
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks import choice, refused
 from ..folders import new_folder
 from ..runtime.eas_record import Record
 from .gguf_file import write_gguf
@@ -44,8 +45,14 @@ def export(
         ValueError: if `dir` is not free, or if the format can't hold the model; the message says what to do.
         ImportError: if a package that the format needs is not installed.
     """
-    if format not in FORMATS:
-        raise ValueError(f"There is no format {format!r}: choose from {', '.join(map(repr, FORMATS))}.")
+    choice("format", format, FORMATS)
+    if not isinstance(dir, (str, os.PathLike)) or not os.fspath(dir):
+        raise refused("dir", dir, "the name of a folder")
+    for name, value in (("dtype", dtype), ("pre_tokenizer", pre_tokenizer)):
+        if value is not None and not isinstance(value, str):
+            raise refused(name, value, "a name, or None")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise refused("tokenizer", tokenizer, "a tokenizer of transformers, or None")
     with new_folder(dir) as folder:
         _check(model)
         FORMATS[format](model, folder, tokenizer=tokenizer, dtype=dtype, pre_tokenizer=pre_tokenizer)
@@ -55,6 +62,8 @@ def _check(model: PreTrainedModel) -> None:
     """Refuse what no format can hold."""
     if isinstance(model, PeftModel):
         raise ValueError("This model has adapters in it: export what `model.merge_and_unload()` returns.")
+    if not isinstance(model, PreTrainedModel):
+        raise refused("model", model, "a model of transformers")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("The weights of this model are quantised: merge the adapters into the unquantised base model.")
     if model.config.get_text_config(decoder=True) is not model.config:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .. import checks
 from ..model import EASModel
 from ..stand_in import are_zero, eas_model, fill_stand_ins
 from .held_out import HeldOut
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 STATE_KEY = "eas_search"
 """Where a checkpoint's `trainer_state.json` has the search, among `stateful_callbacks`."""
+
+MOST_STEPS = 10**9
+"""No training has more."""
 
 WARM_STARTS = ("deviation", "kl", "similarity", "depth")
 
@@ -72,22 +76,23 @@ class EASCallback(TrainerCallback):
         num_candidates: int = 4,
         warm_start: str | Mapping[int | str, float] | None = "deviation",
     ) -> None:
-        for name, value in (("warmup_steps", warmup_steps), ("search_steps", search_steps)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` must be a number of steps, or a fraction below 1, got {value!r}.")
-        for name, value in (("interval", interval), ("num_candidates", num_candidates)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if not (warm_start is None or isinstance(warm_start, Mapping) or warm_start in WARM_STARTS):
-            raise ValueError(
-                f"`warm_start` must be {', '.join(map(repr, WARM_STARTS))}, scores by layer or None; got "
-                f"{warm_start!r}."
-            )
+        steps = f"a number of steps from 0 to {MOST_STEPS}, or a fraction below 1"
+        warmup_steps, search_steps = (
+            checks.number(name, value, lambda v: 0 <= v <= MOST_STEPS, steps)
+            for name, value in (("warmup_steps", warmup_steps), ("search_steps", search_steps))
+        )
+        if isinstance(warm_start, Mapping):
+            warm_start = {
+                key: checks.number(f"warm_start[{checks.shown(key)}]", value, math.isfinite, "a finite number")
+                for key, value in warm_start.items()
+            }
+        elif warm_start is not None:
+            warm_start = checks.choice("warm_start", warm_start, WARM_STARTS)
         self.search_dataset = search_dataset
         self.warmup_steps = warmup_steps
         self.search_steps = search_steps
-        self.interval = interval
-        self.num_candidates = num_candidates
+        self.interval = checks.integer("interval", interval, 1, MOST_STEPS)
+        self.num_candidates = checks.integer("num_candidates", num_candidates, 1)
         self.warm_start = warm_start
         self._search: Search | None = None
         self._last_report: dict[str, Any] | None = None

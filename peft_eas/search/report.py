@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import one_line
+from ..folders import new_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -15,20 +18,49 @@ logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
 PICTURE = "search.png"
+ROUND = {"step", "tried", "costs", "losses", "exchanged", "skip_layers"}
+"""What is written down of each round."""
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Write `report.json` and, if matplotlib is installed, `search.png`; a reader never sees half a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{REPORT}.part"
-    scratch.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / REPORT)
+    with new_file(folder / REPORT) as file:
+        file.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     try:
-        figure = plot_search(report)
+        plot_search(report, folder / PICTURE)
     except ImportError:
         logger.info("There is no picture of the search, as matplotlib is not installed.")
-        return
-    figure.savefig(folder / PICTURE, dpi=150)
+
+
+def read_report(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of `report.json`, of the file or of the folder that it is in.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not the report of a search.
+    """
+    file = Path(path)
+    file = file / REPORT if file.is_dir() else file
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        layers = report["layers"]
+        is_right = (
+            _are(layers, (int, str))
+            and sorted(report["start"]) == list(range(len(layers)))
+            and {*report["skip_layers"]} <= {*layers}
+            and all(entry.keys() >= ROUND for entry in report["rounds"])
+            and all(isinstance(report[name], int) for name in ("count", "warmup", "settle", "ignored"))
+            and all(isinstance(report[name], dict) for name in ("settings", "comparison", "budget"))
+        )
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not the report of a search ({type(error).__name__}: {one_line(error)}).") from None
+    if not is_right:
+        raise ValueError(f"{file} is not the report of a search, or was changed.")
+    return report
+
+
+def _are(items: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(items, list) and all(isinstance(item, kinds) for item in items)
 
 
 def reasons(report: dict[str, Any]) -> list[str]:
@@ -61,15 +93,28 @@ def plot_search(report: dict[str, Any] | str | os.PathLike, path: str | os.PathL
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ValueError: if it is not the report of a search.
         ImportError: without matplotlib.
     """
+    if not isinstance(report, dict):
+        report = read_report(report)
+    try:
+        figure = _drawn(report)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"This is not the report of a search, or was changed ({type(error).__name__}: {one_line(error)})."
+        ) from error
+    if path is not None:
+        with new_file(path) as file:
+            figure.savefig(file, dpi=150)
+    return figure
+
+
+def _drawn(report: dict[str, Any]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    if not isinstance(report, dict):
-        file = Path(report)
-        report = json.loads((file / REPORT if file.is_dir() else file).read_text(encoding="utf-8"))
     layers, chosen = report["layers"], set(report["skip_layers"])
     places, colours = range(len(layers)), ["tab:red" if layer in chosen else "0.6" for layer in layers]
     curve = report["budget"].get("losses")
@@ -158,6 +203,4 @@ def plot_search(report: dict[str, Any] | str | os.PathLike, path: str | os.PathL
         axes.set_xlabel("attentions skipped (dashed: the loss allowed; dotted: chosen)", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if path is not None:
-        figure.savefig(path, dpi=150)
     return figure

@@ -17,11 +17,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
+from ..checks import one_line
 from ..families import find_layers
 from ..model import EASModel
 from . import budget, exchange
 from .held_out import COMPARED, fingerprints, means_over_processes
-from .report import write_report
+from .report import ROUND, write_report
 from .schedule import Schedule
 from .scores import deviations, score_attentions
 from .trainer import Scorer
@@ -65,6 +66,38 @@ class SearchState:
     comparison: dict[str, Any] = field(default_factory=dict)
     settled: list[int | str] | None = None
     budget: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, saved: Any) -> SearchState:
+        """The state that a checkpoint has.
+
+        Raises:
+            ValueError: if it is not that of a search.
+        """
+        try:
+            state = cls(**saved)
+            places, known = list(range(len(state.layers))), {*state.layers}
+            is_right = (
+                sorted(state.start) == sorted(state.order) == places
+                and 0 <= state.count <= len(places)
+                and 0 <= state.warmup < state.settle
+                and state.interval > 0
+                and all(entry.keys() >= ROUND and {*entry["skip_layers"]} <= known for entry in state.rounds)
+                and (state.settled is None or {*state.settled} <= known)
+                and isinstance(state.budget, dict)
+            )
+            exchange.costs(state.tries())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                "The checkpoint's `trainer_state.json` has a search that can't be gone on with "
+                f"({type(error).__name__}: {one_line(error)}): go on from an earlier checkpoint, or start anew."
+            ) from error
+        if not is_right:
+            raise ValueError(
+                "The checkpoint's `trainer_state.json` has a search that contradicts itself: go on from an earlier "
+                "checkpoint, or start anew."
+            )
+        return state
 
     @property
     def schedule(self) -> Schedule:
@@ -125,8 +158,6 @@ class Search:
             missing := [i for i in self.gates.layers if i not in settings.warm_start]
         ):
             raise ValueError(f"`warm_start` has no scores of layers {missing}.")
-        if settings.search_dataset is None:
-            self.hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
         if saved is None:
             count, about = self._count()
             schedule = Schedule.of(settings.warmup_steps, settings.search_steps, settings.interval, max_steps)
@@ -140,7 +171,7 @@ class Search:
                 f"{schedule.warmup + 1} to {schedule.settle} of {max_steps}"
             )
         else:
-            self.state = SearchState(**saved)
+            self.state = SearchState.read(saved)
             if self.state.layers != self.gates.layers:
                 raise ValueError(
                     f"The checkpoint's search was over the attentions of layers {self.state.layers}, but this adapter "
@@ -155,7 +186,11 @@ class Search:
     # What the Trainer's events ask for -------------------------------------------------------------------------------
 
     def before_step(self, step: int) -> None:
+        """Look, in this step alone, at what is trained on: between steps nothing is left on the model."""
+        self.release()
         self.seen.clear()
+        if self.settings.search_dataset is None and self.state.settled is None:
+            self.hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def forget_idle_gradients(self, step: int) -> None:
         """Idle adapters must not move; a gradient of zero would let the optimizer's momentum and decay act on them."""
@@ -176,6 +211,7 @@ class Search:
                     state["step"] = state["step"] * 0
 
     def after_step(self, step: int) -> None:
+        self.release()
         if self.state.settled is not None:
             return
         if self.state.schedule.scores_after(step):
@@ -313,12 +349,12 @@ class Search:
             return self.scorer.losses(batches)
 
     def _remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if module.training and self.state.settled is None:
+        if module.training:
             self.seen |= fingerprints(kwargs)
 
     def _trained_on(self) -> set[int]:
         """Fingerprints of the rows of the optimizer step just done, in all processes; none if there is a dataset."""
-        return set() if self.hook is None else set(gather_object(list(self.seen)))
+        return set(gather_object(list(self.seen))) if self.settings.search_dataset is None else set()
 
     def _scores(self) -> list[float] | None:
         """The score of each attention that the search starts from, if any."""
@@ -432,7 +468,6 @@ class Search:
     def _settle_on(self, skip_layers: list[int]) -> None:
         # Idle adapters stay trainable until training is over: an optimizer that a resumed run makes has to have the
         # parameters that the saved one had.
-        self.release()
         self.gates.set(skip_layers)
         self.config.settle(skip_layers)
 

@@ -11,7 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..batches import arguments_of, arguments_seen, counted_tokens, evaluating, kept_tokens, label_count
+from ..batches import (
+    arguments_of,
+    arguments_seen,
+    batches_of,
+    counted_tokens,
+    evaluating,
+    explaining,
+    kept_tokens,
+    label_count,
+)
+from ..checks import choice
 from ..families import Arm, Layers, find_layers
 from ..stand_in import attention_means, replaced, watching
 
@@ -38,15 +48,14 @@ def score_attentions(
         `{attention: score}` of every attention, by index of its layer, or by name where that is not enough.
 
     Raises:
-        ValueError: for an unknown family or method, no batch at all, batches without labels, a model without logits
-            where there have to be some, or scores that are not finite.
+        ValueError: for an unknown family or method, no batch at all, batches that the model does not take or without
+            labels, a model without logits where there have to be some, or scores that are not finite.
     """
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
-    layers, batches = find_layers(model), list(dataloader)
+    method = choice("method", method, METHODS)
+    layers, batches = find_layers(model), list(batches_of(dataloader))
     if not batches:
         raise ValueError("The dataloader gave no batches to score the attentions with.")
-    with evaluating(model):
+    with evaluating(model), explaining():
         scores = METHODS[method](model, layers, batches)
     wrong = [index for index, score in scores.items() if not torch.isfinite(torch.tensor(score))]
     if wrong:
