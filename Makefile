@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: demo test test-min test-peft supported-models lint clean
+.PHONY: demo test test-min test-peft supported-models attack lint clean
 
 demo: $(VENV)/ready
 	$(PY) examples/sentiment.py
@@ -25,6 +25,10 @@ test-peft: $(VENV)/ready
 # every family, on tiny random models: writes docs/supported-models.md
 supported-models: $(VENV)/ready
 	$(PY) tests/matrix.py
+
+# everything that is tried to break the package: writes docs/robustness.md
+attack: $(VENV)/ready
+	$(PY) tests/attack.py
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

@@ -39,6 +39,7 @@ from .config import EASConfig, EASType
 from .export import FORMATS, export
 from .families import FAMILIES
 from .folders import new_folder
+from .runtime.eas_files import verify
 from .runtime.eas_record import Record
 from .search import EASCallback, score_attentions
 from .search.callback import WARM_STARTS
@@ -184,10 +185,13 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = add(
         "inspect", _inspect, "say what an adapter or a merged model skips, and how large it is",
-        "  peft-eas inspect out\n  peft-eas inspect merged --json",
+        "  peft-eas inspect out\n  peft-eas inspect merged --json\n  peft-eas inspect merged --verify",
     )  # fmt: skip
     inspect.add_argument("dir", metavar="DIR", type=Path, help="folder of an adapter, a checkpoint or a merged model")
     inspect.add_argument("--json", action="store_true", help="print it as JSON")
+    inspect.add_argument(
+        "--verify", action="store_true", help="compare a merged model's weights with the checksums saved with them"
+    )
     return parser
 
 
@@ -360,6 +364,12 @@ def _inspect(args: argparse.Namespace) -> None:
             about = _about_merged(args.dir)
         else:
             raise UsageError(f"{args.dir} holds no adapter (adapter_config.json) and no model (config.json).")
+    if args.verify:
+        if "base_model" in about:
+            raise UsageError(
+                f"{args.dir} is an adapter: checksums are saved with merged models, and adapters have none."
+            )
+        about["verified"] = ", ".join(verify(args.dir))
     if args.json:
         print(json.dumps(about))
         return
@@ -420,7 +430,7 @@ def _about_adapter(folder: Path) -> dict[str, Any]:
     about = {
         "kind": "adapter" if config.skip_layers is not None else "adapter, set not chosen yet (the best so far)",
         "base_model": config.base_model_name_or_path,
-        "skip_layers": sorted(skip) if config.skip_layers is None or not by_name else config.skip_layers,
+        "skip_layers": sorted(skip) if config.skip_layers is None else config.skip_layers,
         "attentions": [name.removesuffix(".eas_skip") for name in gates] if by_name else indices,
         "parameters": sum(sizes.values()),
         "settings": f"r={config.r} r_pia={config.r_pia} propagation={config.propagation} router={config.router}",

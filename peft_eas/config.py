@@ -6,10 +6,13 @@ import enum
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from . import checks
 
@@ -107,6 +110,27 @@ class EASConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules besides the adapters that are trained and saved."}
     )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """As in PEFT, which reads the configuration before the weights: if these lie beside it, they must be whole.
+
+        Raises:
+            OSError: if `adapter_model.safetensors` is truncated or corrupt.
+        """
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise OSError(
+                    f"{weights} can't be read ({error}): it is truncated or corrupt. Download it again, or save the "
+                    "adapter again."
+                ) from error
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ import damage
 import pytest
 import tiny
 import torch
-from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from test_merge import adapted, auto, close
@@ -26,6 +26,8 @@ from transformers import (
     TorchAoConfig,
     pipeline,
 )
+
+from peft_eas import EASConfig
 
 KINDS = {
     "plain": dict(use_bias=False),
@@ -108,6 +110,21 @@ def test_a_truncated_file_is_refused(tmp_path, size):
     os.truncate(tmp_path / "model.safetensors", size)
     with pytest.raises(OSError, match="truncated or corrupt"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 3000, 20_000])
+def test_a_truncated_adapter_is_refused(tmp_path, size):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    os.truncate(tmp_path / "adapter_model.safetensors", size)
+    fresh = get_peft_model(tiny.model("llama"), EASConfig(skip_layers=[1]))
+    for load in (
+        lambda: PeftModel.from_pretrained(tiny.model("llama"), tmp_path),
+        lambda: fresh.load_adapter(tmp_path, "other"),
+    ):
+        with pytest.raises(OSError, match=r"adapter_model\.safetensors can't be read .* truncated or corrupt"):
+            load()
+    assert list(fresh.peft_config) == ["default"]
 
 
 def test_a_missing_shard_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import tracemalloc
 from pathlib import Path
 
 import attacks
+import damage
 import pytest
 import tiny
 import torch
@@ -256,6 +257,18 @@ def test_an_adapter_whose_files_were_changed_is_inspected_or_refused(adapter, fi
     assert seen["works"] > 10
     assert seen["refused"] == 0 or file != "report.json"  # what is inspected is the adapter
     assert "\x1b" not in "".join(capfd.readouterr())
+
+
+def test_a_merged_model_is_verified(base, adapter, tmp_path, capsys):
+    merged = tmp_path / "merged"
+    assert cli.main(["merge", str(adapter), str(merged)]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(merged), "--verify"]) == 0
+    assert "verified     model.safetensors\n" in capsys.readouterr().out
+    for _ in damage.flip_bits(merged / "model.safetensors", count=3):
+        assert "model.safetensors" in fails(capsys, "inspect", merged, "--verify")
+        assert cli.main(["inspect", str(merged)]) == 0
+    assert "adapters have none" in fails(capsys, "inspect", adapter, "--verify")
 
 
 def test_a_merged_model_whose_configuration_was_changed_is_inspected_or_refused(base, adapter, tmp_path, capfd):
