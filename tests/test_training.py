@@ -234,3 +234,20 @@ def test_checkpoints_without_gates(tmp_path):
         actual = parameters(trained)
         assert actual.keys() == expected.keys()
         assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+def test_a_router_learns_which_branch_to_go_by():
+    """A fresh adapter of two branches is an identity; after some steps, its branches and their weights differ."""
+    stock, inputs = tiny.model("llama"), tiny.inputs("llama", padding=None)
+    model = get_peft_model(tiny.model("llama"), EASConfig(skip_layers=[], router="static", task_type="CAUSAL_LM"))
+    torch.testing.assert_close(model.eval()(**inputs).logits, stock(**inputs).logits, rtol=0, atol=0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    routers = [p for name, p in model.named_parameters() if "eas_router" in name]
+    ups = [p for name, p in model.named_parameters() if "eas_up." in name]
+    assert len(routers) == len(ups) == 12
+    assert all((router[0] - router[1]).abs() > 1e-3 for router in routers)
+    assert all((up[0] - up[1]).norm() > 0.1 * up[0].norm() for up in ups)  # not by rounding alone
