@@ -83,6 +83,16 @@ def test_a_configuration_that_is_not_that_of_the_weights_is_refused(tmp_path, ki
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("eas", [None, [], "x", 5, {}, {"format": 6}], ids=repr)
+def test_no_record_is_refused(tmp_path, eas):
+    adapted().merge_and_unload().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changed in ({**config, "eas": eas}, {key: value for key, value in config.items() if key != "eas"}):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"`eas` in config\.json must be|of `config\.eas`|lacks"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_an_older_format_is_refused(tmp_path):
     adapted().merge_and_unload().save_pretrained(tmp_path)
     damage.edit(tmp_path, lambda eas: eas.update(format=1))

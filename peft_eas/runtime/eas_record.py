@@ -103,11 +103,25 @@ class Record:
 
     @classmethod
     def read(cls, eas: object) -> Record:
-        """Check `config.eas`, all of it, before anything is built.
+        """Check `config.eas`, all of it.
 
         Raises:
-            ValueError: if it was written by another version, has been changed since, or is anything else than a record;
-                says which field it is.
+            ValueError: if it was written by another version, has been changed since, or is anything else than a record.
+        """
+        record = cls.parse(eas)
+        if eas["checksum"] != _checksum(eas):
+            raise ValueError(
+                "`eas` in config.json was changed after it was written, as its `checksum` tells. Ways out: the "
+                "config.json that was saved with the weights, or merging the adapter again."
+            )
+        return record
+
+    @classmethod
+    def parse(cls, eas: object) -> Record:
+        """The same, but for what only the checksum tells; so that errors name the field.
+
+        Raises:
+            ValueError: likewise; says which field it is.
         """
         if not isinstance(eas, dict):
             raise _wrong("eas", "the record of a model merged by peft_eas", eas)
@@ -124,11 +138,8 @@ class Record:
             raise _wrong("eas.attentions", "a list with an entry for each kind of attention", [])
         for number, kind in enumerate(record.attentions):
             _check_kind(kind, f"eas.attentions[{number}]")
-        if eas.get("checksum") != _checksum(eas):
-            raise ValueError(
-                "`eas` in config.json was changed after it was written, as its `checksum` tells. Ways out: the "
-                "config.json that was saved with the weights, or merging the adapter again."
-            )
+        if not isinstance(eas.get("checksum"), str):
+            raise _wrong("eas.checksum", "text", eas.get("checksum"))
         return record
 
     def written(self) -> dict[str, Any]:

@@ -38,12 +38,13 @@ class EASMixin:
     """A transformers model whose attentions are partly gone; comes before the base class."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
-        record = Record.read(getattr(config, "eas", None))
+        record = Record.parse(getattr(config, "eas", None))
         own = self._base().config_class.model_type
         if record.model_type != own:
             raise ValueError(f"`eas.model_type` in config.json is {record.model_type!r}, but the model is a {own!r}.")
         super().__init__(config, *args, **kwargs)
         restructure(self, record)
+        Record.read(config.eas)  # what nothing of this has found
 
     @classmethod
     def _base(cls) -> type[PreTrainedModel]:
