@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .runtime.eas_files import SCRATCH
+
 
 @contextlib.contextmanager
 def new_folder(target: str | os.PathLike) -> Iterator[Path]:
@@ -37,7 +39,8 @@ def new_file(target: str | os.PathLike) -> Iterator[Path]:
     was, and nothing else is left."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+    # by a name that the next save of a model clears away, if this one is killed
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=SCRATCH) as scratch:
         file = Path(scratch) / target.name
         yield file
         file.replace(target)

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from peft_eas import EASConfig
 
@@ -336,3 +336,23 @@ def test_a_cache_filled_with_other_attentions_skipped_is_refused():
         cache = model(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="new cache"):
         model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("settings", [dict(), dict(propagation="none")], ids=str)
+@torch.no_grad()
+def test_quantised_caches(settings, state):
+    """As near to no cache as in a model with all of its attentions, or twice as far."""
+    pytest.importorskip("optimum.quanto")
+    inputs = tiny.inputs("llama", rows=2, length=40, padding=None)["input_ids"]
+
+    def error(model):
+        config = model.get_base_model().config if state != "merged" and model is not stock else model.config
+        cache = QuantizedCache("quanto", config, nbits=4, q_group_size=16, residual_length=4)
+        parts = (inputs[:, :16], *inputs[:, 16:].split(1, dim=1))
+        logits = torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+        expected = model(inputs).logits
+        return float((logits - expected).norm() / expected.norm())
+
+    stock, model = tiny.model("llama"), adapted("llama", [0, 3], state, **settings)
+    assert 1e-3 < error(model) < 2 * error(stock)
