@@ -377,7 +377,7 @@ def _inspect(args: argparse.Namespace) -> None:
     for key, value in about.items():
         if key not in ("skip_layers", "attentions"):
             print(f"{key.replace('_', ' '):12} {one_line(value)}")
-    print(f"{'skips':12} {len(skip)} of {len(present)} attentions: {sorted(skip)}")
+    print(f"{'skips':12} {len(skip)} of {len(present)} attentions: {about['skip_layers']}")
     if all(isinstance(key, int) for key in present):
         for line in layer_picture(skip, present):
             print(f"{'layers':12} {line}   # kept  . skipped{'  - no attention' * ('-' in line)}")
