@@ -139,10 +139,11 @@ def records(scale: float) -> Counter[str]:
         folder = Path(name)
         merged = adapted(propagation="mean").merge_and_unload()
         merged.save_pretrained(folder)
-        changes = damage.changes(merged.config.eas)
+        changes, inputs = damage.changes(merged.config.eas), tiny.inputs("llama")
+        expected = merged(**inputs).logits
         for _, change in random.Random(0).sample(changes, int(len(changes) * scale)):
             for is_signed in (False, True):
-                seen[damage.outcome(folder, change, is_signed, tiny.inputs("llama"))] += 1
+                seen[damage.outcome(folder, change, is_signed, inputs, expected)] += 1
     return seen
 
 

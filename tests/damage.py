@@ -80,12 +80,13 @@ def sign(eas: dict) -> None:
     eas["checksum"] = hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def outcome(folder: Path, change: Callable[[dict], object], is_signed: bool, inputs: dict) -> str:
-    """What becomes of a causal model in a folder whose record is changed; it is as it was afterwards. Whoever signs
-    a change to how attentions are called gets another model, or one that can't be run."""
+def outcome(
+    folder: Path, change: Callable[[dict], object], is_signed: bool, inputs: dict, expected: torch.Tensor
+) -> str:
+    """What becomes of a causal model in a folder, with the logits `expected`, whose record is changed; it is as it was
+    afterwards. Whoever signs a change to how attentions are called gets another model, or one that can't be run."""
     path = folder / "config.json"
     whole = path.read_text()
-    expected = AutoModelForCausalLM.from_pretrained(folder)(**inputs).logits
     try:
         edit(folder, change, is_signed)
         loaded = AutoModelForCausalLM.from_pretrained(folder)

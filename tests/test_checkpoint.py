@@ -104,9 +104,10 @@ def test_every_change_to_the_record_is_refused_or_harmless(tmp_path):
     """Each field is taken away or made something else. What still loads has the logits that it had."""
     merged = adapted(propagation="mean").merge_and_unload()
     merged.save_pretrained(tmp_path)
-    changes = damage.changes(merged.config.eas)
+    changes, inputs = damage.changes(merged.config.eas), tiny.inputs("llama")
+    expected = merged(**inputs).logits
     outcomes = Counter(
-        damage.outcome(tmp_path, change, is_signed, tiny.inputs("llama"))
+        damage.outcome(tmp_path, change, is_signed, inputs, expected)
         for _, change in random.Random(0).sample(changes, 80)
         for is_signed in (False, True)
     )
