@@ -116,7 +116,7 @@ class EASMixin:
     def _new_by_right(self, names: Collection[str]) -> set[str]:
         """Those of the names of weights that a checkpoint can't have, as its class doesn't: of a head for another task,
         with or without the prefix of the body."""
-        (saved,) = self.config.architectures or [type(self).__name__]
+        saved, *_ = self.config.architectures or [type(self).__name__]
         if not names or saved == type(self).__name__:
             return set()
         known = {eas_class(base).__name__: eas_class(base) for base in auto_classes(self._model_type()).values()}
