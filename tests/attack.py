@@ -54,14 +54,14 @@ def configurations(scale: float) -> Counter[str]:
 
 def calls(scale: float) -> Counter[str]:
     """Each public function with each wrong value in each place"""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _inside(folder):
         return attacks.outcomes(attacks.wrong_calls(Path(folder)))
 
 
 def data_files(scale: float) -> Counter[str]:
     """`peft-eas score` and `train` with data files that are empty, binary, of other encodings, mixed, cut, huge; and
     with wrong arguments"""
-    with _base() as folder:
+    with _base() as folder, _inside(folder):
         return attacks.outcomes(attacks.wrong_data(folder / "data", folder / "base"))
 
 
@@ -177,6 +177,17 @@ def kills(scale: float) -> Counter[str]:
                 loaded = AutoModelForCausalLM.from_pretrained(folder / "there", verify=True)(**inputs).logits
                 seen[next((name for name in models if torch.equal(loaded, logits[name])), "a mixture")] += 1
     return seen
+
+
+@contextlib.contextmanager
+def _inside(folder: str | Path) -> Iterator[None]:
+    """Work in a folder: some of what is tried turns out to be a name that a folder may have."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 @contextlib.contextmanager
