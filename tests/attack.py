@@ -45,7 +45,8 @@ KNOWN = {
 
 
 def configurations(scale: float) -> Counter[str]:
-    """Random settings of `EASConfig`, with wrong ones among them; what is allowed gives a tiny model finite logits and something to train, and can be saved"""
+    """Random settings of `EASConfig`, with wrong ones among them; what is allowed gives a tiny model finite logits and
+    something to train, and can be saved"""
     seen: Counter[str] = Counter()
     for name, count in attacks.configurations(int(2000 * scale), int(2000 * scale)).items():
         seen[name.removeprefix("config ").removeprefix("model ")] += count

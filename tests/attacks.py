@@ -130,7 +130,8 @@ def configurations(count: int, injected: int, seed: int = 0) -> Counter[str]:
 
 
 def inject(config: EASConfig) -> None:
-    """Make a model with adapters of it, which has to give finite logits, leave something to train, and keep its configuration when saved."""
+    """Make a model with adapters of it, which has to give finite logits, leave something to train, and keep its
+    configuration when saved."""
     model = get_peft_model(tiny.model("llama", changes=dict(num_hidden_layers=2)), config)
     inputs = tiny.inputs("llama", rows=2)
     with torch.no_grad():
