@@ -109,10 +109,14 @@ class EASLayer(nn.Module, BaseTunerLayer):
             return {}
         d, groups, rank = self.hidden_size, config.groups, config.r_pia if self.is_ffn else config.r
         branches = 1 if config.router == "none" else 2
-        blocks = nn.init.normal_(torch.empty(branches, groups, d // groups, rank // groups), std=0.02)
-        if config.init_weights:  # two that are equal, such as zeros, would stay equal, and the router would not learn
-            blocks = torch.stack([blocks[0], -blocks[0]]) if branches == 2 else nn.init.zeros_(blocks)
-        parameters = {"eas_down": _kaiming(rank, d), "eas_up": blocks}
+        parameters = {"eas_down": _kaiming(rank, d)}
+        blocks = torch.zeros(branches, groups, d // groups, rank // groups)
+        if not config.init_weights:
+            nn.init.normal_(blocks, std=0.02)
+        elif branches == 2:  # which cancel out: two that are equal would stay equal, and the router would not learn
+            nn.init.normal_(blocks[0], std=0.02)
+            blocks[1] = -blocks[0]
+        parameters["eas_up"] = blocks
         if config.use_bias:
             parameters |= {"eas_down_bias": torch.zeros(rank), "eas_up_bias": torch.zeros(branches, d)}
         if config.router == "static":
