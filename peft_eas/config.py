@@ -38,8 +38,8 @@ class EASConfig(PeftConfig):
     Args:
         r (`int`): Rank of the adapters in front of attentions; a multiple of `groups`, and no more than the width of
             the model.
-        r_pia (`int`): Rank of the adapters in front of FFNs, a multiple of `groups`; and of `propagation="mean"`, where
-            it has to be even.
+        r_pia (`int`): Rank of the adapters in front of FFNs, a multiple of `groups`; of `stand_in="linear"`; and of
+            `propagation="mean"`, where it has to be even.
         num_skip (`int`, `float` or `"auto"`, *optional*): How many attentions to skip: a count (`int`), a fraction in
             (0, 1) (`float`) of the model's attentions, or `"auto"`, which lets the search find the largest set within
             `max_loss_increase`. Defaults to as many as `skip_layers` names, or to a quarter.
@@ -55,9 +55,11 @@ class EASConfig(PeftConfig):
         router (`"none"` or `"static"`): One up-projection; or two branches, weighted by learned constants.
         propagation (`"none"` or `"mean"`): Whether a skipped attention also leaves a uniform attention of rank `r_pia`:
             the mean over the tokens that it would have let each token look at.
-        stand_in (`"mean"` or `"zero"`): What a skipped attention leaves: a vector for each, which is trained, and which
-            an `EASCallback` or `initialize_eas_weights` starts at the mean of what the attention added to the residual
-            stream; or nothing.
+        stand_in (`"linear"`, `"mean"` or `"zero"`): What a skipped attention leaves. `"linear"`: a linear map of what
+            it read, of rank `r_pia`, and a constant, which are trained, and which an `EASCallback` or
+            `initialize_eas_weights` starts as near as they get to what the attention added to the residual stream.
+            `"mean"`: the constant alone, which starts at the mean; merged models then have plain weights. `"zero"`:
+            nothing.
         dropout (`float`): Dropout probability of the adapters' inputs while training.
         scaling (`float`): Factor `s` of the adapters' output, from 1e-4 to 1e4, or from -1e4 to -1e-4.
         use_bias (`bool`): Whether down- and up-projections have biases. Merged linears then have one, too.
@@ -93,7 +95,9 @@ class EASConfig(PeftConfig):
     propagation: str = field(
         default="none", metadata={"help": "'none' or 'mean': what a skipped attention says of other tokens."}
     )
-    stand_in: str = field(default="mean", metadata={"help": "'mean' or 'zero': what a skipped attention leaves."})
+    stand_in: str = field(
+        default="linear", metadata={"help": "'linear', 'mean' or 'zero': what a skipped attention leaves."}
+    )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapters' inputs."})
     scaling: float = field(default=1.0, metadata={"help": "Factor of the adapters' output."})
     use_bias: bool = field(default=True, metadata={"help": "Whether the adapters' projections have biases."})
@@ -147,7 +151,7 @@ class EASConfig(PeftConfig):
         self.propagation = checks.choice("propagation", self.propagation, ("none", "mean"))
         if self.propagation == "mean" and self.r_pia % 2:
             raise ValueError(f"`r_pia` must be even with `propagation='mean'`, got {self.r_pia}.")
-        self.stand_in = checks.choice("stand_in", self.stand_in, ("mean", "zero"))
+        self.stand_in = checks.choice("stand_in", self.stand_in, ("linear", "mean", "zero"))
         self.dropout = checks.number("dropout", self.dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
         # beyond, a factor only overflows, or leaves nothing to learn
         self.scaling = checks.number(

@@ -1,6 +1,6 @@
-"""Freezing the context: a model whose skipped attentions say something of other tokens becomes one with plain weights.
+"""Freezing the context: a model whose skipped attentions look at tokens becomes one with plain weights.
 
-The mean of the information (3) over the tokens of some batches goes into the constants of (2): `k <- k + D E[p]`.
+The mean of what they add (2) over the tokens of some batches becomes their constant: `k <- k + F E E[z] + s D E[p]`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .batches import arguments_of, counted_tokens, evaluating, kept_tokens, label_count
-from .layer import EASAttention
+from .layer import LEFT, EASAttention
 
 Constants = dict[EASAttention, torch.Tensor]
-"""The constant `(d,)` of each attention that is to say nothing of other tokens any more."""
+"""The constant `(d,)` of each attention that is to look at no tokens any more."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ def freeze(
         constants = _mean_constants(model, skipped, dataloader)
         moved = _compare(model, constants, dataloader)
     for attention, constant in constants.items():
-        like = attention.eas_mean_up[adapter_name]
+        like = attention.parameters_of(adapter_name, LEFT)[0]
         attention.eas_stand_in[adapter_name] = nn.Parameter(constant.to(like), requires_grad=like.requires_grad)
     for attention in attentions:
-        for parameters in (attention.eas_mean_down, attention.eas_mean_up):
-            if adapter_name in parameters:
+        for name in LEFT:
+            parameters = getattr(attention, name)
+            if name != "eas_stand_in" and adapter_name in parameters:
                 del parameters[adapter_name]
     return moved
 

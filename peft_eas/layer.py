@@ -36,8 +36,8 @@ class Adapter(NamedTuple):
 OWN = ("eas_down", "eas_down_bias", "eas_up", "eas_up_bias", "eas_router")
 """Names of the parameters of an adapter (1): `A`, `a`, `B`, `b` and what `alpha` is made of."""
 
-LEFT = ("eas_stand_in", "eas_mean_down", "eas_mean_up")
-"""Names of the parameters of what a skipped attention leaves (2): `k`, `C` and `D`."""
+LEFT = ("eas_stand_in", "eas_map_down", "eas_map_up", "eas_mean_down", "eas_mean_up")
+"""Names of the parameters of what a skipped attention leaves (2): `k`, `E`, `F`, `C` and `D`."""
 
 
 class EASLayer(nn.Module, BaseTunerLayer):
@@ -351,7 +351,8 @@ class EASAttention(EASLayer):
     ) -> None:
         super().__init__(base_layer, arm)
         self.stream_size = stream_size
-        self.pooled_size = context_size or self.hidden_size or stream_size
+        self.read_size = self.hidden_size or stream_size
+        self.pooled_size = context_size or self.read_size
         self.bypass = Bypass(arm.row, arm.index, base_layer)
         self._hooks = [norm.register_forward_hook(self._passed) for norm in output_norms]
         if arm.row.core:
@@ -380,20 +381,26 @@ class EASAttention(EASLayer):
 
     def initial(self, config: EASConfig) -> dict[str, torch.Tensor]:
         parameters = super().initial(config)
-        if self.stream_size and config.stand_in == "mean":
+        if self.stream_size and config.stand_in != "zero":
             parameters["eas_stand_in"] = torch.zeros(self.stream_size)
-        if self.stream_size and config.propagation == "mean":
-            up = torch.empty(self.stream_size, config.r_pia)
-            parameters |= {
-                "eas_mean_down": _kaiming(config.r_pia, self.pooled_size),
-                "eas_mean_up": nn.init.zeros_(up) if config.init_weights else nn.init.normal_(up, std=0.02),
-            }
+        maps = {"map": self.read_size} if config.stand_in == "linear" else {}
+        maps |= {"mean": self.pooled_size} if config.propagation == "mean" else {}
+        for name, size in maps.items() if self.stream_size else ():
+            up = torch.zeros(self.stream_size, config.r_pia)
+            parameters[f"eas_{name}_down"] = _kaiming(config.r_pia, size)
+            parameters[f"eas_{name}_up"] = up if config.init_weights else nn.init.normal_(up, std=0.02)
         return parameters
 
-    def left(self, adapter_name: str) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """What is left where the attention is skipped (2): `k (d,)`, `C (r, d')` and `D (d, r)`, scaling included."""
-        constant, down, up = (getattr(self, name).get(adapter_name) for name in LEFT)
-        return constant, down, None if up is None else up * self.eas_config[adapter_name].scaling
+    def left(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """What is left where the attention is skipped (2), by the names that `SkippedAttention` has, scaling included:
+        of `stand_in (d,)`, `down (r, d')`, `up (d, r)`, `mean_down (r, d'')` and `mean_up (d, r)` those that there are.
+        """
+        names = dict(zip(("stand_in", "down", "up", "mean_down", "mean_up"), LEFT, strict=True))
+        there = {name: getattr(self, own).get(adapter_name) for name, own in names.items()}
+        there = {name: parameter for name, parameter in there.items() if parameter is not None}
+        if "mean_up" in there:
+            there["mean_up"] = there["mean_up"] * self.eas_config[adapter_name].scaling
+        return there
 
     def acts(self, adapter_name: str) -> bool:
         return self.has_adapter(adapter_name) and not self.gates[adapter_name]
@@ -463,15 +470,19 @@ class EASAttention(EASLayer):
 
     def _added(self, adapter_name: str, args: tuple, kwargs: dict) -> torch.Tensor:
         """What a skipped attention adds to the stream, `(B, T, d)`."""
-        constant, down, up = self.left(adapter_name)
+        left = self.left(adapter_name)
         first = args[0] if args else kwargs["hidden_states"]
         added = first.new_zeros(*first.shape[:-1], self.stream_size)
-        if down is None:
-            self.bypass.pass_over(args, kwargs)
+        if "down" in left:
+            hidden = F.linear(self._cast_input_dtype(first, left["down"].dtype), left["down"])
+            added = added + F.linear(hidden, left["up"]).to(first.dtype)
+        if "mean_down" in left:
+            config = getattr(self.base_layer, "config", None)
+            information = self.bypass.information(args, kwargs, left["mean_down"], config)
+            added = added + F.linear(information.to(left["mean_up"].dtype), left["mean_up"]).to(first.dtype)
         else:
-            information = self.bypass.information(args, kwargs, down, getattr(self.base_layer, "config", None))
-            added = added + F.linear(information.to(up.dtype), up).to(first.dtype)
-        return added if constant is None else added + constant.to(first.dtype)
+            self.bypass.pass_over(args, kwargs)
+        return added + left["stand_in"].to(first.dtype) if "stand_in" in left else added
 
     def _passed(self, norm: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         """The output of a norm behind the attention: a stand-in is what is left after it."""

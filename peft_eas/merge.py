@@ -106,15 +106,17 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
 def _left(attention: EASAttention, name: str) -> tuple[Left, dict[str, torch.Tensor]]:
     """The sizes and the parameters of the `SkippedAttention` in this one's place."""
     device, dtype = attention._get_base_layer_device_and_dtype(attention.base_layer)
-    constant, down, up = attention.left(name)
-    parameters = {
-        key: value for key, value in (("stand_in", constant), ("down", down), ("up", up)) if value is not None
-    }
+    parameters = attention.left(name)
+    (rank, read), (mean_rank, pooled) = (
+        parameters[key].shape if key in parameters else (0, 0) for key in ("down", "mean_down")
+    )
     left = Left(
         width=attention.stream_size,
-        constant=constant is not None,
-        rank=0 if down is None else len(down),
-        pooled=0 if down is None else down.shape[1],
+        constant="stand_in" in parameters,
+        read=read,
+        rank=rank,
+        pooled=pooled,
+        mean_rank=mean_rank,
     )
     return left, {key: value.detach().to(device, dtype, copy=True) for key, value in parameters.items()}
 

@@ -251,7 +251,7 @@ class EASModel(BaseTuner):
         return SkipGates(self._targeted(adapter_name), adapter_name)
 
     def stand_ins(self, adapter_name: str) -> dict[int | str, nn.Parameter]:
-        """The stand-ins of an adapter, `(d,)`, by attention; of those that are skipped, or may be."""
+        """The constants of an adapter, `(d,)`, by attention; of those that are skipped, or may be."""
         attentions = {key: attention for key, (attention, _) in self._targeted(adapter_name).items()}
         return {k: a.eas_stand_in[adapter_name] for k, a in attentions.items() if adapter_name in a.eas_stand_in}
 
@@ -353,10 +353,10 @@ class EASModel(BaseTuner):
     def freeze_context(
         self, dataloader: Iterable[dict[str, torch.Tensor]], adapter_name: str | None = None
     ) -> FrozenContext:
-        """Replace what skipped attentions say of other tokens (3) by its mean over the tokens of `dataloader`.
+        """Replace what skipped attentions leave (2) by its mean over the tokens of `dataloader`.
 
-        From then on the adapter is one with `propagation="none"`, whose stand-ins hold that mean: it merges into plain
-        weights, which other engines run, and can be trained further (with a new optimizer). Says by how much loss and
+        From then on the adapter is one with `stand_in="mean"` and `propagation="none"`: it merges into plain weights,
+        which other engines run, and can be trained further (with a new optimizer). Says by how much loss and
         logits moved.
 
         Args:
@@ -364,13 +364,16 @@ class EASModel(BaseTuner):
             adapter_name: Adapter; the active one by default.
 
         Raises:
-            ValueError: if the adapter has `propagation="none"`, has no skip set yet, is merged or not active; and
+            ValueError: if what the adapter leaves is constant, or it has no skip set yet, is merged or not active; and
                 without any tokens. The model is then as it was.
         """
         adapter_name = self.named(adapter_name)
         config = self.peft_config[adapter_name]
-        if config.propagation == "none":
-            raise ValueError(f"Adapter {adapter_name!r} has `propagation='none'`: there is nothing to freeze.")
+        if config.propagation == "none" and config.stand_in != "linear":
+            raise ValueError(
+                f"Adapter {adapter_name!r} has `stand_in={config.stand_in!r}` and `propagation='none'`: what its "
+                "skipped attentions leave is constant, and there is nothing to freeze."
+            )
         if config.skip_layers is None:
             raise ValueError("No set of attentions to skip has been chosen yet: freeze the context after the search.")
         targeted = self._targeted(adapter_name)

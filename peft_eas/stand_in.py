@@ -1,43 +1,90 @@
-"""Stand-ins: the constant that a skipped attention leaves, and what attentions add to the residual stream at all.
+"""Stand-ins: what a skipped attention leaves, and what attentions add to the residual stream at all.
 
-Equation (2) of docs/method.md: `x' = x + c`, where `c (d,)` starts at the mean of `a(x)`, what the attention adds to
-the stream `x (B, T, d)`: after the norms on its output, and before a norm of the sum.
+Equation (2) of docs/method.md: `x' = x + k + F E z`. It starts as near as it gets to `x + a`, where `z (d',)` is what
+the attention reads, and `a (d,)` what it adds to the stream: after the norms on its output, and before a norm of the
+sum.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
 
 from .batches import arguments_of, arguments_seen, batches_of, counted_tokens, evaluating, explaining, hooks
-from .families import Arm, Layers, find_layers
+from .families import Arm, find_layers
 from .layer import EASAttention, EASLayer
 from .model import EASModel
 from .runtime.eas_attention import Bypass
 
-Means = dict[int | str, torch.Tensor]
-"""`{attention: mean (d,) of what it adds}`, in float64 on the CPU."""
+RIDGE = 2.0
+"""Of the least squares (3), in units of the mean variance of what is read, a number it has for each token."""
+
+
+class StandIn(NamedTuple):
+    """What an attention adds to the stream, as near as a stand-in gets: `constant (d,)`, and of a linear one the map
+    `up (d, r)` after `down (r, d')`. In float64 on the CPU."""
+
+    constant: torch.Tensor
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+
+
+class Moments(NamedTuple):
+    """Sums over tokens of what an attention reads, `z (d',)`, and adds, `a (d,)`, and of their products."""
+
+    count: int
+    added: torch.Tensor
+    """`(d,)`, the sum of `a`."""
+    read: torch.Tensor | None = None
+    """`(d',)`, that of `z`."""
+    squares: torch.Tensor | None = None
+    """`(d', d')`, that of `z z^T`."""
+    products: torch.Tensor | None = None
+    """`(d', d)`, that of `z a^T`."""
+
+    def stand_in(self, rank: int) -> StandIn:
+        """The best one with a map of this rank at most; with none, the mean of `a`."""
+        mean = self.added / self.count
+        if self.squares is None or not rank:
+            return StandIn(mean)
+        center = self.read / self.count
+        covariance = self.squares / self.count - torch.outer(center, center)
+        products = self.products / self.count - torch.outer(center, mean)
+        # with few tokens, a map that fits them is one of chance
+        ridge = RIDGE * len(center) / self.count * covariance.diagonal().mean()
+        covariance.diagonal().add_(ridge.clamp(min=torch.finfo(covariance.dtype).tiny))
+        whole = torch.linalg.solve(covariance, products)  # (d', d), of full rank
+        _, directions = torch.linalg.eigh(products.T @ whole)
+        up = directions[:, -rank:]
+        down = (whole @ up).T
+        # both factors learn at one rate, so they are of one size
+        size = down.norm(dim=1).sqrt()
+        down, up = down / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None], up * size
+        return StandIn(mean - up @ (down @ center), down, up)
 
 
 @torch.no_grad()
 def initialize_eas_weights(
     model: nn.Module, dataloader: Iterable[dict[str, torch.Tensor]], adapter_name: str | None = None
 ) -> None:
-    """Start the stand-ins of an adapter at the mean of what each attention adds to the residual stream.
+    """Start the stand-ins of an adapter as near as they get to what each attention adds to the residual stream.
 
-    One pass without gradients through the base model, as a whole and in eval mode; the means are over the tokens of all
-    batches, in all processes, that are no padding and, in decoders, not the first of their sequence. Nothing else
-    changes. An `EASCallback` does this when a training begins.
+    A constant starts at the mean, a linear map at the least squares of its rank (equation (4) of docs/method.md).
+    One pass without gradients through the base model, as a whole and in eval mode; over the tokens of all batches, in
+    all processes, that are no padding and, in decoders, not the first of their sequence. Nothing else changes. An
+    `EASCallback` does this when a training begins. For a map, sums of `d x d` numbers are kept for each attention, on
+    the CPU, while it is measured.
 
     Args:
         model: What `get_peft_model(model, EASConfig(...))` returned, or a wrapper of it that can be called.
-        dataloader: Batches `{input_ids, attention_mask, ...}` of the task, about a thousand tokens in all or more.
+        dataloader: Batches `{input_ids, attention_mask, ...}` of the task: several thousand tokens in all, or, for
+            constants alone, a thousand.
         adapter_name: Adapter; the active one by default.
 
     Raises:
@@ -61,11 +108,18 @@ def initialize_eas_weights(
 
 
 def fill_stand_ins(tuner: EASModel, adapter_name: str, batches: Iterable[Any], forward: Callable[[Any], Any]) -> None:
-    """Start the stand-ins of an adapter at the means of the attentions in what `forward` computes of each batch."""
+    """Start the stand-ins of an adapter at what the attentions add in what `forward` computes of each batch."""
+    config, attentions = tuner.peft_config[adapter_name], tuner.skip_gates(adapter_name).wrappers
+    is_linear, all_layers = config.stand_in == "linear", find_layers(tuner.model)
+    layers = {key: all_layers[key] for key in tuner.stand_ins(adapter_name)}
     with tuner.without_adapters(), evaluating(tuner):
-        means = attention_means(tuner.model, find_layers(tuner.model), batches, forward, tuner)
-    for key, parameter in tuner.stand_ins(adapter_name).items():
-        _fill(parameter, means[key])
+        found = moments(tuner.model, layers, batches, is_linear, forward, tuner)
+    for key in list(found):
+        attention, stand_in = attentions[key][0], found.pop(key).stand_in(config.r_pia if is_linear else 0)
+        _fill(attention.eas_stand_in[adapter_name], stand_in.constant)
+        if stand_in.down is not None:
+            _fill(attention.eas_map_down[adapter_name], stand_in.down)
+            _fill(attention.eas_map_up[adapter_name], stand_in.up)
     for module in tuner.modules():
         if isinstance(module, EASAttention):
             module.measured.add(adapter_name)
@@ -77,61 +131,77 @@ def are_zero(stand_ins: Iterable[nn.Parameter]) -> bool:
     return not sum(int(stand_in.any()) for stand_in in whole)  # looks at all: processes have to gather alike
 
 
-def attention_means(
+def moments(
     model: nn.Module,
-    layers: Layers,
+    layers: Mapping[int | str, Arm],
     batches: Iterable[Any],
+    is_linear: bool,
     forward: Callable[[Any], Any] | None = None,
     caller: nn.Module | None = None,
-) -> Means:
-    """The mean of what each attention of `model` adds to the stream, over all processes.
+) -> dict[int | str, Moments]:
+    """What attentions of `model` read and add, over all processes.
 
     Args:
         model: The transformers model, in eval mode.
         layers: The attentions.
         batches: Batches.
+        is_linear: Whether what is read is of interest, too.
         forward: What is done with each, if that isn't `model(**batch)`; it may run several forwards of `model`.
         caller: What calls `model.forward`, if that goes around the model's hooks.
 
     Raises:
-        ValueError: without any tokens, and for means that are not finite.
+        ValueError: without any tokens, and for values that are not finite.
     """
     forward = forward or (lambda batch: model(**arguments_of(batch, model)))
-    sums: dict[int | str, torch.Tensor | float] = dict.fromkeys(layers, 0.0)
+    sums: dict[int | str, list[torch.Tensor]] = {}
     counts = dict.fromkeys(layers, 0)
 
-    def add(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor) -> None:
-        kept = added[counted_tokens(seen, arm.row, added.shape[:-1], added.device)]
-        sums[key] = sums[key] + kept.double().sum(dim=0).cpu()
-        counts[key] += len(kept)
+    def add(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor) -> None:
+        kept = counted_tokens(seen, arm.row, added.shape[:-1], added.device)
+        a = added[kept].double()
+        new = [a.sum(dim=0)]
+        if is_linear:
+            z = read[kept].double()
+            new += [z.sum(dim=0), z.T @ z, z.T @ a]
+        new = [term.cpu() for term in new]
+        sums[key] = [total.add_(term) for total, term in zip(sums[key], new, strict=True)] if key in sums else new
+        counts[key] += len(a)
 
     with arguments_seen(*dict.fromkeys([model, caller or model])) as seen, watching(model, layers, add):
         for batch in batches:
             forward(batch)
-    gathered = gather_object([(sums, counts)])
-    means = {}
+    found = {}
     for key in layers:
-        count = sum(counts[key] for _, counts in gathered)
+        gathered = gather_object([(counts[key], sums.pop(key, None))])  # one by one, as they may be large
+        count = sum(count for count, _ in gathered)
         if not count:
             raise ValueError(f"The dataloader gave no tokens to measure the attention {key} with.")
-        means[key] = sum(sums[key] for sums, _ in gathered) / count
-    wrong = [key for key, mean in means.items() if not torch.isfinite(mean).all()]
+        found[key] = Moments(count, *(sum(each) for each in zip(*(own for _, own in gathered if own), strict=True)))
+    wrong = [key for key, of in found.items() if not all(torch.isfinite(t).all() for t in of[1:] if t is not None)]
     if wrong:
         raise ValueError(
-            f"What the attentions {wrong} add is not finite: look for NaN in the model's weights or in the batches."
+            f"What the attentions {wrong} read or add is not finite: look for NaN in the model's weights or in the "
+            "batches."
         )
-    return means
+    return found
 
 
 @contextmanager
 def watching(
-    model: nn.Module, layers: Layers, see: Callable[[int | str, Arm, torch.Tensor, torch.Tensor], None]
+    model: nn.Module,
+    layers: Mapping[int | str, Arm],
+    see: Callable[[int | str, Arm, torch.Tensor, torch.Tensor, torch.Tensor], None],
 ) -> Iterator[None]:
-    """Call `see(attention, arm, before, added)` for each call of an attention in forwards inside of the `with`.
+    """Call `see(attention, arm, before, added, read)` for each call of an attention in forwards inside of the `with`.
 
-    `before (B, T, d)` is the residual stream, `added (B, T, d)` what the attention adds to it.
+    `before (B, T, d)` is the residual stream, `added (B, T, d)` what the attention adds to it, and `read (B, T, d')`
+    its input.
     """
     streams: dict[int | str, torch.Tensor] = {}
+    inputs: dict[int | str, torch.Tensor] = {}
+
+    def look(module: nn.Module, args: tuple, kwargs: dict, key: int | str) -> None:
+        inputs[key] = args[0] if args else kwargs["hidden_states"]
 
     def remember(module: nn.Module, args: tuple, kwargs: dict, key: int | str) -> None:
         streams[key] = args[0] if args else kwargs["hidden_states"]
@@ -139,15 +209,16 @@ def watching(
     def compare(module: nn.Module, args: tuple, output: Any, key: int | str) -> None:
         arm, before = layers[key], streams.pop(key)
         output = output[0] if isinstance(output, tuple) else output
-        see(key, arm, before, output - before if arm.row.adds_residual or arm.row.core else output)
+        see(key, arm, before, output - before if arm.row.adds_residual or arm.row.core else output, inputs.pop(key))
 
     def before_norm(norm: nn.Module, args: tuple, key: int | str) -> None:
-        see(key, layers[key], streams[key], args[0] - streams.pop(key))
+        see(key, layers[key], streams[key], args[0] - streams.pop(key), inputs.pop(key))
 
     with hooks() as handles:
         for key, arm in layers.items():
             layer, row = model.get_submodule(arm.layer), arm.row
             attention = layer.get_submodule(row.attention)
+            handles.append(attention.register_forward_pre_hook(functools.partial(look, key=key), with_kwargs=True))
             # where the residual stream is read: by the attention's own norm, by the layer, or by the attention
             names = dict(layer.named_modules())
             norms = [name for name in row.attention_norms if name in names]

@@ -234,7 +234,8 @@ def _check_readable(mask: object, config: PreTrainedConfig | None) -> None:
 
 class SkippedAttention(nn.Module):
     """Stands where an attention was, and adds to the stream what it left, equation (2) of docs/method.md: a constant
-    `stand_in (d,)`, and `up (d, r)` of the mean of `down (r, d')`, where there are such.
+    `stand_in (d,)`; the map `up (d, r)` after `down (r, d')` of what it reads; and `mean_up (d, r)` of the mean of
+    `mean_down (r, d'')` over what it looks at; where there are such.
 
     Args:
         form: How such attentions are built and called.
@@ -249,8 +250,8 @@ class SkippedAttention(nn.Module):
         self.config = getattr(attention, "config", None)
         self.bypass = Bypass(form, layer_idx, attention)
         self.stand_in = nn.Parameter(torch.zeros(left.width, **factory)) if left.constant else None
-        self.down = nn.Parameter(torch.zeros(left.rank, left.pooled, **factory)) if left.rank else None
-        self.up = nn.Parameter(torch.zeros(left.width, left.rank, **factory)) if left.rank else None
+        self.down, self.up = _pair(left.rank, left.read, left.width, factory)
+        self.mean_down, self.mean_up = _pair(left.mean_rank, left.pooled, left.width, factory)
         *parents, leaf = form.residual_norm.split(".")
         if leaf:
             module = self
@@ -260,19 +261,28 @@ class SkippedAttention(nn.Module):
             module.add_module(leaf, attention.get_submodule(form.residual_norm))
 
     def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
-        if self.down is None:
+        first = _first(args, kwargs)
+        # a tensor of its own, since layers may change in place what an attention gives them
+        added = first.new_zeros(1, 1, 1) if self.stand_in is None else self.stand_in.clone()[None, None]
+        if self.down is not None:
+            added = F.linear(F.linear(first, self.down), self.up, self.stand_in)
+        if self.mean_down is None:
             self.bypass.pass_over(args, kwargs)
-            # a tensor of its own, since layers may change in place what an attention gives them
-            first = _first(args, kwargs)
-            added = first.new_zeros(1, 1, 1) if self.stand_in is None else self.stand_in.clone()[None, None]
         else:
-            information = self.bypass.information(args, kwargs, self.down, self.config)
-            added = F.linear(information, self.up, self.stand_in)
+            information = self.bypass.information(args, kwargs, self.mean_down, self.config)
+            added = added + F.linear(information, self.mean_up)
         stream = self.bypass.stream(args, kwargs, self, added)
         return self.bypass.returned(stream, args, kwargs)
 
     def extra_repr(self) -> str:
         return f"layer_idx={self.layer_idx}"
+
+
+def _pair(rank: int, size: int, width: int, factory: dict) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """A map of a rank, `(r, size)` and `(width, r)`; of rank 0, none."""
+    if not rank:
+        return None, None
+    return nn.Parameter(torch.zeros(rank, size, **factory)), nn.Parameter(torch.zeros(width, rank, **factory))
 
 
 def shift_input(layers: nn.ModuleList, name: str, shift: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-FORMAT = 6
+FORMAT = 7
 """Version of the record; one of another version is refused."""
 MOST = 10_000
 """Entries of a list, or layers: more than any model has."""
@@ -52,12 +52,28 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """The sizes of what is left where an attention is skipped, see `SkippedAttention`."""
+    """The sizes of what is left where an attention is skipped, see `SkippedAttention`.
+
+    Attributes:
+        width: `d`, that of the residual stream.
+        constant: Whether there is a constant.
+        read: `d'`, that of what the attention reads.
+        rank: `r` of the linear map of it; 0 if there is none.
+        pooled: `d''`, that of the tokens that the attention looks at.
+        mean_rank: `r` of the mean over these; 0 if there is none.
+    """
 
     width: int
     constant: bool = False
+    read: int = 0
     rank: int = 0
     pooled: int = 0
+    mean_rank: int = 0
+
+    @property
+    def reads(self) -> bool:
+        """Whether it reads anything of what the attention reads, so that the norm in front has to stay."""
+        return bool(self.rank or self.mean_rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +182,17 @@ class Record:
     @property
     def ranks(self) -> list[int]:
         """Ranks of what skipped attentions say of other tokens, of those that do."""
-        return [left.rank for kind in self.attentions for left in kind.left if left.rank]
+        return [left.mean_rank for kind in self.attentions for left in kind.left if left.mean_rank]
 
     @property
     def propagates(self) -> bool:
         """Whether there are any."""
         return bool(self.ranks)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether skipped attentions leave constants at most, which plain weights can hold."""
+        return not any(left.reads for kind in self.attentions for left in kind.left)
 
 
 def _checksum(eas: dict) -> str:
@@ -193,12 +214,13 @@ def _check_kind(kind: Stripped, where: str) -> None:
             raise _wrong(f"{where}.{name}", "the name of a module", "")
     for number, left in enumerate(kind.left):
         inside = f"{where}.left[{number}]"
-        for name in ("width", "rank", "pooled"):
-            least = 1 if name == "width" or (name == "pooled" and left.rank) else 0
+        needed = {"width": True, "read": left.rank, "rank": False, "pooled": left.mean_rank, "mean_rank": False}
+        for name, is_needed in needed.items():
+            least = 1 if is_needed else 0
             if not least <= getattr(left, name) <= LARGEST:
                 raise _wrong(f"{inside}.{name}", f"a size from {least} to {LARGEST}", getattr(left, name))
-        if left.rank % 2:
-            raise _wrong(f"{inside}.rank", "an even number", left.rank)
+        if left.mean_rank % 2:
+            raise _wrong(f"{inside}.mean_rank", "an even number", left.mean_rank)
     for name, width in kind.shifted.items():
         if not 1 <= width <= LARGEST:
             raise _wrong(f"{where}.shifted[{name!r}]", f"a size from 1 to {LARGEST}", width)

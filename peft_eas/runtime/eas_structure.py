@@ -86,7 +86,7 @@ def strip_attentions(layers: nn.ModuleList, kind: Stripped) -> None:
             like = next(p for p in layer.parameters() if p.is_floating_point())  # an attention may be quantised
             put_in = SkippedAttention(kind, index, attention, left, device=like.device, dtype=like.dtype)
             layer.set_submodule(kind.attention, put_in.train(layer.training))
-        for name in (*kind.output_norms, *(() if left.rank else kind.norms)):
+        for name in (*kind.output_norms, *(() if left.reads else kind.norms)):
             if name in dict(layer.named_modules()):
                 layer.set_submodule(name, nn.Identity())
 

@@ -23,7 +23,7 @@ from ..batches import (
 )
 from ..checks import choice
 from ..families import Arm, Layers, find_layers
-from ..stand_in import attention_means, replaced, watching
+from ..stand_in import moments, replaced, watching
 
 
 @torch.no_grad()
@@ -68,7 +68,9 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, batches: Sequence[dic
     for batch in batches:
         kept = kept_tokens(batch, model.device) if {"input_ids", "inputs_embeds"} & batch.keys() else None
 
-        def see(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, kept=kept) -> None:
+        def see(
+            key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor, kept=kept
+        ) -> None:
             row, after = arm.row, before + added
             if row.residual_norm:
                 norm = model.get_submodule(f"{arm.attention}.{row.residual_norm}")
@@ -91,11 +93,11 @@ def _by_deviation(model: PreTrainedModel, layers: Layers, batches: Sequence[dict
 def deviations(
     model: nn.Module, layers: Layers, batches: Iterable[Any], forward: Callable[[Any], Any], caller: nn.Module
 ) -> dict[int | str, float]:
-    """Scores by `"deviation"` in what `forward` computes of each batch, over all processes; see `attention_means`."""
+    """Scores by `"deviation"` in what `forward` computes of each batch, over all processes; see `moments`."""
     sums = dict.fromkeys(layers, torch.zeros(()))
     squares, streams, counts = (dict.fromkeys(layers, 0.0) for _ in range(3))
 
-    def see(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor) -> None:
+    def see(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor) -> None:
         kept = counted_tokens(seen, arm.row, added.shape[:-1], added.device)
         adds, stream = added[kept].double(), before.expand_as(added)[kept].double()
         sums[key] = sums[key] + adds.sum(dim=0).cpu()
@@ -112,6 +114,10 @@ def deviations(
         about_mean = square - (total / max(1, count) * total).sum().item()
         scores[key] = (max(0.0, about_mean) / max(stream, 1e-30)) ** 0.5
     return scores
+
+
+def _means(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, torch.Tensor]:
+    return {key: of.added / of.count for key, of in moments(model, layers, batches, is_linear=False).items()}
 
 
 def _by_kl(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
@@ -133,7 +139,7 @@ def _by_kl(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> d
         kept = logits[kept] if kept is not None and logits.shape[:2] == kept.shape else logits.flatten(0, -2)
         return F.log_softmax(kept.float(), dim=-1)
 
-    means = attention_means(model, layers, batches)
+    means = _means(model, layers, batches)
     moved, tokens = dict.fromkeys(layers, 0.0), 0
     for batch in inputs:  # one at a time: the predictions are as many numbers as there are words for each token
         before = predictions(batch)
@@ -155,7 +161,7 @@ def _by_loss(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) ->
         return total / sum(weights)
 
     whole, scores = loss(), {}
-    for key, mean in attention_means(model, layers, batches).items():
+    for key, mean in _means(model, layers, batches).items():
         with replaced(model, layers[key], mean):
             scores[key] = loss() - whole
     return scores
