@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .. import checks
 from ..model import EASModel
 from ..stand_in import are_zero, eas_model, fill_stand_ins
-from .held_out import HeldOut
+from .held_out import MEASURED, HeldOut
 from .run import Search
 from .trainer import Scorer, trainer_of
 
@@ -224,10 +224,10 @@ def _held_out(dataset: Any, train_dataloader: Any, args: TrainingArguments) -> H
 
 
 def _measure(tuner: EASModel, adapter_name: str, scorer: Scorer) -> None:
-    """Start the stand-ins at their means."""
+    """Start the stand-ins at what the attentions add."""
     try:
         with scorer.aside():
-            fill_stand_ins(tuner, adapter_name, scorer.sample(), scorer.loss)
+            fill_stand_ins(tuner, adapter_name, scorer.held_out.first(MEASURED), scorer.loss)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"The stand-ins of skipped attentions can't be measured with this Trainer's batches: {error} "

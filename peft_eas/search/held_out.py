@@ -15,7 +15,10 @@ PARTS = 4
 """Batches of a round, at least: how their losses differ says how sure a difference is."""
 
 SAMPLE = 32
-"""At most how many examples, over all processes, decide on what is decided once: stand-ins, scores, a budget."""
+"""At most how many examples, over all processes, decide on what is decided once: scores, a budget."""
+
+MEASURED = 256
+"""At most how many stand-ins are measured with."""
 
 COMPARED = 512
 """At most how many the start and what was found are compared on."""
