@@ -71,7 +71,7 @@ def likely_values() -> dict[str, list[Any]]:
         "groups": [1, 2, 4, 3, np.int8(2)],
         "router": ["none", "static", "prompt"],
         "propagation": ["none", "mean", "prompt"],
-        "stand_in": ["mean", "zero"],
+        "stand_in": ["linear", "mean", "zero"],
         "dropout": [0.0, 0.1, 0.999999, 1 - 2**-53, np.float16(0.5)],
         "scaling": [1.0, -2, 1e4, 1e-4, 1e5, 1e300, np.float32(0.5), torch.tensor(2.0)],
         "use_bias": [True, False, np.bool_(True)],

@@ -44,6 +44,8 @@ def left(z: torch.Tensor, p: dict, allowed: torch.Tensor, config, others: torch.
     total = torch.zeros(*z.shape[:-1], 1, dtype=z.dtype)
     if "stand_in" in p:
         total = total + p["stand_in"]
+    if "map_down" in p:
+        total = total + torch.einsum("btr,dr->btd", torch.einsum("bte,re->btr", z, p["map_down"]), p["map_up"])
     if "mean_down" in p:
         values = torch.einsum("bsd,rd->bsr", z if others is None else others, p["mean_down"])
         nothing = torch.zeros(*allowed.shape[:2], values.shape[-1], dtype=z.dtype)

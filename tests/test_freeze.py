@@ -135,7 +135,7 @@ def test_attentions_that_are_skipped_later_say_nothing_of_other_tokens():
 
 def test_what_can_not_be_frozen():
     with pytest.raises(ValueError, match="nothing to freeze"):
-        adapted().freeze_context([batch()])
+        adapted(stand_in="mean").freeze_context([batch()])
     model = adapted(propagation="mean")
     expected = model(**batch()).logits
     with pytest.raises(ValueError, match="no tokens"):
