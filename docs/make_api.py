@@ -44,7 +44,8 @@ def entry(name: str) -> Iterator[str]:
     if not isinstance(thing, type):
         yield code(call(name, thing))
     elif dataclasses.is_dataclass(thing):
-        yield code(f"class {name}({thing.__base__.__name__}):", *own_fields(thing))
+        base = "" if thing.__base__ is object else f"({thing.__base__.__name__})"
+        yield code(f"class {name}{base}:", *own_fields(thing))
     elif "__init__" in vars(thing):
         yield code(call(name, thing.__init__))
     yield text(thing)
