@@ -62,8 +62,9 @@ def own_fields(thing: type) -> Iterator[str]:
     """The fields of a dataclass that its base class has not."""
     for field in dataclasses.fields(thing):
         if field.name in thing.__annotations__:
-            default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
-            yield f"    {field.name}: {field.type}{default}"
+            default = repr(field.default) if len(repr(field.default)) <= 60 else "..."
+            is_needed = field.default is dataclasses.MISSING
+            yield f"    {field.name}: {field.type}" + ("" if is_needed else f" = {default}")
 
 
 def call(name: str, function: Callable) -> str:
