@@ -66,7 +66,7 @@ def test_the_first_snippet_runs_as_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     snippet = re.search(r"(?ms:^```python\n(.*?)^```$)", README)[1]
     exec(compile(snippet, "README.md", "exec"), {})
-    assert "17 plus 25 is" in capsys.readouterr().out
+    assert "After 1041 comes" in capsys.readouterr().out
     monkeypatch.undo()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "my-model-eas")
     assert sum("stand_in" in name for name, _ in merged.named_parameters()) == 8
