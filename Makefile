@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: demo test test-min test-peft supported-models attack lint clean
+.PHONY: demo test test-min test-peft supported-models attack api release-check lint clean
 
 demo: $(VENV)/ready
 	$(PY) examples/sentiment.py
@@ -29,6 +29,17 @@ supported-models: $(VENV)/ready
 # everything that is tried to break the package: writes docs/robustness.md
 attack: $(VENV)/ready
 	$(PY) tests/attack.py
+
+# the public API's docstrings: writes docs/api.md
+api: $(VENV)/ready
+	$(PY) docs/make_api.py
+
+# the wheel, in an empty virtual environment: trains, merges, saves and loads there
+release-check: $(VENV)/ready
+	rm -rf build dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PY) tests/release/check.py dist
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .
