@@ -8,6 +8,7 @@ sum.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ from .families import Arm, find_layers
 from .layer import EASAttention, EASLayer
 from .model import EASModel
 from .runtime.eas_attention import Bypass
+
+ENOUGH = 32
+"""Tokens to measure with, for each number that a token has: more change little (docs/method.md)."""
 
 RIDGE = 2.0
 """Of the least squares (3), in units of the mean variance of what is read, a number it has for each token."""
@@ -107,13 +111,20 @@ def initialize_eas_weights(
     fill_stand_ins(tuner, adapter_name, batches_of(dataloader), forward)
 
 
-def fill_stand_ins(tuner: EASModel, adapter_name: str, batches: Iterable[Any], forward: Callable[[Any], Any]) -> None:
-    """Start the stand-ins of an adapter at what the attentions add in what `forward` computes of each batch."""
+def fill_stand_ins(
+    tuner: EASModel,
+    adapter_name: str,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    enough: float = math.inf,
+) -> None:
+    """Start the stand-ins of an adapter at what the attentions add in what `forward` computes of each batch; see
+    `moments`."""
     config, attentions = tuner.peft_config[adapter_name], tuner.skip_gates(adapter_name).wrappers
     is_linear, all_layers = config.stand_in == "linear", find_layers(tuner.model)
     layers = {key: all_layers[key] for key in tuner.stand_ins(adapter_name)}
     with tuner.without_adapters(), evaluating(tuner):
-        found = moments(tuner.model, layers, batches, is_linear, forward, tuner)
+        found = moments(tuner.model, layers, batches, is_linear, forward, tuner, enough)
     for key in list(found):
         attention, stand_in = attentions[key][0], found.pop(key).stand_in(config.r_pia if is_linear else 0)
         _fill(attention.eas_stand_in[adapter_name], stand_in.constant)
@@ -138,6 +149,7 @@ def moments(
     is_linear: bool,
     forward: Callable[[Any], Any] | None = None,
     caller: nn.Module | None = None,
+    enough: float = math.inf,
 ) -> dict[int | str, Moments]:
     """What attentions of `model` read and add, over all processes.
 
@@ -148,6 +160,7 @@ def moments(
         is_linear: Whether what is read is of interest, too.
         forward: What is done with each, if that isn't `model(**batch)`; it may run several forwards of `model`.
         caller: What calls `model.forward`, if that goes around the model's hooks.
+        enough: After so many tokens for each number that one has, the batches that are left are not looked at.
 
     Raises:
         ValueError: without any tokens, and for values that are not finite.
@@ -158,18 +171,23 @@ def moments(
 
     def add(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor) -> None:
         kept = counted_tokens(seen, arm.row, added.shape[:-1], added.device)
-        a = added[kept].double()
-        new = [a.sum(dim=0)]
-        if is_linear:
-            z = read[kept].double()
-            new += [z.sum(dim=0), z.T @ z, z.T @ a]
-        new = [term.cpu() for term in new]
+        a, z = (t[kept].to(torch.promote_types(t.dtype, torch.float32)) for t in (added, read))
+        new = [a.double().sum(dim=0)]
+        if is_linear:  # products of one batch in single precision: in double they take most of the time on many GPUs
+            new += [z.double().sum(dim=0), z.T @ z, z.T @ a]
+        new = [term.double().cpu() for term in new]
         sums[key] = [total.add_(term) for total, term in zip(sums[key], new, strict=True)] if key in sums else new
         counts[key] += len(a)
+
+    def is_enough() -> bool:
+        gathered = gather_object([{key: counts[key] / len(own[0]) for key, own in sums.items()}])
+        return all(sum(of.get(key, 0) for of in gathered) >= enough for key in layers)
 
     with arguments_seen(*dict.fromkeys([model, caller or model])) as seen, watching(model, layers, add):
         for batch in batches:
             forward(batch)
+            if enough < math.inf and is_enough():
+                break
     found = {}
     for key in layers:
         gathered = gather_object([(counts[key], sums.pop(key, None))])  # one by one, as they may be large

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from peft_eas import EASCallback, EASConfig, initialize_eas_weights
+from peft_eas.stand_in import fill_stand_ins
 
 SKIP = [0, 3, 4]
 
@@ -211,10 +212,10 @@ def train(model, folder, *callbacks, resume=None, **settings):
 
 
 def test_a_callback_measures_what_is_given_to_skip(tmp_path):
-    """Before the first step, from held-out examples; what was measured or trained already stays."""
+    """Before the first step, from the training set; what was measured or trained already stays."""
     model = train(tuned(), tmp_path, EASCallback(ROWS[40:]), learning_rate=0.0)
     expected = tuned()
-    initialize_eas_weights(expected, [{name: torch.stack([r[name] for r in ROWS[40:]]) for name in ROWS[0]}])
+    initialize_eas_weights(expected, [{name: torch.stack([r[name] for r in ROWS[:40]]) for name in ROWS[0]}])
     for index, value in stand_ins(model).items():
         torch.testing.assert_close(value, stand_ins(expected)[index], rtol=1e-3, atol=1e-5)  # all of them
     before = stand_ins(model)
@@ -250,9 +251,15 @@ def test_a_training_that_starts_without_them_says_so_once(tmp_path):
     assert not said(measured)
 
 
-def test_a_batch_that_the_model_does_not_take(tmp_path):
-    with pytest.raises(ValueError, match=r"can't be measured.*initialize_eas_weights"):
-        train(tuned(), tmp_path, EASCallback([{"chosen": torch.ones(3)}] * 4))
+def test_a_trainer_that_has_no_loss_for_its_batches(tmp_path):
+    class Online(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, {"input_ids": inputs["completions"]}, *args, **kwargs)
+
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    online = Online(tuned(), args, train_dataset=ROWS, callbacks=[EASCallback(ROWS)])
+    with pytest.raises(ValueError, match=r"can't be measured.*'completions'.*initialize_eas_weights"):
+        online.train()
 
 
 def test_adapters_of_another_form_are_refused(tmp_path):
@@ -269,3 +276,19 @@ def test_adapters_of_another_form_are_refused(tmp_path):
 def test_what_else_may_stand_in(value):
     with pytest.raises(ValueError, match="stand_in"):
         EASConfig(stand_in=value)
+
+
+def test_measuring_ends_when_there_are_enough_tokens():
+    model, calls = tuned(), []
+    base = model.base_model
+    batches = ({"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in IDS.split(4) * 2)
+
+    def forward(batch):
+        calls.append(batch["input_ids"].shape)
+        model(**batch)
+
+    with torch.no_grad():
+        fill_stand_ins(base, "default", batches, forward, enough=3)
+    # 4 rows of 8 tokens that count a batch; 3 tokens for each of 32 numbers are 96
+    assert len(calls) == 3
+    assert all(value.any() for value in stand_ins(model).values())

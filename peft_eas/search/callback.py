@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .. import checks
 from ..model import EASModel
-from ..stand_in import are_zero, eas_model, fill_stand_ins
+from ..stand_in import ENOUGH, are_zero, eas_model, fill_stand_ins
 from .held_out import MEASURED, HeldOut
 from .run import Search
 from .trainer import Scorer, trainer_of
@@ -140,7 +140,7 @@ class EASCallback(TrainerCallback):
         if not is_given:
             scorer.check()
         if measures:
-            _measure(tuner, adapter_name, scorer)
+            _measure(tuner, adapter_name, scorer, _to_measure(scorer.held_out, train_dataloader, args))
         if is_given:
             return
         self._search = self.search_class(self, args, scorer, tuner, state.max_steps, saved)
@@ -223,16 +223,24 @@ def _held_out(dataset: Any, train_dataloader: Any, args: TrainingArguments) -> H
     )
 
 
-def _measure(tuner: EASModel, adapter_name: str, scorer: Scorer) -> None:
+def _to_measure(held_out: HeldOut, train_dataloader: Any, args: TrainingArguments) -> HeldOut:
+    """The training set, which is larger, and which stand-ins are trained with anyway; unless it is streamed."""
+    try:
+        return _held_out(None, train_dataloader, args)
+    except ValueError:
+        return held_out
+
+
+def _measure(tuner: EASModel, adapter_name: str, scorer: Scorer, examples: HeldOut) -> None:
     """Start the stand-ins at what the attentions add."""
     try:
         with scorer.aside():
-            fill_stand_ins(tuner, adapter_name, scorer.held_out.first(MEASURED), scorer.loss)
+            fill_stand_ins(tuner, adapter_name, examples.many(MEASURED), scorer.loss, ENOUGH)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"The stand-ins of skipped attentions can't be measured with this Trainer's batches: {error} "
             "Call `peft_eas.initialize_eas_weights(model, dataloader)` before training, with batches of what the "
-            "model takes; or give `EASCallback(search_dataset=...)` other examples."
+            "model takes."
         ) from error
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ PARTS = 4
 SAMPLE = 32
 """At most how many examples, over all processes, decide on what is decided once: scores, a budget."""
 
-MEASURED = 256
-"""At most how many stand-ins are measured with."""
+MEASURED = 2048
+"""At most how many stand-ins are measured with, if their tokens are not enough before."""
 
 COMPARED = 512
 """At most how many the start and what was found are compared on."""
@@ -86,6 +87,11 @@ class HeldOut:
         """This process's batches of the first `number` examples of the order, or of all there are; none twice."""
         wanted = max(1, min(len(self.order), number) // self.world_size)
         return self._collated(self._taken(self.rank * wanted, wanted, avoid), self.batch_size)
+
+    def many(self, number: int) -> Iterator[dict[str, Any]]:
+        """This process's batches of the first `number` examples, or of all there are; made one by one."""
+        rounds = math.ceil(min(len(self.order), number) / (self.examples * self.world_size))
+        return itertools.chain.from_iterable(map(self.batches, range(rounds)))
 
     def _taken(self, first: int, wanted: int, avoid: Collection[int]) -> list[Any]:
         """`wanted` examples from place `first` of the order on; some twice if there are not as many."""
