@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import zlib
@@ -89,9 +88,11 @@ class HeldOut:
         return self._collated(self._taken(self.rank * wanted, wanted, avoid), self.batch_size)
 
     def many(self, number: int) -> Iterator[dict[str, Any]]:
-        """This process's batches of the first `number` examples, or of all there are; made one by one."""
-        rounds = math.ceil(min(len(self.order), number) / (self.examples * self.world_size))
-        return itertools.chain.from_iterable(map(self.batches, range(rounds)))
+        """As `first`, but made one by one."""
+        wanted = max(1, min(len(self.order), number) // self.world_size)
+        for start in range(0, wanted, self.batch_size):
+            size = min(self.batch_size, wanted - start)
+            yield from self._collated(self._taken(self.rank * wanted + start, size, ()), size)
 
     def _taken(self, first: int, wanted: int, avoid: Collection[int]) -> list[Any]:
         """`wanted` examples from place `first` of the order on; some twice if there are not as many."""
