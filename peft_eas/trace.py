@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .batches import hooks
 from .config import EASConfig
-from .families import FAMILIES, Family, find_layers
+from .families import FAMILIES, Attentions, Family, find_layers
 from .runtime.eas_structure import outermost
 
 
@@ -60,21 +60,22 @@ def propose_family(model: PreTrainedModel, input_ids: torch.Tensor | None = None
     parts = path.split(".")
     suffixes = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
     layers = next(suffix for suffix in suffixes if outermost(model, suffix)[1] is container)
-    rows = [_row_of(model.config.model_type, layers, calls) for calls in _watch(model, container, input_ids)]
-    rows = [row for row in rows if row is not None]
-    if not rows:
+    found = [_attentions_of(layers, calls) for calls in _watch(model, container, input_ids)]
+    kinds = [kind for kind in found if kind is not None]
+    if not kinds:
         raise TraceError(f"No layer of {type(model).__name__} calls an attention and then a FFN.")
     # layers differ in having experts or not; a row names what any of them has
     merged = {
-        field.name: tuple(dict.fromkeys(name for row in rows for name in getattr(row, field.name)))
-        for field in dataclasses.fields(Family)
-        if isinstance(getattr(rows[0], field.name), tuple)
+        field.name: tuple(dict.fromkeys(name for kind in kinds for name in getattr(kind, field.name)))
+        for field in dataclasses.fields(Attentions)
+        if isinstance(getattr(kinds[0], field.name), tuple)
     }
-    for module, inputs in ((rows[0].attention, merged["attention_inputs"]), (rows[0].ffn, merged["ffn_inputs"])):
+    for module, inputs in ((kinds[0].attention, merged["attention_inputs"]), (kinds[0].ffn, merged["ffn_inputs"])):
         if not inputs:
             raise TraceError(f"Nothing in {module!r} of {type(model).__name__} reads the input that this is given.")
-    stacked_axis = min(row.stacked_axis for row in rows)
-    return dataclasses.replace(rows[0], **merged, stacked_axis=stacked_axis)
+    stacked_axis = min(kind.stacked_axis for kind in kinds)
+    kind = dataclasses.replace(kinds[0], **merged, stacked_axis=stacked_axis)
+    return Family(model.config.model_type, (kind,))
 
 
 def check_family(model: PreTrainedModel, family: Family, input_ids: torch.Tensor | None = None) -> float:
@@ -106,13 +107,19 @@ def check_family(model: PreTrainedModel, family: Family, input_ids: torch.Tensor
 
 def as_source(family: Family) -> str:
     """The row as it is written in Python, without what is a default."""
-    default = Family(family.model_type)
     said = [repr(family.model_type)]
-    for field in dataclasses.fields(Family):
-        value = getattr(family, field.name)
-        if value != getattr(default, field.name):
-            said.append(f"{field.name}={value!r}")
+    if family.decoder is not None:
+        said.append(f"decoder={family.decoder!r}")
+    elif family.attentions != Family(family.model_type).attentions:
+        kinds = [f"Attentions({', '.join(_said(kind))})" for kind in family.attentions]
+        said.append(f"({', '.join(kinds)}{',' * (len(kinds) == 1)})")
     return f"Family({', '.join(said)})"
+
+
+def _said(kind: Attentions) -> list[str]:
+    """The arguments of `Attentions` that are not the default."""
+    values = {field.name: getattr(kind, field.name) for field in dataclasses.fields(Attentions)}
+    return [f"{name}={value!r}" for name, value in values.items() if value != getattr(Attentions(), name)]
 
 
 def _attention(layer: nn.Module) -> str | None:
@@ -142,7 +149,7 @@ def _watch(model: PreTrainedModel, container: nn.ModuleList, input_ids: torch.Te
     return calls
 
 
-def _row_of(model_type: str, layers: str, calls: list[Call]) -> Family | None:
+def _attentions_of(layers: str, calls: list[Call]) -> Attentions | None:
     names = [call.name for call in calls]
     attention = next(
         (c for c in calls if "Attention" in type(c.module).__name__ and not _is_inside(c, calls, "Attention")), None
@@ -160,8 +167,7 @@ def _row_of(model_type: str, layers: str, calls: list[Call]) -> Family | None:
     behind = [c.name for c in norms if _same(c.given, attention.result)] if not adds_residual else []
     hidden_size = attention.given.shape[-1]
     inputs, stacked = _readers(ffn, calls, hidden_size)
-    return Family(
-        model_type,
+    return Attentions(
         layers=layers,
         attention=attention.name,
         attention_inputs=_readers(attention, calls, hidden_size)[0],

@@ -7,7 +7,8 @@ import torch
 from peft import get_peft_model
 
 from peft_eas import EASConfig, initialize_eas_weights, score_attentions
-from peft_eas.families import POST, find_layers
+from peft_eas.families import find_layers
+from peft_eas.families.spec import POST
 from peft_eas.search import budget
 
 
