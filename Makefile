@@ -33,6 +33,7 @@ attack: $(VENV)/ready
 lint: $(VENV)/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 $(VENV)/ready: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,4 +48,4 @@ $(VENV)/ready: setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-min .cache outputs runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-min .cache outputs runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

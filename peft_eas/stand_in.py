@@ -206,7 +206,7 @@ def eas_model(model: nn.Module) -> EASModel:
 
 def _fill(parameter: nn.Parameter, value: torch.Tensor) -> None:
     value = value.to(device=parameter.device, dtype=parameter.dtype)
-    if hasattr(parameter, "device_mesh"):  # sharded by FSDP2
+    if hasattr(parameter, "device_mesh") and hasattr(parameter, "placements"):  # sharded by FSDP2
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements)

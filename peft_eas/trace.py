@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -65,7 +66,7 @@ def propose_family(model: PreTrainedModel, input_ids: torch.Tensor | None = None
     if not kinds:
         raise TraceError(f"No layer of {type(model).__name__} calls an attention and then a FFN.")
     # layers differ in having experts or not; a row names what any of them has
-    merged = {
+    merged: dict[str, Any] = {
         field.name: tuple(dict.fromkeys(name for kind in kinds for name in getattr(kind, field.name)))
         for field in dataclasses.fields(Attentions)
         if isinstance(getattr(kinds[0], field.name), tuple)
@@ -195,7 +196,8 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def _readers(block: Call, calls: list[Call], hidden_size: int) -> tuple[tuple[str, ...], int]:
     """Names in `block` of what reads its input, and the input's axis of stacked weights."""
-    prefix, found, axis = f"{block.name}.", {}, -1
+    prefix, axis = f"{block.name}.", -1
+    found: dict[str, None] = {}
     if isinstance(getattr(block.module, "weight", None), nn.Parameter):
         return ("",), axis
     for call in calls:
@@ -205,9 +207,9 @@ def _readers(block: Call, calls: list[Call], hidden_size: int) -> tuple[tuple[st
         own = dict(call.module.named_parameters(recurse=False))
         if "weight" in own and own["weight"].dim() == 2:
             found[name] = None
-        for key, parameter in own.items():
-            if parameter.dim() == 3 and not re.search(r"down|w2|output", key):
-                found[f"{name}.{key}"] = None
+        for stacked, parameter in own.items():
+            if parameter.dim() == 3 and not re.search(r"down|w2|output", stacked):
+                found[f"{name}.{stacked}"] = None
                 axis = -1 if parameter.shape[-1] == hidden_size else -2
     order = {name: i for i, (name, _) in enumerate(block.module.named_parameters())}
     key = {name: min((i for n, i in order.items() if n.startswith(name)), default=0) for name in found}

@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -97,7 +98,7 @@ class Layers(dict[int | str, Arm]):
             names = list(self._keys)
             also = "" if names == list(self) else f", also called {names[0]!r} to {names[-1]!r}"
             raise ValueError(f"`skip_layers` names {wrong}, but the attentions of this model are {list(self)}{also}.")
-        meant = {self._keys.get(item, item) for item in given}
+        meant = {self._keys.get(str(item), item) for item in given}
         return [key for key in self if key in meant]
 
 
@@ -122,11 +123,14 @@ def find_layers(model: nn.Module) -> Layers:
             f"{type(model).__name__} has `is_decoder=True`, but EAS knows models of type {family.model_type!r} only as "
             "encoders or with one."
         )
-    containers, arms = {}, []
+    containers: dict[str, str] = {}
+    arms = []
     for attentions in present:
-        inner, layers = outermost(decoder, attentions.layers)
+        inner, found = outermost(decoder, attentions.layers)
+        layers = cast(nn.ModuleList, found)
         container = containers[attentions.layers] = f"{name}.{inner}".strip(".")
-        is_needed, seen = attentions.keeps_first, set()
+        is_needed = attentions.keeps_first
+        seen: set[int] = set()
         there = filter(None, (_get(layer, attentions.attention) for layer in layers))
         times = Counter(parameter for attention in there for parameter in _own(attention))
         for index, layer in enumerate(layers):
@@ -137,7 +141,7 @@ def find_layers(model: nn.Module) -> Layers:
                 is_needed = is_needed or getattr(attention, attentions.keeps_if)
             if not attentions.attention_inputs:
                 own = set(_own(attention))
-                is_needed = is_needed or (not own <= seen and max(map(times.get, own)) > 1)
+                is_needed = is_needed or (not own <= seen and max(map(times.__getitem__, own)) > 1)
                 seen |= own
             has_ffn = _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
             arms.append(Arm(attentions, index, container, index / len(layers), has_ffn and not is_needed, has_ffn))

@@ -134,7 +134,7 @@ class Bypass:
         """
         cache = self._cache(kwargs)
         entry = cache.layers[self.index] if cache is not None and self.index < len(cache.layers) else None
-        if getattr(entry, "eas_rank", None):
+        if entry is not None and getattr(entry, "eas_rank", None):
             self._check_unused(entry)
             entry.eas_rank, entry.is_initialized = None, False
 
@@ -253,14 +253,14 @@ class SkippedAttention(nn.Module):
         self.up = nn.Parameter(torch.zeros(left.width, left.rank, **factory)) if left.rank else None
         *parents, leaf = form.residual_norm.split(".")
         if leaf:
-            module = self
+            module: nn.Module = self
             for name in parents:
                 module.add_module(name, nn.Module())
                 module = module.get_submodule(name)
             module.add_module(leaf, attention.get_submodule(form.residual_norm))
 
     def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
-        if self.down is None:
+        if self.down is None or self.up is None:
             self.bypass.pass_over(args, kwargs)
             # a tensor of its own, since layers may change in place what an attention gives them
             first = _first(args, kwargs)
@@ -282,5 +282,5 @@ def shift_input(layers: nn.ModuleList, name: str, shift: torch.Tensor) -> None:
     module.register_forward_pre_hook(_shifted, with_kwargs=True)
 
 
-def _shifted(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _shifted(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return change_input(args, kwargs, lambda z: z + module.eas_shift)
