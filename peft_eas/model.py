@@ -21,6 +21,7 @@ from .gates import SkipGates
 from .layer import EASAttention, EASFeedForward, EASLayer, Wrappers, check_single, inputs_of
 from .loading import check_parameters, entries_of, skipped_in, wrappers_of
 from .merge import finish_merge, plan_merge
+from .prove import learn_family
 from .quantized import Dequantiser, Requantiser, dequantise, is_quantised, unquantised_dtype
 from .runtime.eas_attention import UNREADABLE
 
@@ -45,6 +46,7 @@ class EASModel(BaseTuner):
         return peft_config  # the defaults need the model, see `_prepare_model`
 
     def _prepare_model(self, peft_config: EASConfig, model: nn.Module) -> None:
+        learn_family(model)
         self._layers = layers = find_layers(model)
         if peft_config.target_modules is None:
             rows = layers.family.attentions

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .batches import hooks
 from .config import EASConfig
 from .families import FAMILIES, Attentions, Family, find_layers
 from .runtime.eas_structure import outermost
+
+WORDS = 1024
+"""How many words a random model has at most."""
 
 
 class TraceError(ValueError):
@@ -53,11 +64,7 @@ def propose_family(model: PreTrainedModel, input_ids: torch.Tensor | None = None
         whole, part = (model.eval()(input_ids=ids, use_cache=False).logits for ids in (input_ids, input_ids[:, :-1]))
     if not torch.allclose(whole[:, :-1], part, rtol=1e-3, atol=1e-4):
         raise TraceError(f"{type(model).__name__} is no decoder: what it says of a token depends on those that follow.")
-    decoder = model.get_decoder()
-    lists = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and any(map(_attention, m))]
-    if not lists:
-        raise TraceError(f"{type(model).__name__} has no list of layers with attentions.")
-    path, container = max(lists, key=lambda item: len(item[1]))
+    path, container = layers_of(model)
     parts = path.split(".")
     suffixes = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
     layers = next(suffix for suffix in suffixes if outermost(model, suffix)[1] is container)
@@ -79,6 +86,65 @@ def propose_family(model: PreTrainedModel, input_ids: torch.Tensor | None = None
     return Family(model.config.model_type, (kind,))
 
 
+def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The longest list of layers with attentions that the decoder of `model` has, and its name there.
+
+    Raises:
+        TraceError: if there is none.
+    """
+    decoder = model.get_decoder()
+    lists = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and any(map(_attention, m))]
+    if not lists:
+        raise TraceError(f"{type(model).__name__} has no list of layers with attentions.")
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def few_layers(config: PreTrainedConfig, count: int, **kwargs: Any) -> PreTrainedModel:
+    """A random model that generates text, of the first `count` layers that `config` says, and of few words.
+
+    Args:
+        config: Configuration of a model.
+        count: How many layers; fewer if it has not as many.
+        **kwargs: For `from_config`.
+
+    Raises:
+        TraceError: if transformers has no model for `config` that generates text, or it is an encoder-decoder.
+    """
+    values = config.to_dict()
+    values.pop("quantization_config", None)
+    few = type(config).from_dict(values)
+    text = few.get_text_config(decoder=True)
+    whole = getattr(text, "num_hidden_layers", None)
+    if config.is_encoder_decoder or not isinstance(whole, int):
+        raise TraceError(f"Rows are proposed for decoders, and models of type {config.model_type!r} are none.")
+    text.num_hidden_layers = min(whole, count)
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == whole:  # one entry a layer
+            setattr(text, name, value[:count])
+    if getattr(text, "vocab_size", 0) > WORDS:
+        text.vocab_size = WORDS
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(text, name, 0)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(few) in auto._model_mapping or auto.__name__ in (getattr(few, "auto_map", None) or {}):
+            return auto.from_config(few, dtype=torch.float32, **kwargs).eval()
+    raise TraceError(f"Rows are proposed for decoders, and transformers has none of type {config.model_type!r}.")
+
+
+@contextlib.contextmanager
+def known(family: Family) -> Iterator[None]:
+    """Let `family` be the row of its model type inside of the `with`."""
+    before = FAMILIES.get(family.model_type)
+    FAMILIES[family.model_type] = family
+    try:
+        yield
+    finally:
+        if before is None:
+            del FAMILIES[family.model_type]
+        else:
+            FAMILIES[family.model_type] = before
+
+
 def check_family(model: PreTrainedModel, family: Family, input_ids: torch.Tensor | None = None) -> float:
     """Largest difference that merging makes to a logit with this row, relative to the largest logit.
 
@@ -86,9 +152,7 @@ def check_family(model: PreTrainedModel, family: Family, input_ids: torch.Tensor
     """
     if input_ids is None:
         input_ids = torch.arange(6)[None] + 3
-    before = FAMILIES.get(family.model_type)
-    FAMILIES[family.model_type] = family
-    try:
+    with known(family):
         model = copy.deepcopy(model).eval()
         skip_layers = list(find_layers(model))[::2]
         tuned = get_peft_model(model, EASConfig(skip_layers=skip_layers, propagation="mean", init_weights=False)).eval()
@@ -99,11 +163,6 @@ def check_family(model: PreTrainedModel, family: Family, input_ids: torch.Tensor
             unmerged = tuned(input_ids=input_ids).logits
             merged = tuned.merge_and_unload()(input_ids=input_ids).logits
         return float((merged - unmerged).abs().max() / unmerged.abs().max())
-    finally:
-        if before is None:
-            del FAMILIES[family.model_type]
-        else:
-            FAMILIES[family.model_type] = before
 
 
 def as_source(family: Family) -> str:

@@ -17,9 +17,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from peft_eas import FAMILIES, Attentions, EASCallback, EASConfig, Family, cli, model_card, register_family
 from peft_eas.families import decoders, encoders, find_layers, moe, multimodal, seq2seq
+from peft_eas.prove import learn_family
 from peft_eas.runtime.eas_structure import outermost
 from peft_eas.trace import TraceError, as_source, check_family, propose_family
 
@@ -122,9 +124,17 @@ def own_model():
     FAMILIES.pop("own_llama", None)
 
 
-def test_an_unknown_family_names_the_nearest_and_a_row_makes_it_known(own_model, tmp_path):
-    with pytest.raises(ValueError, match=r"'own_llama'.*nearest.*'llama'.*inspect-family.*register_family"):
-        get_peft_model(own_model, EASConfig(skip_layers=[1]))
+def test_a_type_that_has_no_row_and_cannot_be_learned_names_the_nearest():
+    class Config(LlamaConfig):
+        model_type = "lama"
+
+    message = r"'lama' \(LlamaForCausalLM\).* nearest .*'llama'.*supported-models.*inspect-family.*usage.md#families"
+    with pytest.raises(ValueError, match=message) as caught:
+        get_peft_model(LlamaForCausalLM(Config(**tiny.COMMON)), EASConfig(skip_layers=[1]))
+    assert len(str(caught.value)) < 400
+
+
+def test_a_row_makes_a_family_known(own_model, tmp_path):
     register_family(dataclasses.replace(FAMILIES["llama"], model_type="own_llama"))
     inputs = tiny.inputs("llama")
     model = get_peft_model(own_model, EASConfig(skip_layers=[1])).eval()
@@ -138,6 +148,38 @@ def test_an_unknown_family_names_the_nearest_and_a_row_makes_it_known(own_model,
     torch.testing.assert_close(loaded(**inputs).logits, merged(**inputs).logits, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"AutoConfig\.register"):
         register_family(Family("nobody_knows"))
+
+
+def test_a_type_that_has_no_row_is_learned(own_model):
+    with pytest.warns(UserWarning, match=r"register_family\(peft_eas.Family\('own_llama'\)\)"):
+        model = get_peft_model(own_model, EASConfig(skip_layers=[1], init_weights=False)).eval()
+    assert FAMILIES["own_llama"].attentions == FAMILIES["llama"].attentions
+    inputs = tiny.inputs("llama")
+    expected = model(**inputs).logits
+    matrix.assert_close(model.merge_and_unload()(**inputs).logits, expected)
+
+
+def test_a_model_around_a_known_one_is_learned(monkeypatch):
+    monkeypatch.delitem(FAMILIES, "llava")
+    model, state = tiny.model("llava"), torch.get_rng_state()
+    with pytest.warns(UserWarning, match="decoder='language_model'"):
+        learn_family(model)
+    assert FAMILIES["llava"] == Family("llava", decoder="language_model")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class OddAttention(LlamaAttention):
+    def forward(self, hidden_states, *args, **kwargs):
+        output, *others = super().forward(hidden_states, *args, **kwargs)
+        return output + 0.1 * hidden_states, *others
+
+
+def test_what_cannot_be_proved_is_refused(own_model, monkeypatch):
+    """An attention that gives its input back, too, is more than linears that read it."""
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaAttention", OddAttention)
+    with pytest.raises(ValueError, match=r"'own_llama'.*A skipped attention is not one that gives zero"):
+        get_peft_model(OwnModel(own_model.config), EASConfig(skip_layers=[1]))
+    assert "own_llama" not in FAMILIES
 
 
 def test_a_row_that_does_not_fit_the_model_is_refused(own_model):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ..families import FAMILIES
-from ..trace import TraceError, as_source, check_family, propose_family
+from ..trace import TraceError, as_source, check_family, few_layers, propose_family
 from .shared import UsageError, positive, reading
 
 HELP = "propose a row for a model family that is not known yet, and try it"
@@ -25,21 +25,9 @@ def run(args: argparse.Namespace) -> None:
     with reading(args.model):
         config = AutoConfig.from_pretrained(args.model, **trust)
     by_hand = "Look at the model's code, and write the row by hand: docs/usage.md says how."
-    if config.is_encoder_decoder or not isinstance(getattr(config, "num_hidden_layers", None), int):
-        raise UsageError(f"Rows are proposed for decoders, and {args.model} is a {config.model_type!r}. {by_hand}")
-    whole = config.num_hidden_layers
-    config.num_hidden_layers = count = min(whole, args.layers)
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == whole:  # one entry a layer
-            setattr(config, name, value[:count])
     try:
         with reading(args.model):
-            model = AutoModelForCausalLM.from_config(config, **trust)
-    except ValueError:
-        raise UsageError(
-            f"Rows are proposed for decoders, and transformers has none of type {config.model_type!r}. {by_hand}"
-        ) from None
-    try:
+            model = few_layers(config, args.layers, **trust)
         row = propose_family(model)
     except TraceError as reason:
         raise UsageError(f"{reason} {by_hand}") from None

@@ -29,11 +29,12 @@ def register_family(family: Family) -> None:
     """
     if not isinstance(family, Family):
         raise refused("family", family, "a `peft_eas.Family`")
-    if issubclass(CONFIG_MAPPING.get(family.model_type, object), EASConfigMixin):
-        raise ValueError(f"{family.model_type!r} is the type of merged models, which can't get EAS again.")
     if family.model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"transformers knows no model type {family.model_type!r}: call `AutoConfig.register` for it first."
         )
+    config_class = CONFIG_MAPPING[family.model_type]
+    if issubclass(config_class, EASConfigMixin):
+        raise ValueError(f"{family.model_type!r} is the type of merged models, which can't get EAS again.")
     FAMILIES[family.model_type] = family
-    register_config(CONFIG_MAPPING[family.model_type])
+    register_config(config_class)
