@@ -62,8 +62,9 @@ def _like(model: PreTrainedModel) -> PreTrainedModel:
     if count > MOST_LAYERS:
         raise TraceError(f"The first {MOST_LAYERS} layers have not all kinds of layers that there are.")
     few = few_layers(model.config, count)
-    if not {*kinds} <= {_kind(layer) for layer in layers_of(few)[1]}:
-        raise TraceError("With fewer layers, they are built in another way.")
+    same_type = few.config.model_type == model.config.model_type
+    if not same_type or not {*kinds} <= {_kind(layer) for layer in layers_of(few)[1]}:
+        raise TraceError("With fewer layers, the model is built in another way.")
     return few
 
 

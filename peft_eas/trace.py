@@ -24,6 +24,7 @@ from .batches import hooks
 from .config import EASConfig
 from .families import FAMILIES, Attentions, Family, find_layers
 from .runtime.eas_structure import outermost
+from .runtime.modeling_eas import auto_classes
 
 WORDS = 1024
 """How many words a random model has at most."""
@@ -125,8 +126,9 @@ def few_layers(config: PreTrainedConfig, count: int, **kwargs: Any) -> PreTraine
         text.vocab_size = WORDS
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(text, name, 0)
+    named = {*auto_classes(few.model_type), *(getattr(few, "auto_map", None) or ())}
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        if type(few) in auto._model_mapping or auto.__name__ in (getattr(few, "auto_map", None) or {}):
+        if auto.__name__ in named:
             return auto.from_config(few, dtype=torch.float32, **kwargs).eval()
     raise TraceError(f"Rows are proposed for decoders, and transformers has none of type {config.model_type!r}.")
 
