@@ -44,6 +44,7 @@ release-check: $(VENV)/ready
 lint: $(VENV)/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 $(VENV)/ready: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,4 +59,4 @@ $(VENV)/ready: setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-min .cache outputs runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-min .cache outputs runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

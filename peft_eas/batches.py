@@ -61,7 +61,7 @@ def arguments_of(batch: dict, model: PreTrainedModel) -> dict:
     return inputs
 
 
-def label_count(batch: dict) -> int:
+def label_count(batch: Mapping[str, Any]) -> int:
     """How many labels a batch has, which is what its mean loss counts for; 1 if they are called something else."""
     labels = batch.get("labels")
     return int((labels != -100).sum()) if isinstance(labels, torch.Tensor) else 1

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
@@ -169,7 +169,7 @@ class EASConfig(PeftConfig):
         if isinstance(layers, int):
             self.layers_to_transform = checks.integer("layers_to_transform", layers, 0)
         elif layers is not None:
-            self.layers_to_transform = checks.attentions("layers_to_transform", layers, or_names=False)
+            self.layers_to_transform = cast(list[int], checks.attentions("layers_to_transform", layers, or_names=False))
         for name in ("target_modules", "exclude_modules"):
             if getattr(self, name) is not None:
                 setattr(self, name, checks.modules_or_pattern(name, getattr(self, name)))
@@ -223,7 +223,7 @@ class EASConfig(PeftConfig):
         """Number of attentions to skip in a model that has `num_attentions` of them; with a budget, while searching."""
         if self.skip_layers is not None:
             return len(self.skip_layers)
-        wanted = 0.25 if self.num_skip in (None, "auto") else self.num_skip
+        wanted = 0.25 if self.num_skip is None or isinstance(self.num_skip, str) else self.num_skip
         return wanted if isinstance(wanted, int) else round(wanted * num_attentions)
 
     def record(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class FrozenContext:
 
     def __str__(self) -> str:
         loss = ""
-        if self.loss_before is not None:
+        if self.loss_before is not None and self.loss_after is not None:
             increase = self.loss_after - self.loss_before
             loss = f"loss {self.loss_before:.4f} -> {self.loss_after:.4f} ({increase:+.4f}), "
         return (
@@ -74,13 +74,14 @@ def freeze(
 
 
 def _mean_constants(model: PreTrainedModel, skipped: Sequence[EASAttention], dataloader: Iterable[dict]) -> Constants:
-    sums, counts = dict.fromkeys(skipped, 0.0), dict.fromkeys(skipped, 0)
+    sums: Constants = {}
+    counts = dict.fromkeys(skipped, 0)
     for batch in dataloader:
         inputs = arguments_of(batch, model)
 
         def see(attention: EASAttention, added: torch.Tensor, inputs: dict = inputs) -> torch.Tensor:
             kept = added[counted_tokens(inputs, attention.arm.row, added.shape[:-1], added.device)]
-            sums[attention] = sums[attention] + kept.double().sum(dim=0)
+            sums[attention] = sums.get(attention, 0) + kept.double().sum(dim=0)
             counts[attention] += len(kept)
             return added
 
@@ -98,7 +99,7 @@ def _adding(
     """What each attention adds to the stream, `(B, T, d)`, is `instead(attention, added)` inside of the `with`."""
     try:
         for attention in skipped:
-            attention._added = lambda *args, a=attention: instead(a, type(a)._added(a, *args))
+            attention.__dict__["_added"] = lambda *args, a=attention: instead(a, type(a)._added(a, *args))
         yield
     finally:
         for attention in skipped:

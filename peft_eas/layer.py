@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from . import pia
 from .config import EASConfig
 from .families import Arm
-from .quantized import Dequantiser, check_foldable, is_quantised, weight_of
+from .quantized import Dequantiser, Linear, check_foldable, is_quantised, weight_of
 from .runtime.eas_attention import Bypass, change_input
 
 
@@ -72,7 +72,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
         self.eas_dropout = nn.ModuleDict()
         self.eas_config: dict[str, EASConfig] = {}
         self._disable_adapters = False
-        self.frozen_peft_weight_names = {}
+        self.frozen_peft_weight_names: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
         self._unfolded: dict[str, nn.Module | nn.Parameter] = {}
         self._shift: torch.Tensor | None = None  # of a folded adapter, see `input_shift`
@@ -228,7 +228,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
             self._put(name, folded)
         return before
 
-    def _put(self, name: str, linear: nn.Module | nn.Parameter) -> None:
+    def _put(self, name: str, linear: Linear) -> None:
         if name:
             parent, _, leaf = name.rpartition(".")
             setattr(self.base_layer.get_submodule(parent), leaf, linear)
@@ -242,7 +242,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: in the words of PEFT's other tuners.
         """
-        tensors = list(self.parameters_of(adapter_name))
+        tensors: list[torch.Tensor] = list(self.parameters_of(adapter_name))
         if self.acts(adapter_name):
             tensors += [t for _, linear in self._folded(adapter_name) for t in _tensors(linear)]
         if not all(torch.isfinite(t).all() for t in tensors):
@@ -535,7 +535,7 @@ class EASFeedForward(EASLayer):
         return self.base_layer(*args, **kwargs)
 
 
-Wrappers = dict[int | str, tuple[EASAttention | None, list[EASFeedForward]]]
+Wrappers = dict[int | str, tuple[EASAttention, list[EASFeedForward]]]
 """The attentions of a model, each wrapped (`None`: it has no adapter), with the wrapped FFNs behind it."""
 
 
@@ -587,7 +587,7 @@ def _kaiming(rows: int, columns: int) -> torch.Tensor:
     return weight
 
 
-def _get(module: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
+def _get(module: Any, name: str) -> Linear:
     """A linear or a stacked weight of `module` by its name, `""` for the module itself; `None` if there is none."""
     for part in filter(None, name.split(".")):
         module = getattr(module, part, None)
@@ -602,7 +602,7 @@ def _is_transposed(linear: nn.Module) -> bool:
     return isinstance(linear, Conv1D)
 
 
-def _in_features(linear: nn.Module | nn.Parameter, stacked_axis: int) -> int:
+def _in_features(linear: Linear, stacked_axis: int) -> int:
     if isinstance(linear, nn.Parameter):
         return linear.shape[stacked_axis]
     if hasattr(linear, "in_features"):
@@ -611,7 +611,7 @@ def _in_features(linear: nn.Module | nn.Parameter, stacked_axis: int) -> int:
 
 
 def _fold(
-    linear: nn.Module | nn.Parameter,
+    linear: Linear,
     stacked_axis: int,
     adapter: Adapter,
     down_bias: torch.Tensor | None,

@@ -79,7 +79,8 @@ def check_parameters(entries: Entries, wrappers: list[EASLayer], skipped: Collec
     Raises:
         ValueError: which names the first of them. What such a forward does not look at may be there or not.
     """
-    lacking, unknown = [], []
+    lacking: list[str] = []
+    unknown: list[str] = []
     for wrapper in wrappers:
         place = place_of(wrapper)
         with torch.device("meta"):

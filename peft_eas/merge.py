@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import EASConfig
 from .families import Layers
-from .layer import EASAttention, Wrappers
+from .layer import EASAttention, EASFeedForward, EASLayer
 from .runtime import modeling_eas
 from .runtime.eas_attention import shift_input
 from .runtime.eas_record import Form, Left, Record, Stripped
@@ -37,7 +38,13 @@ class MergePlan:
     left: dict[str, dict[str, torch.Tensor]]
 
 
-def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, config: EASConfig, name: str) -> MergePlan:
+def plan_merge(
+    model: PreTrainedModel,
+    layers: Layers,
+    wrappers: Mapping[int | str, tuple[EASAttention | None, list[EASFeedForward]]],
+    config: EASConfig,
+    name: str,
+) -> MergePlan:
     """Work out what the merged model will look like, before anything is changed.
 
     Args:
@@ -65,8 +72,8 @@ def plan_merge(model: PreTrainedModel, layers: Layers, wrappers: Wrappers, confi
             attention, ffns = wrappers[key]
             inside = f"{arm.index}.{row.attention}"
             in_list = [ffn.name.removeprefix(f"{arm.container}.") for ffn in ffns]
-            places = list(zip(ffns, in_list, in_list, strict=True))
-            if key in skipped:
+            places: list[tuple[EASLayer | None, str, str]] = list(zip(ffns, in_list, in_list, strict=True))
+            if attention is not None and key in skipped:
                 skip.append(arm.index)
                 size, left[arm.attention] = _left(attention, name)
                 sizes.append(size)

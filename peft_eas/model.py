@@ -21,6 +21,7 @@ from .gates import SkipGates
 from .layer import EASAttention, EASFeedForward, EASLayer, Wrappers, check_single, inputs_of
 from .loading import check_parameters, entries_of, skipped_in, wrappers_of
 from .merge import finish_merge, plan_merge
+from .prove import learn_family
 from .quantized import Dequantiser, Requantiser, dequantise, is_quantised, unquantised_dtype
 from .runtime.eas_attention import UNREADABLE
 
@@ -45,11 +46,12 @@ class EASModel(BaseTuner):
         return peft_config  # the defaults need the model, see `_prepare_model`
 
     def _prepare_model(self, peft_config: EASConfig, model: nn.Module) -> None:
+        learn_family(model)
         self._layers = layers = find_layers(model)
         if peft_config.target_modules is None:
             rows = layers.family.attentions
             names = {name for row in rows for name in (row.attention, row.ffn, row.ffn_back)}
-            peft_config.target_modules = names - {""}
+            peft_config.target_modules = names - {""}  # type: ignore[assignment]  # PEFT takes sets, too
         self._places: dict[str, list[Arm]] = {arm.attention: [arm] for arm in layers.values()}
         for arm in layers.values():
             for ffn in arm.ffns:
@@ -172,7 +174,7 @@ class EASModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: PreTrainedModel, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attentions = []
         for key in self._layers:
@@ -269,11 +271,12 @@ class EASModel(BaseTuner):
 
     def _targeted(self, adapter_name: str) -> Wrappers:
         """The attentions that the adapter can skip, with the FFNs behind them."""
-        targeted = {}
+        targeted: Wrappers = {}
         for key, arm in self._layers.items():
             attention, ffns = self._wrappers(key)
-            is_complete = arm.is_skippable and attention is not None and len(ffns) == len(arm.ffns)
-            if is_complete and all(adapter_name in wrapper.eas_config for wrapper in (attention, *ffns)):
+            if attention is None or not arm.is_skippable or len(ffns) < len(arm.ffns):
+                continue
+            if all(adapter_name in wrapper.eas_config for wrapper in (attention, *ffns)):
                 targeted[key] = attention, ffns
         return targeted
 
@@ -504,7 +507,7 @@ class EASModel(BaseTuner):
 
 def _all(wrappers: Wrappers) -> list[EASLayer]:
     """All of them, once each."""
-    return list(dict.fromkeys(w for attention, ffns in wrappers.values() for w in (attention, *ffns) if w is not None))
+    return list(dict.fromkeys(w for attention, ffns in wrappers.values() for w in (attention, *ffns)))
 
 
 def _init_continuous_batching(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+Linear = Any
+"""A linear of whatever library: with attributes that `nn.Module` does not tell the types of."""
 
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,7 +31,7 @@ def check_foldable(linear: nn.Module | nn.Parameter) -> None:
     Raises:
         ValueError: if they are quantised in an unknown way, or in one that can't be undone.
     """
-    weight = linear if isinstance(linear, nn.Parameter) else getattr(linear, "weight", None)
+    weight: Any = linear if isinstance(linear, nn.Parameter) else getattr(linear, "weight", None)
     is_plain = type(weight).__module__.startswith("torch.") or type(weight) is torch.Tensor
     if not (is_quantised(weight) or (is_plain and weight.dtype in _FLOATING)):
         kind = type(linear)
@@ -45,7 +49,7 @@ def check_foldable(linear: nn.Module | nn.Parameter) -> None:
 
 
 @torch.no_grad()
-def weight_of(linear: nn.Module) -> torch.Tensor:
+def weight_of(linear: Linear) -> torch.Tensor:
     """The weight of a linear; if it is quantised, the one `(o, d)` that it computes with, in float32."""
     weight = linear.weight
     if not is_quantised(weight):
@@ -74,10 +78,11 @@ class Dequantiser:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def __call__(self, linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    def __call__(self, linear: Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
         """What stands in the model for `linear`, with the weight `(o, d)` and the bias `(o,)`."""
         with torch.device("meta"):
-            if getattr(linear, "source_cls", None) is Conv1D:  # which has been turned around
+            source: Any = getattr(linear, "source_cls", None)
+            if source is Conv1D:  # which has been turned around
                 new, weight = Conv1D(linear.out_features, linear.in_features), weight.T.contiguous()
             else:
                 new = nn.Linear(linear.in_features, linear.out_features, bias=False)
@@ -107,7 +112,7 @@ class Requantiser(Dequantiser):
             raise ValueError(f"`requantize=True` needs a base model quantised by bitsandbytes, but this one {found}.")
         self._error = self._change = self._size = 0.0
 
-    def __call__(self, linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    def __call__(self, linear: Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
         old, new = linear.weight, copy.copy(linear)
         if type(old).__name__ == "Params4bit":
             names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
@@ -145,7 +150,7 @@ def dequantise(model: PreTrainedModel) -> None:
     """Put plain linears in the place of those that are quantised, one by one, and make of `model` an ordinary one."""
     dequantiser = Dequantiser(unquantised_dtype(model))
     for name in [n for n, m in model.named_modules() if is_quantised(getattr(m, "weight", None))]:
-        linear = model.get_submodule(name)
+        linear: Linear = model.get_submodule(name)
         model.set_submodule(name, dequantiser(linear, weight_of(linear), linear.bias))
     in_float32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for name, parameter in model.named_parameters():  # quantised linears took any dtype, plain ones don't

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,46 +32,50 @@ RIDGE = 2.0
 
 
 class StandIn(NamedTuple):
-    """What an attention adds to the stream, as near as a stand-in gets: `constant (d,)`, and of a linear one the map
-    `up (d, r)` after `down (r, d')`. In float64 on the CPU."""
+    """What an attention adds to the stream, as near as a stand-in gets. In float64 on the CPU."""
 
     constant: torch.Tensor
-    down: torch.Tensor | None = None
-    up: torch.Tensor | None = None
+    """`(d,)`."""
+    maps: tuple[torch.Tensor, torch.Tensor] | None = None
+    """`down (r, d')` and `up (d, r)` of a linear one."""
 
 
-class Moments(NamedTuple):
-    """Sums over tokens of what an attention reads, `z (d',)`, and adds, `a (d,)`, and of their products."""
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens of what an attention reads, `z (d',)`, and adds, `a (d,)`. In float64 on the CPU.
+
+    Attributes:
+        count: Number of tokens.
+        added: `(d,)`, the sum of `a`.
+        read: `(d',)`, `(d', d')` and `(d', d)`: those of `z`, `z z^T` and `z a^T`; `None` if they are not wanted.
+    """
 
     count: int
     added: torch.Tensor
-    """`(d,)`, the sum of `a`."""
-    read: torch.Tensor | None = None
-    """`(d',)`, that of `z`."""
-    squares: torch.Tensor | None = None
-    """`(d', d')`, that of `z z^T`."""
-    products: torch.Tensor | None = None
-    """`(d', d)`, that of `z a^T`."""
+    read: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def mean(self) -> torch.Tensor:
+        """Of what is added, `(d,)`."""
+        return self.added / self.count
 
     def stand_in(self, rank: int) -> StandIn:
-        """The best one with a map of this rank at most; with none, the mean of `a`."""
-        mean = self.added / self.count
-        if self.squares is None or not rank:
+        """The best one with a map of this rank at most, equation (4); without `read`, the mean."""
+        mean = self.mean()
+        if self.read is None:
             return StandIn(mean)
-        center = self.read / self.count
-        covariance = self.squares / self.count - torch.outer(center, center)
-        products = self.products / self.count - torch.outer(center, mean)
-        # with few tokens, a map that fits them is one of chance
+        center, squares, products = (total / self.count for total in self.read)
+        covariance = squares - torch.outer(center, center)
         ridge = RIDGE * len(center) / self.count * covariance.diagonal().mean()
         covariance.diagonal().add_(ridge.clamp(min=torch.finfo(covariance.dtype).tiny))
-        whole = torch.linalg.solve(covariance, products)  # (d', d), of full rank
-        _, directions = torch.linalg.eigh(products.T @ whole)
+        crossed = products - torch.outer(center, mean)
+        whole = torch.linalg.solve(covariance, crossed)  # (d', d), of full rank
+        _, directions = torch.linalg.eigh(crossed.T @ whole)
         up = directions[:, -rank:]
         down = (whole @ up).T
         # both factors learn at one rate, so they are of one size
         size = down.norm(dim=1).sqrt()
         down, up = down / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None], up * size
-        return StandIn(mean - up @ (down @ center), down, up)
+        return StandIn(mean - up @ (down @ center), (down, up))
 
 
 @torch.no_grad()
@@ -128,9 +133,9 @@ def fill_stand_ins(
     for key in list(found):
         attention, stand_in = attentions[key][0], found.pop(key).stand_in(config.r_pia if is_linear else 0)
         _fill(attention.eas_stand_in[adapter_name], stand_in.constant)
-        if stand_in.down is not None:
-            _fill(attention.eas_map_down[adapter_name], stand_in.down)
-            _fill(attention.eas_map_up[adapter_name], stand_in.up)
+        if stand_in.maps is not None:
+            for parameters, value in zip((attention.eas_map_down, attention.eas_map_up), stand_in.maps, strict=True):
+                _fill(parameters[adapter_name], value)
     for module in tuner.modules():
         if isinstance(module, EASAttention):
             module.measured.add(adapter_name)
@@ -194,14 +199,19 @@ def moments(
         count = sum(count for count, _ in gathered)
         if not count:
             raise ValueError(f"The dataloader gave no tokens to measure the attention {key} with.")
-        found[key] = Moments(count, *(sum(each) for each in zip(*(own for _, own in gathered if own), strict=True)))
-    wrong = [key for key, of in found.items() if not all(torch.isfinite(t).all() for t in of[1:] if t is not None)]
+        added, *read = (sum(each) for each in zip(*(own for _, own in gathered if own), strict=True))
+        found[key] = Moments(count, added, (read[0], read[1], read[2]) if is_linear else None)
+    wrong = [key for key, of in found.items() if not all(map(_is_finite, (of.added, *(of.read or ()))))]
     if wrong:
         raise ValueError(
             f"What the attentions {wrong} read or add is not finite: look for NaN in the model's weights or in the "
             "batches."
         )
     return found
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 @contextmanager
@@ -295,7 +305,7 @@ def eas_model(model: nn.Module) -> EASModel:
 
 def _fill(parameter: nn.Parameter, value: torch.Tensor) -> None:
     value = value.to(device=parameter.device, dtype=parameter.dtype)
-    if hasattr(parameter, "device_mesh"):  # sharded by FSDP2
+    if hasattr(parameter, "device_mesh") and hasattr(parameter, "placements"):  # sharded by FSDP2
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements)

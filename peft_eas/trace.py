@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .batches import hooks
 from .config import EASConfig
-from .families import FAMILIES, Family, find_layers
+from .families import FAMILIES, Attentions, Family, find_layers
 from .runtime.eas_structure import outermost
+from .runtime.modeling_eas import auto_classes
+
+WORDS = 1024
+"""How many words a random model has at most."""
 
 
 class TraceError(ValueError):
@@ -52,29 +65,86 @@ def propose_family(model: PreTrainedModel, input_ids: torch.Tensor | None = None
         whole, part = (model.eval()(input_ids=ids, use_cache=False).logits for ids in (input_ids, input_ids[:, :-1]))
     if not torch.allclose(whole[:, :-1], part, rtol=1e-3, atol=1e-4):
         raise TraceError(f"{type(model).__name__} is no decoder: what it says of a token depends on those that follow.")
+    path, container = layers_of(model)
+    parts = path.split(".")
+    suffixes = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+    layers = next(suffix for suffix in suffixes if outermost(model, suffix)[1] is container)
+    found = [_attentions_of(layers, calls) for calls in _watch(model, container, input_ids)]
+    kinds = [kind for kind in found if kind is not None]
+    if not kinds:
+        raise TraceError(f"No layer of {type(model).__name__} calls an attention and then a FFN.")
+    # layers differ in having experts or not; a row names what any of them has
+    merged: dict[str, Any] = {
+        field.name: tuple(dict.fromkeys(name for kind in kinds for name in getattr(kind, field.name)))
+        for field in dataclasses.fields(Attentions)
+        if isinstance(getattr(kinds[0], field.name), tuple)
+    }
+    for module, inputs in ((kinds[0].attention, merged["attention_inputs"]), (kinds[0].ffn, merged["ffn_inputs"])):
+        if not inputs:
+            raise TraceError(f"Nothing in {module!r} of {type(model).__name__} reads the input that this is given.")
+    stacked_axis = min(kind.stacked_axis for kind in kinds)
+    kind = dataclasses.replace(kinds[0], **merged, stacked_axis=stacked_axis)
+    return Family(model.config.model_type, (kind,))
+
+
+def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The longest list of layers with attentions that the decoder of `model` has, and its name there.
+
+    Raises:
+        TraceError: if there is none.
+    """
     decoder = model.get_decoder()
     lists = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and any(map(_attention, m))]
     if not lists:
         raise TraceError(f"{type(model).__name__} has no list of layers with attentions.")
-    path, container = max(lists, key=lambda item: len(item[1]))
-    parts = path.split(".")
-    suffixes = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-    layers = next(suffix for suffix in suffixes if outermost(model, suffix)[1] is container)
-    rows = [_row_of(model.config.model_type, layers, calls) for calls in _watch(model, container, input_ids)]
-    rows = [row for row in rows if row is not None]
-    if not rows:
-        raise TraceError(f"No layer of {type(model).__name__} calls an attention and then a FFN.")
-    # layers differ in having experts or not; a row names what any of them has
-    merged = {
-        field.name: tuple(dict.fromkeys(name for row in rows for name in getattr(row, field.name)))
-        for field in dataclasses.fields(Family)
-        if isinstance(getattr(rows[0], field.name), tuple)
-    }
-    for module, inputs in ((rows[0].attention, merged["attention_inputs"]), (rows[0].ffn, merged["ffn_inputs"])):
-        if not inputs:
-            raise TraceError(f"Nothing in {module!r} of {type(model).__name__} reads the input that this is given.")
-    stacked_axis = min(row.stacked_axis for row in rows)
-    return dataclasses.replace(rows[0], **merged, stacked_axis=stacked_axis)
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def few_layers(config: PreTrainedConfig, count: int, **kwargs: Any) -> PreTrainedModel:
+    """A random model that generates text, of the first `count` layers that `config` says, and of few words.
+
+    Args:
+        config: Configuration of a model.
+        count: How many layers; fewer if it has not as many.
+        **kwargs: For `from_config`.
+
+    Raises:
+        TraceError: if transformers has no model for `config` that generates text, or it is an encoder-decoder.
+    """
+    values = config.to_dict()
+    values.pop("quantization_config", None)
+    few = type(config).from_dict(values)
+    text = few.get_text_config(decoder=True)
+    whole = getattr(text, "num_hidden_layers", None)
+    if config.is_encoder_decoder or not isinstance(whole, int):
+        raise TraceError(f"Rows are proposed for decoders, and models of type {config.model_type!r} are none.")
+    text.num_hidden_layers = min(whole, count)
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == whole:  # one entry a layer
+            setattr(text, name, value[:count])
+    if getattr(text, "vocab_size", 0) > WORDS:
+        text.vocab_size = WORDS
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(text, name, 0)
+    named = {*auto_classes(few.model_type), *(getattr(few, "auto_map", None) or ())}
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if auto.__name__ in named:
+            return auto.from_config(few, dtype=torch.float32, **kwargs).eval()
+    raise TraceError(f"Rows are proposed for decoders, and transformers has none of type {config.model_type!r}.")
+
+
+@contextlib.contextmanager
+def known(family: Family) -> Iterator[None]:
+    """Let `family` be the row of its model type inside of the `with`."""
+    before = FAMILIES.get(family.model_type)
+    FAMILIES[family.model_type] = family
+    try:
+        yield
+    finally:
+        if before is None:
+            del FAMILIES[family.model_type]
+        else:
+            FAMILIES[family.model_type] = before
 
 
 def check_family(model: PreTrainedModel, family: Family, input_ids: torch.Tensor | None = None) -> float:
@@ -84,9 +154,7 @@ def check_family(model: PreTrainedModel, family: Family, input_ids: torch.Tensor
     """
     if input_ids is None:
         input_ids = torch.arange(6)[None] + 3
-    before = FAMILIES.get(family.model_type)
-    FAMILIES[family.model_type] = family
-    try:
+    with known(family):
         model = copy.deepcopy(model).eval()
         skip_layers = list(find_layers(model))[::2]
         tuned = get_peft_model(model, EASConfig(skip_layers=skip_layers, propagation="mean", init_weights=False)).eval()
@@ -97,22 +165,23 @@ def check_family(model: PreTrainedModel, family: Family, input_ids: torch.Tensor
             unmerged = tuned(input_ids=input_ids).logits
             merged = tuned.merge_and_unload()(input_ids=input_ids).logits
         return float((merged - unmerged).abs().max() / unmerged.abs().max())
-    finally:
-        if before is None:
-            del FAMILIES[family.model_type]
-        else:
-            FAMILIES[family.model_type] = before
 
 
 def as_source(family: Family) -> str:
     """The row as it is written in Python, without what is a default."""
-    default = Family(family.model_type)
     said = [repr(family.model_type)]
-    for field in dataclasses.fields(Family):
-        value = getattr(family, field.name)
-        if value != getattr(default, field.name):
-            said.append(f"{field.name}={value!r}")
+    if family.decoder is not None:
+        said.append(f"decoder={family.decoder!r}")
+    elif family.attentions != Family(family.model_type).attentions:
+        kinds = [f"Attentions({', '.join(_said(kind))})" for kind in family.attentions]
+        said.append(f"({', '.join(kinds)}{',' * (len(kinds) == 1)})")
     return f"Family({', '.join(said)})"
+
+
+def _said(kind: Attentions) -> list[str]:
+    """The arguments of `Attentions` that are not the default."""
+    values = {field.name: getattr(kind, field.name) for field in dataclasses.fields(Attentions)}
+    return [f"{name}={value!r}" for name, value in values.items() if value != getattr(Attentions(), name)]
 
 
 def _attention(layer: nn.Module) -> str | None:
@@ -142,7 +211,7 @@ def _watch(model: PreTrainedModel, container: nn.ModuleList, input_ids: torch.Te
     return calls
 
 
-def _row_of(model_type: str, layers: str, calls: list[Call]) -> Family | None:
+def _attentions_of(layers: str, calls: list[Call]) -> Attentions | None:
     names = [call.name for call in calls]
     attention = next(
         (c for c in calls if "Attention" in type(c.module).__name__ and not _is_inside(c, calls, "Attention")), None
@@ -160,8 +229,7 @@ def _row_of(model_type: str, layers: str, calls: list[Call]) -> Family | None:
     behind = [c.name for c in norms if _same(c.given, attention.result)] if not adds_residual else []
     hidden_size = attention.given.shape[-1]
     inputs, stacked = _readers(ffn, calls, hidden_size)
-    return Family(
-        model_type,
+    return Attentions(
         layers=layers,
         attention=attention.name,
         attention_inputs=_readers(attention, calls, hidden_size)[0],
@@ -189,7 +257,8 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def _readers(block: Call, calls: list[Call], hidden_size: int) -> tuple[tuple[str, ...], int]:
     """Names in `block` of what reads its input, and the input's axis of stacked weights."""
-    prefix, found, axis = f"{block.name}.", {}, -1
+    prefix, axis = f"{block.name}.", -1
+    found: dict[str, None] = {}
     if isinstance(getattr(block.module, "weight", None), nn.Parameter):
         return ("",), axis
     for call in calls:
@@ -199,9 +268,9 @@ def _readers(block: Call, calls: list[Call], hidden_size: int) -> tuple[tuple[st
         own = dict(call.module.named_parameters(recurse=False))
         if "weight" in own and own["weight"].dim() == 2:
             found[name] = None
-        for key, parameter in own.items():
-            if parameter.dim() == 3 and not re.search(r"down|w2|output", key):
-                found[f"{name}.{key}"] = None
+        for stacked, parameter in own.items():
+            if parameter.dim() == 3 and not re.search(r"down|w2|output", stacked):
+                found[f"{name}.{stacked}"] = None
                 axis = -1 if parameter.shape[-1] == hidden_size else -2
     order = {name: i for i, (name, _) in enumerate(block.module.named_parameters())}
     key = {name: min((i for n, i in order.items() if n.startswith(name)), default=0) for name in found}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,7 +65,7 @@ def _tokens(length: int) -> dict[str, torch.Tensor]:
 
 def base_of(merged: PreTrainedModel) -> PreTrainedModel:
     """The model that `merged` was before, with all of its attentions; on the meta device, so without values."""
-    base_class = type(merged).__bases__[1]
+    base_class: Any = type(merged).__bases__[1]
     config = copy.deepcopy(merged.config)
     config.__class__ = base_class.config_class
     text = config.get_text_config(decoder=True)

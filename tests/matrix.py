@@ -1332,14 +1332,14 @@ def skipping(model_type: str) -> None:
             *_, projection = (m for m in attention.modules() if isinstance(m, nn.Linear))
             projection.register_forward_hook(lambda m, args, output: torch.zeros_like(output))
         else:
-            attention.register_forward_hook(lambda m, args, output: _dropped(layers.family.adds_residual, args, output))
+            attention.register_forward_hook(partial(_dropped, layers[index].row.adds_residual))
     expected = logits(base, model_type)
     model = get_peft_model(tiny_model(model_type), EASConfig(skip_layers=dropped)).eval()
     assert_close(logits(model, model_type), expected, 1e-5)
     assert (expected - whole).abs().max() > 1e-3, "the attentions do nothing"
 
 
-def _dropped(adds_residual: bool, args: tuple, output):
+def _dropped(adds_residual: bool, module: nn.Module, args: tuple, output):
     first = args[1] if adds_residual else torch.zeros_like(output[0] if isinstance(output, tuple) else output)
     return (first, *output[1:]) if isinstance(output, tuple) else first
 
@@ -1695,7 +1695,7 @@ def kind(model_type: str) -> str:
         return "Audio-language models"
     if FAMILIES[model_type].decoder is not None or model_type in IMAGES:
         return "Vision-language models"
-    if any("experts" in name for name in FAMILIES[model_type].ffn_inputs):
+    if any("experts" in name for row in FAMILIES[model_type].attentions for name in row.ffn_inputs):
         return "Mixtures of experts"
     return "Decoders"
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import fields
 from pathlib import Path
 
 import attacks
@@ -23,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
     LlavaProcessor,
+    TrainingArguments,
 )
 
 from peft_eas import EASConfig, cli, model_card, score_attentions
@@ -342,6 +344,30 @@ def test_text_without_prompts_trains(base, adapter, tmp_path, capsys):
     (tmp_path / "out" / "report.json").write_text((adapter / "report.json").read_text())
     assert "search" not in json.loads(_said(capsys, "inspect", tmp_path / "out", "--json"))
     assert "search" in json.loads(_said(capsys, "inspect", adapter, "--json"))
+
+
+def test_train_takes_every_setting(base, data, tmp_path, capsys):
+    options = (
+        "--skip-layers 1 3 --r 4 --r-pia 8 --groups 2 --router static --propagation mean --stand-in zero --dropout 0.1 "
+        "--scaling 2 --no-use-bias --no-init-weights --target-modules .*(self_attn|mlp) --exclude-modules layers.5.mlp "
+        "--layers-to-transform 0 1 2 3 5 --modules-to-save lm_head --max-steps 1 --report-to none --use-cpu"
+    )
+    assert cli.main(["train", str(base), str(data), "--output-dir", str(tmp_path), *options.split()]) == 0
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    expected = dict(
+        skip_layers=[1, 3], r=4, r_pia=8, groups=2, router="static", propagation="mean", stand_in="zero", dropout=0.1,
+        scaling=2.0, use_bias=False, init_weights=False, target_modules=".*(self_attn|mlp)",
+        exclude_modules=["layers.5.mlp"], layers_to_transform=[0, 1, 2, 3, 5], modules_to_save=["lm_head"],
+    )  # fmt: skip
+    assert {name: saved[name] for name in expected} == expected
+    assert TrainingArguments(tmp_path).learning_rate != 1e-3
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).learning_rate == 1e-3
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in said for name in EASConfig.__annotations__)
+    assert not EASConfig.__annotations__.keys() & {setting.name for setting in fields(TrainingArguments)}
 
 
 def test_rows_that_are_left_out_are_counted(base, tmp_path, capsys):

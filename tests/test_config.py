@@ -193,15 +193,15 @@ def assert_same(after, before):
         torch.testing.assert_close(after[1][name], value, rtol=0, atol=0)
 
 
-def test_an_unknown_family_is_refused_with_the_known_ones():
+def test_a_family_that_is_neither_known_nor_learned_is_refused_with_the_nearest():
     model = AutoModelForCausalLM.from_config(OpenAIGPTConfig(n_layer=2, n_embd=8, n_head=2, vocab_size=9))
     before = state(model)
     with pytest.raises(
-        ValueError, match=r"'openai-gpt'.*Known types: .*gemma3_text.*llama.*register_family\(.*'openai-gpt'"
+        ValueError, match=r"'openai-gpt'.*nearest.*'opt'.*register_family\(.*could not be learned.*: .*"
     ):
         get_peft_model(model, EASConfig(skip_layers=[1]))
     assert_same(state(model), before)
-    with pytest.raises(ValueError, match="Known types"):
+    with pytest.raises(ValueError, match="nearest"):
         get_peft_model(torch.nn.Linear(2, 2), EASConfig(skip_layers=[1]))
 
 

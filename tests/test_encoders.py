@@ -286,10 +286,8 @@ def test_a_row_with_cross_attentions_from_outside(tmp_path):
         context_inputs=("k_proj", "v_proj"),
     )  # fmt: skip
     own = Attentions(**decoder, answers=True, keeps_first=True)
-    row = Family(
-        "own_seq2seq", stack="encoder", layers="encoder.layers", causal=False, **common, also=(own, cross)
-    )  # fmt: skip
-    register_family(row)
+    encoder = Attentions(stack="encoder", layers="encoder.layers", causal=False, **common)
+    register_family(Family("own_seq2seq", (encoder, own, cross)))
     try:
         torch.manual_seed(0)
         base = Model(Config(**matrix.SEQ2SEQ)).eval()

@@ -1,6 +1,7 @@
 """The table of families: every row on a tiny model, rows from outside, and rows proposed by tracing."""
 
 import dataclasses
+import itertools
 
 import matrix
 import pytest
@@ -16,9 +17,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from peft_eas import FAMILIES, EASCallback, EASConfig, Family, cli, model_card, register_family
-from peft_eas.families import find_layers
+from peft_eas import FAMILIES, Attentions, EASCallback, EASConfig, Family, cli, model_card, register_family
+from peft_eas.families import decoders, encoders, find_layers, moe, multimodal, seq2seq
+from peft_eas.prove import learn_family
 from peft_eas.runtime.eas_structure import outermost
 from peft_eas.trace import TraceError, as_source, check_family, propose_family
 
@@ -40,6 +43,18 @@ def test_the_page_is_that_of_the_table():
     assert not [line for line in lines if "✗" in line]
 
 
+def test_families_that_are_built_alike_share_a_list_and_lists_are_sorted():
+    """Alike are rows with equal attentions, or around a model of the same name; no matter in which file they are."""
+    seen = []
+    for kind in (decoders, encoders, moe, multimodal, seq2seq):
+        lists = itertools.groupby(kind.ROWS, lambda family: family.decoder or family.attentions)
+        lists = [(built, [family.model_type for family in rows]) for built, rows in lists]
+        names = [model_types for _, model_types in lists]
+        assert names == sorted(map(sorted, names))
+        seen += [built for built, _ in lists]
+    assert len(set(seen)) == len(seen)
+
+
 def layer_names(model, row):
     layers = [model.get_submodule(arm.layer) for arm in find_layers(model).values()]
     return {n for layer in layers for n in (*dict(layer.named_modules()), *dict(layer.named_parameters()))}
@@ -50,8 +65,9 @@ def layer_names(model, row):
     ["llama", "gpt2", "opt", "phi", "bloom", "falcon", "gemma3_text", "olmo2", "mixtral", "gpt_oss", "deepseek_v3"],
 )
 def test_a_row_is_found_by_tracing(model_type):
-    model, row = matrix.tiny_model(model_type), FAMILIES[model_type]
-    proposed = propose_family(model)
+    model, family = matrix.tiny_model(model_type), FAMILIES[model_type]
+    proposed_family = propose_family(model)
+    (row,), (proposed,) = family.attentions, proposed_family.attentions
     names = layer_names(model, row)
 
     def present(module, inputs):
@@ -61,9 +77,9 @@ def test_a_row_is_found_by_tracing(model_type):
     assert set(proposed.ffn_inputs) == present(row.ffn, row.ffn_inputs)
     same = ("layers", "attention", "attention_norms", "output_norms", "ffn", "stacked_axis", "adds_residual")
     assert {name: getattr(proposed, name) for name in same} == {name: getattr(row, name) for name in same}
-    assert eval(as_source(proposed), {"Family": Family}) == proposed
-    assert check_family(model, proposed) < 1e-5
-    assert FAMILIES[model_type] is row
+    assert eval(as_source(proposed_family), {"Family": Family, "Attentions": Attentions}) == proposed_family
+    assert check_family(model, proposed_family) < 1e-5
+    assert FAMILIES[model_type] is family
 
 
 @pytest.mark.parametrize(
@@ -71,7 +87,7 @@ def test_a_row_is_found_by_tracing(model_type):
 )
 def test_an_incomplete_row_is_noticed(wrong):
     """What reads the input without being named shows; a norm that is kept in vain does not."""
-    error = check_family(matrix.tiny_model("llama"), dataclasses.replace(FAMILIES["llama"], **wrong))
+    error = check_family(matrix.tiny_model("llama"), Family("llama", (Attentions(**wrong),)))
     assert (error > 1e-3) == ("attention_norms" not in wrong)
 
 
@@ -108,9 +124,17 @@ def own_model():
     FAMILIES.pop("own_llama", None)
 
 
-def test_an_unknown_family_names_the_known_ones_and_a_row_makes_it_known(own_model, tmp_path):
-    with pytest.raises(ValueError, match=r"'own_llama'.*Known types: .*gpt2.*inspect-family.*register_family"):
-        get_peft_model(own_model, EASConfig(skip_layers=[1]))
+def test_a_type_that_has_no_row_and_cannot_be_learned_names_the_nearest():
+    class Config(LlamaConfig):
+        model_type = "lama"
+
+    message = r"'lama' \(LlamaForCausalLM\).* nearest .*'llama'.*supported-models.*inspect-family.*usage.md#families"
+    with pytest.raises(ValueError, match=message) as caught:
+        get_peft_model(LlamaForCausalLM(Config(**tiny.COMMON)), EASConfig(skip_layers=[1]))
+    assert len(str(caught.value)) < 400
+
+
+def test_a_row_makes_a_family_known(own_model, tmp_path):
     register_family(dataclasses.replace(FAMILIES["llama"], model_type="own_llama"))
     inputs = tiny.inputs("llama")
     model = get_peft_model(own_model, EASConfig(skip_layers=[1])).eval()
@@ -126,10 +150,42 @@ def test_an_unknown_family_names_the_known_ones_and_a_row_makes_it_known(own_mod
         register_family(Family("nobody_knows"))
 
 
+def test_a_type_that_has_no_row_is_learned(own_model):
+    with pytest.warns(UserWarning, match=r"register_family\(peft_eas.Family\('own_llama'\)\)"):
+        model = get_peft_model(own_model, EASConfig(skip_layers=[1], init_weights=False)).eval()
+    assert FAMILIES["own_llama"].attentions == FAMILIES["llama"].attentions
+    inputs = tiny.inputs("llama")
+    expected = model(**inputs).logits
+    matrix.assert_close(model.merge_and_unload()(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_5"])  # a Qwen3.5 may be its language model alone, too
+def test_a_model_around_a_known_one_is_learned(model_type, monkeypatch):
+    before = dict(FAMILIES)
+    monkeypatch.delitem(FAMILIES, model_type)
+    model, state = matrix.tiny_model(model_type), torch.get_rng_state()
+    with pytest.warns(UserWarning, match="decoder='language_model'"):
+        learn_family(model)
+    assert before == FAMILIES
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class OddAttention(LlamaAttention):
+    def forward(self, hidden_states, *args, **kwargs):
+        output, *others = super().forward(hidden_states, *args, **kwargs)
+        return output + 0.1 * hidden_states, *others
+
+
+def test_what_cannot_be_proved_is_refused(own_model, monkeypatch):
+    """An attention that gives its input back, too, is more than linears that read it."""
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaAttention", OddAttention)
+    with pytest.raises(ValueError, match=r"'own_llama'.*A skipped attention is not one that gives zero"):
+        get_peft_model(OwnModel(own_model.config), EASConfig(skip_layers=[1]))
+    assert "own_llama" not in FAMILIES
+
+
 def test_a_row_that_does_not_fit_the_model_is_refused(own_model):
-    register_family(
-        dataclasses.replace(FAMILIES["gpt2"], model_type="own_llama", layers="layers", attention="self_attn")
-    )
+    register_family(Family("own_llama", (Attentions(attention_inputs=("c_attn",)),)))
     with pytest.raises(ValueError, match=r"LlamaAttention of layer 0 has none of c_attn"):
         get_peft_model(own_model, EASConfig(skip_layers=[1]))
 

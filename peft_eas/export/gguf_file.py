@@ -106,7 +106,9 @@ def _write_tensors(writer: GGUFWriter, shape: LlamaShape, wanted: GGMLQuantizati
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(shape.attention))
-    tensors = {names.get_name(name, (".weight", ".bias")): (name, tensor) for name, tensor in shape.tensors.items()}
+    tensors: dict[Any, tuple[str, torch.Tensor]] = {
+        names.get_name(name, (".weight", ".bias")): (name, tensor) for name, tensor in shape.tensors.items()
+    }
     factors = _rope_factors(shape)
     if factors is not None:
         tensors["rope_freqs.weight"] = ("rope_freqs", factors)
@@ -117,9 +119,10 @@ def _write_tensors(writer: GGUFWriter, shape: LlamaShape, wanted: GGMLQuantizati
         fits = tensor.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0  # quantised in blocks
         return wanted if fits else gguf.GGMLQuantizationType.F16
 
-    for name, (_, tensor) in tensors.items():
+    no_dtype: Any = None  # the kind says it all
+    for place, (_, tensor) in tensors.items():
         block, size = gguf.GGML_QUANT_SIZES[kind(tensor)]
-        writer.add_tensor_info(name, tensor.shape, None, tensor.numel() // block * size, kind(tensor))
+        writer.add_tensor_info(place, tensor.shape, no_dtype, tensor.numel() // block * size, kind(tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -53,6 +53,7 @@ def write_onnx(
         )  # fmt: skip
     finally:
         model.train(training)
+    assert program is not None  # with `dynamo=True` there is one
     program.save(folder / FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -134,7 +134,7 @@ class Bypass:
         """
         cache = self._cache(kwargs)
         entry = cache.layers[self.index] if cache is not None and self.index < len(cache.layers) else None
-        if getattr(entry, "eas_rank", None):
+        if entry is not None and getattr(entry, "eas_rank", None):
             self._check_unused(entry)
             entry.eas_rank, entry.is_initialized = None, False
 
@@ -254,7 +254,7 @@ class SkippedAttention(nn.Module):
         self.mean_down, self.mean_up = _pair(left.mean_rank, left.pooled, left.width, factory)
         *parents, leaf = form.residual_norm.split(".")
         if leaf:
-            module = self
+            module: nn.Module = self
             for name in parents:
                 module.add_module(name, nn.Module())
                 module = module.get_submodule(name)
@@ -264,9 +264,9 @@ class SkippedAttention(nn.Module):
         first = _first(args, kwargs)
         # a tensor of its own, since layers may change in place what an attention gives them
         added = first.new_zeros(1, 1, 1) if self.stand_in is None else self.stand_in.clone()[None, None]
-        if self.down is not None:
+        if self.down is not None and self.up is not None:
             added = F.linear(F.linear(first, self.down), self.up, self.stand_in)
-        if self.mean_down is None:
+        if self.mean_down is None or self.mean_up is None:
             self.bypass.pass_over(args, kwargs)
         else:
             information = self.bypass.information(args, kwargs, self.mean_down, self.config)
@@ -292,5 +292,5 @@ def shift_input(layers: nn.ModuleList, name: str, shift: torch.Tensor) -> None:
     module.register_forward_pre_hook(_shifted, with_kwargs=True)
 
 
-def _shifted(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _shifted(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return change_input(args, kwargs, lambda z: z + module.eas_shift)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import cache_utils
 
+_Entry: Any = getattr(cache_utils, "DummyLayer", object)
 
-class EmptyEntry(getattr(cache_utils, "DummyLayer", object)):
+
+class EmptyEntry(_Entry):
     """Cache entry of a skipped attention that keeps nothing: no keys and no values."""
 
     is_compileable = True
@@ -17,7 +21,8 @@ class EmptyEntry(getattr(cache_utils, "DummyLayer", object)):
 
     def __init__(self, **kwargs) -> None:
         self.is_initialized = True
-        self.keys = self.values = None
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
 
     def update(self, key_states, value_states, *args, **kwargs):
         if key_states is None and value_states is None:  # how DDP rebuilds a cache
@@ -54,8 +59,8 @@ class StateEntry(cache_utils.LinearAttentionLayer, EmptyEntry):
     """
 
     def __init__(self, entry: cache_utils.LinearAttentionLayer) -> None:
-        super().__init__(entry.number_of_states)
-        vars(self).update({name: getattr(entry, name) for name in vars(self)})
+        cache_utils.LinearAttentionLayer.__init__(self, entry.number_of_states)
+        self.__dict__.update({name: getattr(entry, name) for name in vars(self)})
         EmptyEntry.__init__(self)
 
     def reset(self) -> None:

@@ -118,7 +118,7 @@ class Record:
     config: dict[str, str | int | float | bool | None]
 
     @classmethod
-    def read(cls, eas: object) -> Record:
+    def read(cls, eas: Any) -> Record:
         """Check `config.eas`, all of it.
 
         Raises:
@@ -133,7 +133,7 @@ class Record:
         return record
 
     @classmethod
-    def parse(cls, eas: object) -> Record:
+    def parse(cls, eas: Any) -> Record:
         """The same, but for what only the checksum tells; so that errors name the field.
 
         Raises:
@@ -245,7 +245,7 @@ def _dataclass(cls: type, value: object, where: str) -> Any:
     return cls(**{name: _typed(kind, value[name], f"{where}.{name}") for name, kind in annotations.items()})
 
 
-def _typed(kind: Any, value: object, where: str) -> Any:
+def _typed(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         if type(value) in arguments:
@@ -263,9 +263,9 @@ def _typed(kind: Any, value: object, where: str) -> Any:
             return tuple(_typed(arguments[0], each, f"{where}[{number}]") for number, each in enumerate(value))
         return {
             _typed(str, key, where): _typed(arguments[1], each, f"{where}[{_short(key)}]")
-            for key, each in value.items()
+            for key, each in dict(value).items()
         }
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, where)
     if type(value) is not kind:
         raise _wrong(where, _name(kind), value)

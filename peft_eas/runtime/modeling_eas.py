@@ -16,6 +16,7 @@ import tempfile
 import types
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -34,7 +35,10 @@ describe: Callable[[PreTrainedModel, Path, str | None], None] | None = None
 """Writes the model card of a model into a folder, for a repository if there is one; `peft_eas` puts it here."""
 
 
-class EASMixin:
+_Mixin: Any = object  # which may take all that there is in the class it is mixed into
+
+
+class EASMixin(_Mixin):
     """A transformers model whose attentions are partly gone; comes before the base class."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
@@ -119,7 +123,8 @@ class EASMixin:
         saved, *_ = self.config.architectures or [type(self).__name__]
         if not names or saved == type(self).__name__:
             return set()
-        known = {eas_class(base).__name__: eas_class(base) for base in auto_classes(self._model_type()).values()}
+        bases = auto_classes(self._model_type()).values()
+        known: dict[str, Any] = {eas_class(base).__name__: eas_class(base) for base in bases}
         if saved not in known:
             return set()
         with torch.device("meta"):
@@ -195,7 +200,7 @@ def auto_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
     return found
 
 
-class EASConfigMixin:
+class EASConfigMixin(_Mixin):
     """A transformers configuration with the record `eas`; comes before the base class."""
 
     @classmethod
@@ -224,14 +229,15 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
         getattr(modeling_auto, auto).register(config_class, eas_class(base), exist_ok=True)
 
 
-def eas_class(base: type) -> type:
+def eas_class(base: Any) -> type:
     """The class of merged models over the model class `base`, or of their configurations over the class `base`."""
     name = f"EAS{base.__name__}"
     known = globals().get(name)
     if known is not None and base in known.__bases__:
         return known
     if issubclass(base, PreTrainedConfig):
-        mixin, members = EASConfigMixin, {"model_type": f"eas_{base.model_type}", "_auto_class": "AutoConfig"}
+        mixin: type = EASConfigMixin
+        members: dict[str, Any] = {"model_type": f"eas_{base.model_type}", "_auto_class": "AutoConfig"}
     else:
         autos = [auto for auto, cls in auto_classes(base.config_class.model_type).items() if cls is base]
         members = {"config_class": eas_class(base.config_class), "_auto_class": autos[0] if autos else "AutoModel"}

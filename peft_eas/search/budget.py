@@ -90,7 +90,7 @@ def measured_speedup(
 @contextmanager
 def without(model: nn.Module, attentions: Sequence[str]) -> Iterator[None]:
     """Leave out the named attentions of a model with adapters inside of the `with`."""
-    modules = [model.get_submodule(name) for name in attentions]
+    modules: list[Any] = [model.get_submodule(name) for name in attentions]
     try:
         for module in modules:
             form, index = module.bypass.form, module.arm.index

@@ -101,7 +101,8 @@ def exchange(order: Sequence[int], count: int, known: Mapping[int, Cost]) -> tup
     Returns:
         The new order, and each exchange: the arm that is retained from now on, and the one that is skipped for it.
     """
-    order, done = list(order), []
+    order = list(order)
+    done: list[tuple[int, int]] = []
 
     def clearness(out: int, enters: int) -> float:
         error = math.hypot(known[out].error, known[enters].error)

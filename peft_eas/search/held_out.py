@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class HeldOut:
         self.order = list(range(len(dataset)))
         random.Random(f"{seed} held out").shuffle(self.order)
 
-    def batches(self, round_number: int, avoid: Collection[int] = ()) -> list[dict[str, Any]]:
+    def batches(self, round_number: int, avoid: Set[int] = frozenset()) -> list[dict[str, Any]]:
         """The batches of this process in a round: at least `PARTS`, and as many in each process.
 
         Args:
@@ -82,7 +82,7 @@ class HeldOut:
         first = (round_number * self.world_size + self.rank) * wanted
         return self._collated(self._taken(first, wanted, avoid), min(self.batch_size, math.ceil(wanted / PARTS)))
 
-    def first(self, number: int, avoid: Collection[int] = ()) -> list[dict[str, Any]]:
+    def first(self, number: int, avoid: Set[int] = frozenset()) -> list[dict[str, Any]]:
         """This process's batches of the first `number` examples of the order, or of all there are; none twice."""
         wanted = max(1, min(len(self.order), number) // self.world_size)
         return self._collated(self._taken(self.rank * wanted, wanted, avoid), self.batch_size)
@@ -92,14 +92,14 @@ class HeldOut:
         wanted = max(1, min(len(self.order), number) // self.world_size)
         for start in range(0, wanted, self.batch_size):
             size = min(self.batch_size, wanted - start)
-            yield from self._collated(self._taken(self.rank * wanted + start, size, ()), size)
+            yield from self._collated(self._taken(self.rank * wanted + start, size, frozenset()), size)
 
-    def _taken(self, first: int, wanted: int, avoid: Collection[int]) -> list[Any]:
+    def _taken(self, first: int, wanted: int, avoid: Set[int]) -> list[Any]:
         """`wanted` examples from place `first` of the order on; some twice if there are not as many."""
         examples = []
         for place in range(first, first + len(self.order)):
             example = self.dataset[self.order[place % len(self.order)]]
-            if not avoid or not avoid.intersection(fingerprints(self.collate_fn([example]))):
+            if not avoid or not avoid & fingerprints(self.collate_fn([example])):
                 examples.append(example)
             if len(examples) == wanted:
                 break

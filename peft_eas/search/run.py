@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
@@ -153,7 +154,7 @@ class Search:
             )
         self.metrics: dict[str, float] = {}
         self.seen: set[int] = set()
-        self.hook = None
+        self.hook: RemovableHandle | None = None
         if isinstance(settings.warm_start, Mapping) and (
             missing := [i for i in self.gates.layers if i not in settings.warm_start]
         ):
@@ -290,16 +291,16 @@ class Search:
         if not arms:
             return
         losses, costs = self._tried(arms)
-        failed = sum(cost is None for cost in costs)
-        state.ignored += failed
-        if failed:
+        ignored = sum(cost is None for cost in costs)
+        state.ignored += ignored
+        if ignored:
             logger.warning(
                 "Step %d: the held-out loss of %d of %d candidates is not finite; they are ignored.",
                 step,
-                failed,
+                ignored,
                 len(arms),
             )
-        entry = {
+        entry: dict[str, Any] = {
             "step": step,
             "losses": losses,
             "tried": [state.layers[arm] for arm in arms],
@@ -393,7 +394,7 @@ class Search:
         """The forward that a target speedup is of."""
         return functools.partial(self.scorer.loss, self.held_out.batches(0)[0])
 
-    def _attentions(self, skip_layers: Sequence[int]) -> list[str]:
+    def _attentions(self, skip_layers: Sequence[int | str]) -> list[str]:
         layers = find_layers(self.model)
         return [layers[key].attention for key in skip_layers]
 
@@ -453,7 +454,7 @@ class Search:
 
     def _check_speedup(self) -> None:
         with self.scorer.aside(), self.tuner.without_adapters():
-            measured = budget.measured_speedup(self._forward(), self.model, self._attentions(self.state.settled))
+            measured = budget.measured_speedup(self._forward(), self.model, self._attentions(self.state.settled or []))
         self.state.budget["measured_speedup"] = measured
         if measured < self.config.target_speedup:
             logger.warning(
@@ -465,7 +466,7 @@ class Search:
                 self.state.budget["predicted_speedup"],
             )
 
-    def _settle_on(self, skip_layers: list[int]) -> None:
+    def _settle_on(self, skip_layers: list[int | str]) -> None:
         # Idle adapters stay trainable until training is over: an optimizer that a resumed run makes has to have the
         # parameters that the saved one had.
         self.gates.set(skip_layers)

@@ -38,7 +38,7 @@ def score_attentions(
         model: A model of a known family; it is left as it was.
         dataloader: Batches `{input_ids, attention_mask, ...}` of the task, a few hundred tokens in all or more; with
             `labels` for `method="loss"`. It is read twice, so no iterator.
-        method: What is lost when the attention is replaced by the mean of what it adds, its stand-in: `"kl"`, the
+        method: What is lost when the attention is replaced by the mean of what it adds: `"kl"`, the
             divergence from the whole model's predictions, in nats a token, and `"loss"`, the growth of the loss, take a
             forward for each attention; `"deviation"`, how far what it adds is from that mean, relative to the residual
             stream (root mean squares), takes one for all. `"similarity"`: one minus the cosine similarity of the
@@ -117,7 +117,7 @@ def deviations(
 
 
 def _means(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, torch.Tensor]:
-    return {key: of.added / of.count for key, of in moments(model, layers, batches, is_linear=False).items()}
+    return {key: of.mean() for key, of in moments(model, layers, batches, is_linear=False).items()}
 
 
 def _by_kl(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -113,9 +113,9 @@ class Scorer:
         (mean,) = means_over_processes([total])
         return mean if math.isfinite(mean) else math.inf
 
-    def sample(self, avoid: Collection[int] = ()) -> list[dict[str, Any]]:
+    def sample(self) -> list[dict[str, Any]]:
         """The batches for what is decided once, this process's part of them."""
-        return self.held_out.first(SAMPLE, avoid)
+        return self.held_out.first(SAMPLE)
 
     def aside(self, number: int = 0) -> AbstractContextManager[None]:
         """Where to ask for losses without a trace; random numbers are those of `number` and the Trainer's seed."""

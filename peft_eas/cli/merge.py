@@ -1,0 +1,84 @@
+"""`peft-eas merge`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoProcessor, DataCollatorForSeq2Seq, ProcessorMixin
+
+from ..card import read_card, write_card
+from ..folders import new_folder
+from .data import read_examples
+from .shared import UsageError, adapter_config, device, load_model, reading, say, tokenizers, with_padding
+
+HELP = "fold an adapter into its base model, and save the merged model and its tokenizer"
+EXAMPLES = """\
+  peft-eas merge out merged
+  peft-eas merge out merged --base ./my-model --dtype bfloat16
+  peft-eas merge out merged --freeze-context reviews.jsonl"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder or hub name of a trained adapter")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the merged model; must be new or empty")
+    parser.add_argument("--base", metavar="MODEL", help="the base model, if not where the adapter says it is")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the base model")
+    parser.add_argument(
+        "--freeze-context",
+        metavar="DATA",
+        help="with `--propagation mean`: replace what skipped attentions say of other tokens by its mean over this "
+        "data: gives plain weights, which other engines run",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    with new_folder(args.out) as folder:
+        config = adapter_config(args.adapter)
+        base = args.base or config.base_model_name_or_path
+        if not base:
+            raise UsageError(f"{args.adapter} does not say what its base model is: give --base.")
+        base_model = load_model(base, args.dtype, config)
+        with reading(args.adapter):
+            model = PeftModel.from_pretrained(base_model, args.adapter, config=config)
+        skipped = model.skip_layers
+        if args.freeze_context:
+            _freeze_context(model, args.freeze_context, (args.adapter, base))
+        merged = model.merge_and_unload(safe_merge=True)
+        merged.save_pretrained(folder)
+        _save_tokenizer((args.adapter, base), folder)
+        if hasattr(merged.config, "eas"):
+            about = read_card(args.adapter)
+            write_card(merged, folder, **{key: about.get(key) for key in ("datasets", "language", "eval_results")})
+    size = sum(parameter.numel() for parameter in merged.parameters())
+    print(f"{args.out}: {type(merged).__name__}, {size / 1e6:.1f} M parameters, without the attentions of {skipped}")
+
+
+def _freeze_context(model: PeftModel, data: str, sources: Sequence[str]) -> None:
+    tokenizer = next(tokenizers(sources), None)
+    if tokenizer is None:
+        raise UsageError(f"--freeze-context needs a tokenizer, and there is none beside {' or '.join(sources)}.")
+    examples = read_examples(data, tokenizer, max_length=512, count=256)
+    collate = DataCollatorForSeq2Seq(with_padding(tokenizer, sources[-1]))
+    model.to(device()).freeze_context([collate(examples[i : i + 8]) for i in range(0, len(examples), 8)])
+
+
+def _save_tokenizer(sources: Sequence[str], folder: Path) -> None:
+    """Save the tokenizer of the first source that has one; or the processor, which has a tokenizer and more."""
+    found = next(_processors(sources), None) or next(tokenizers(sources), None)
+    if found is None:
+        say(f"There is no tokenizer beside {' or '.join(sources)}; none was saved.", file=sys.stderr)
+    else:
+        found.save_pretrained(folder)
+
+
+def _processors(sources: Sequence[str]) -> Iterator[ProcessorMixin]:
+    for source in sources:
+        with contextlib.suppress(OSError, ValueError), reading(source):
+            found = AutoProcessor.from_pretrained(source)
+            if isinstance(found, ProcessorMixin):  # of a language model it is the tokenizer
+                yield found

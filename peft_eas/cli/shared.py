@@ -1,0 +1,111 @@
+"""What several commands need: errors, arguments, models and tokenizers."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import transformers
+from peft import PeftConfig, TaskType
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto import modeling_auto
+
+from ..checks import one_line
+from ..config import EASConfig, EASType
+
+
+class UsageError(Exception):
+    """Something that the user can put right; shown without a traceback."""
+
+
+def say(text: str, file: TextIO) -> None:
+    """Print lines that may have something of a file in them, which is not to reach the terminal as a command."""
+    print("\n".join(map(one_line, text.split("\n"))), file=file)
+
+
+@contextlib.contextmanager
+def reading(name: str | Path) -> Iterator[None]:
+    """Whatever libraries run into while they read files that hold something else than they should."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name} holds a file that is no JSON: {error}.") from error
+    except (UsageError, OSError, ValueError):  # which say what is wrong
+        raise
+    except Exception as error:
+        raise UsageError(f"{name} can't be read ({type(error).__name__}: {error}): is a file damaged?") from error
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
+    return int(text)
+
+
+def device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def load_model(name: str, dtype: str | None = None, adapter: PeftConfig | None = None) -> PreTrainedModel:
+    """A model that generates text; or the one that `adapter` was trained with, if that says so."""
+    own = None if adapter is None else _model_class(adapter.auto_mapping)
+    if own is None and adapter is not None and adapter.task_type == TaskType.SEQ_2_SEQ_LM:
+        own = AutoModelForSeq2SeqLM
+    with reading(name):
+        if own is None:
+            model_type = AutoConfig.from_pretrained(name).model_type
+            reads_images = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            is_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            own = AutoModelForImageTextToText if reads_images and not is_causal else AutoModelForCausalLM
+        return own.from_pretrained(name, dtype=dtype or "auto")
+
+
+def _model_class(auto_mapping: Any) -> type[PreTrainedModel] | None:
+    """The class that an adapter was trained with; saved where there is no type of the task."""
+    name = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
+    own = getattr(transformers, name, None) if isinstance(name, str) else None
+    if own is not None and not (isinstance(own, type) and issubclass(own, PreTrainedModel)):
+        raise UsageError(f"adapter_config.json names {name!r} as its `base_model_class`, which is no class of models.")
+    return own
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    with reading(name):
+        return with_padding(AutoTokenizer.from_pretrained(name), name)
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(f"The tokenizer of {name} has neither a padding token nor an end of sequence.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizers(sources: Sequence[str]) -> Iterator[PreTrainedTokenizerBase]:
+    for source in sources:
+        with contextlib.suppress(OSError, ValueError), reading(source):
+            yield AutoTokenizer.from_pretrained(source)
+
+
+def adapter_config(name: str) -> EASConfig:
+    """The configuration of an adapter, a folder or a name on the Hub."""
+    with reading(name):
+        config = PeftConfig.from_pretrained(name)
+    if config.peft_type != EASType.EAS:
+        raise UsageError(f"{name} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
+    return config
