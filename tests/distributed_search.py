@@ -8,7 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-import tiny
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -17,6 +16,7 @@ from test_training import dataset, trainer
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
+from zoo import tiny
 
 from peft_eas import EASCallback, EASConfig
 

@@ -4,11 +4,11 @@ import attacks
 import damage
 import matrix
 import pytest
-import tiny
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from zoo import tiny
 
 from peft_eas import EASConfig, card, model_card
 from peft_eas.card import layer_picture, write_card

@@ -9,7 +9,6 @@ from collections import Counter
 
 import damage
 import pytest
-import tiny
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
@@ -26,6 +25,7 @@ from transformers import (
     TorchAoConfig,
     pipeline,
 )
+from zoo import tiny
 
 from peft_eas import EASConfig
 

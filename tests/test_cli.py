@@ -11,7 +11,6 @@ from pathlib import Path
 import attacks
 import damage
 import pytest
-import tiny
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel, get_peft_model
@@ -24,6 +23,7 @@ from transformers import (
     CLIPImageProcessorPil,
     LlavaProcessor,
 )
+from zoo import tiny
 
 from peft_eas import EASConfig, cli, model_card, score_attentions
 

@@ -8,10 +8,10 @@ import sys
 import attacks
 import numpy as np
 import pytest
-import tiny
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, OpenAIGPTConfig
+from zoo import tiny
 
 from peft_eas import EASConfig
 from peft_eas.checks import shown

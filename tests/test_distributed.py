@@ -9,11 +9,11 @@ from pathlib import Path
 
 import distributed_search
 import pytest
-import tiny
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from test_training import collate, dataset
+from zoo import tiny
 
 from peft_eas.search import held_out
 

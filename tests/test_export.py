@@ -9,7 +9,6 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from packaging.version import Version
 from peft import get_peft_model
@@ -24,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from zoo import tiny
 
 import peft_eas
 from peft_eas import EASConfig, cli

@@ -4,7 +4,6 @@ import dataclasses
 
 import matrix
 import pytest
-import tiny
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -16,6 +15,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from zoo import tiny
 
 from peft_eas import FAMILIES, EASCallback, EASConfig, Family, cli, model_card, register_family
 from peft_eas.families import find_layers

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel
 from test_merge import adapted, close
 from test_training import batch, trainer
 from transformers import AutoModelForCausalLM
+from zoo import tiny
 
 SETTINGS = [
     dict(propagation="mean"),

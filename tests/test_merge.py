@@ -7,7 +7,6 @@ import sys
 import weakref
 
 import pytest
-import tiny
 import torch
 from matrix import tiny_model
 from peft import get_peft_model
@@ -20,6 +19,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
 )
+from zoo import tiny
 
 from peft_eas import EASConfig
 from peft_eas.layer import EASLayer

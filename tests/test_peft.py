@@ -8,7 +8,6 @@ from collections import Counter
 
 import attacks
 import pytest
-import tiny
 import torch
 from peft import (
     LoraConfig,
@@ -19,6 +18,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from zoo import tiny
 
 from peft_eas import EASConfig
 

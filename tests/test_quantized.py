@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import reference
-import tiny
 import torch
 from matrix import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -14,6 +13,7 @@ from test_merge import AllocatedBytes, auto, close, nothing_of_peft_is_left
 from test_training import batch, trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from zoo import tiny
 
 from peft_eas import EASCallback, EASConfig, model_card
 from peft_eas.cli import main

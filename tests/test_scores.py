@@ -2,9 +2,9 @@
 
 import matrix
 import pytest
-import tiny
 import torch
 from peft import get_peft_model
+from zoo import tiny
 
 from peft_eas import EASConfig, initialize_eas_weights, score_attentions
 from peft_eas.families import POST, find_layers

@@ -16,12 +16,12 @@ from pathlib import Path
 import attacks
 import numpy as np
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from test_training import collate, dataset, parameters, trainer
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, default_data_collator
+from zoo import tiny
 
 from peft_eas import EASCallback, EASConfig, plot_search, score_attentions
 from peft_eas.layer import EASAttention, EASLayer

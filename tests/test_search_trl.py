@@ -3,12 +3,12 @@
 import math
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from test_search import SEARCH, fresh
 from transformers import AutoModelForSequenceClassification
+from zoo import tiny
 
 from peft_eas import EASCallback, EASConfig
 from peft_eas.search import exchange

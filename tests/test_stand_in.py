@@ -4,11 +4,11 @@ import math
 import warnings
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
+from zoo import tiny
 
 from peft_eas import EASCallback, EASConfig, initialize_eas_weights
 

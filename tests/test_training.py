@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import reference
-import tiny
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from zoo import tiny
 
 from peft_eas import EASConfig
 

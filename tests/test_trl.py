@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import reference
-import tiny
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
+from zoo import tiny
 
 from peft_eas import EASCallback, EASConfig, initialize_eas_weights
 
