@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 
+import checks
 import damage
 import pytest
 import torch
+from checks import close
 from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
-from test_merge import adapted, auto, close
 from torch import nn
 from transformers import (
     AutoModel,
@@ -26,6 +27,7 @@ from transformers import (
     pipeline,
 )
 from zoo import tiny
+from zoo.tiny import adapted, auto
 
 from peft_eas import EASConfig
 
@@ -153,7 +155,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     script = f"""
 import resource, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
-from test_merge import adapted
+from zoo.tiny import adapted
 merged = adapted(skip_layers=[1]).merge_and_unload()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -402,7 +404,7 @@ def test_another_tuner_on_top_has_the_base_models_defaults(config):
 
 
 def test_compiled(merged):
-    tiny.skip_unless_compiled()
+    checks.skip_unless_compiled()
     inputs = tiny.inputs("llama")
     expected = merged(**inputs).logits
     compiled = torch.compile(merged, fullgraph=True)  # inductor

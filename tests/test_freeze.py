@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from checks import close
 from peft import PeftModel
-from test_merge import adapted, close
 from test_training import batch, trainer
 from transformers import AutoModelForCausalLM
 from zoo import tiny
+from zoo.tiny import adapted
 
 SETTINGS = [
     dict(propagation="mean"),

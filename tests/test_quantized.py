@@ -6,14 +6,16 @@ import logging
 import pytest
 import reference
 import torch
-from matrix import tiny_model
+from checks import close, nothing_of_peft_is_left
+from memory import AllocatedBytes
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors import safe_open
-from test_merge import AllocatedBytes, auto, close, nothing_of_peft_is_left
 from test_training import batch, trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from zoo import tiny
+from zoo.families import tiny_model
+from zoo.tiny import auto
 
 from peft_eas import EASCallback, EASConfig, model_card
 from peft_eas.cli import main
