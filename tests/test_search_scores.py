@@ -78,10 +78,12 @@ def test_other_families(family):
     with torch.no_grad():
         model(**inputs)
     by_similarity = score_attentions(families.tiny_model(family), [inputs], "similarity")
+    assert set(by_similarity) == {i for i, _ in seen}
     for i, score in by_similarity.items():
         a, b = (seen[i, after].view(*kept.shape, -1)[kept].double() for after in (False, True))
         assert score == pytest.approx(float((1 - torch.cosine_similarity(a, b, dim=-1)).mean()), rel=1e-4, abs=1e-6)
     by_loss = score_attentions(families.tiny_model(family), [inputs], method="loss")
+    assert list(by_loss) == list(by_similarity)
     tuned = get_peft_model(families.tiny_model(family), EASConfig(skip_layers=[])).eval()
     with torch.no_grad():
         whole = float(tuned(**inputs).loss)

@@ -1,0 +1,18 @@
+"""The environment of the tests, and fixtures that several files use."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.register_assert_rewrite("checks", "damage", "searches")
+# processes that tests start find the helpers, too
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    """bitsandbytes leaves 4-bit weights as they are; on some CPUs it repacks them, if layers are of certain sizes."""
+    if importlib.util.find_spec("bitsandbytes"):
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
