@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import inspect
 
 import torch
@@ -89,6 +91,14 @@ def _sized(cls: type[PreTrainedConfig], sizes: dict) -> dict:
 
 def tiny_model(model_type: str) -> PreTrainedModel:
     """A random model whose layers matter: weights and biases large enough, norms that are not 1."""
+    model, random_state = _made(model_type)
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
+
+
+@functools.lru_cache(maxsize=4)
+def _made(model_type: str) -> tuple[PreTrainedModel, torch.Tensor]:
+    """The model, and the state of torch's random numbers behind it; to make it takes longer than to copy it."""
     torch.manual_seed(0)
     model = build(
         auto_class(model_type), EXAMPLES[model_type].config() if model_type in EXAMPLES else tiny_config(model_type)
@@ -106,7 +116,7 @@ def tiny_model(model_type: str) -> PreTrainedModel:
         for module in model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0  # as Youtu makes it whenever a model is loaded
-    return model.eval()
+    return model.eval(), torch.get_rng_state()
 
 
 def build(cls: type, config: PreTrainedConfig) -> PreTrainedModel:
