@@ -215,8 +215,13 @@ def test_a_failed_second_adapter_leaves_the_first():
 
 
 def test_other_tuners_still_work():
+    inputs = tiny.inputs("llama")
     model = get_peft_model(tiny.model("llama"), LoraConfig(target_modules=["q_proj"]))
-    model(**tiny.inputs("llama"))
+    torch.testing.assert_close(model(**inputs).logits, tiny.model("llama")(**inputs).logits, rtol=0, atol=0)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert len(trained) == 12
+    assert all("lora_" in name for name in trained)
 
 
 def test_importing_the_package_imports_no_model_and_no_trainer():

@@ -485,6 +485,7 @@ def test_scores_by_similarity():
         attention.register_forward_hook(remember)
     inputs = families.tiny_inputs("bert")
     scores = score_attentions(model, [inputs], "similarity")
+    assert list(scores) == list(streams)
     for index, (without, output) in streams.items():
         change = 1 - nn.functional.cosine_similarity(without, output, dim=-1)
         assert scores[index] == pytest.approx(float(change[inputs["attention_mask"].bool()].mean()), abs=1e-6)
@@ -497,6 +498,7 @@ def test_scores_by_similarity():
 
         layer.encoder_attn.register_forward_hook(keep)
     scores = score_attentions(model, [families.tiny_inputs("bart")], "similarity")
+    assert len(streams) == 4
     for index, (stream, update) in streams.items():
         change = 1 - nn.functional.cosine_similarity(stream, stream + update, dim=-1)
         assert scores[f"decoder.{index}.cross"] == pytest.approx(float(change.mean()), abs=1e-6)
