@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, Trainer, TrainingArguments
@@ -23,6 +24,7 @@ from zoo.sizes import SPECIAL
 from zoo.vision_language import IMAGES
 
 from peft_eas import EASConfig, initialize_eas_weights
+from peft_eas.export import onnx_file
 from peft_eas.families import find_layers
 
 
@@ -55,6 +57,12 @@ def skip_unless_compiled() -> None:
         torch.compile(tiny.model("llama"), backend="eager", fullgraph=True)(**tiny.inputs("llama"))
     except torch._dynamo.exc.TorchDynamoException as error:
         pytest.skip(f"torch {torch.__version__} can't compile the base model: {str(error)[:80]}")
+
+
+def skip_without_onnx() -> None:
+    """Skip a test of ONNX with a torch that is too old for it."""
+    if Version(torch.__version__) < Version(onnx_file.TORCH):
+        pytest.skip(f"exporting ONNX needs torch {onnx_file.TORCH}")
 
 
 def logits(model: nn.Module, model_type: str, inputs: dict | None = None) -> torch.Tensor:
