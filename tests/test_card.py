@@ -185,7 +185,7 @@ def test_the_license_of_the_base(hub, tmp_path, where, link, expected):
     if where == "hub":
         hub["me/base"] = license
     else:
-        merged.config._name_or_path = merged.name_or_path = str(tmp_path)
+        merged.config.name_or_path = merged.name_or_path = str(tmp_path)
         ModelCard(f"---\n{ModelCardData(**license).to_yaml()}\n---\n").save(tmp_path / "README.md")
         if link == "LICENSE.md":  # in a folder that nobody else has
             expected = None

@@ -103,7 +103,7 @@ def saved(tmp_path):
     base = tiny.model("llama")
     base.save_pretrained(tmp_path / "base")
     inputs = tiny.inputs("llama")
-    base.config._name_or_path = base.name_or_path = str(tmp_path / "base")
+    base.config.name_or_path = base.name_or_path = str(tmp_path / "base")
     model = get_peft_model(base, EASConfig(skip_layers=[0, 3], task_type="CAUSAL_LM")).eval()
     tiny.shake(model)
     model.save_pretrained(tmp_path / "adapter")
