@@ -129,13 +129,17 @@ def test_command(llama_cpp, tmp_path, capsys):
     model.save_pretrained(tmp_path / "merged")
     run = ["export", str(tmp_path / "merged")]
     assert cli.main([*run, str(tmp_path / "nas"), "--format", "nemotron-nas", "--dtype", "bfloat16"]) == 0
-    assert "config.json, configuration_decilm.py, generation_config.json" in capsys.readouterr().out
+    streams = capsys.readouterr()
+    assert "config.json, configuration_decilm.py, generation_config.json" in streams.out
+    assert f"There is no tokenizer in {tmp_path / 'merged'}." in streams.err
     assert AutoConfig.from_pretrained(tmp_path / "nas", trust_remote_code=True).dtype == torch.bfloat16
     assert cli.main([*run, str(tmp_path / "gguf"), "--format", "gguf"]) == 1
     assert "give `tokenizer`" in capsys.readouterr().err.splitlines()[-1]
     tokenizer.save_pretrained(tmp_path / "merged")
     assert cli.main([*run, str(tmp_path / "gguf"), "--format", "gguf"]) == 0
-    assert f"{tmp_path / 'gguf'}: model.gguf (" in capsys.readouterr().out
+    streams = capsys.readouterr()
+    assert f"{tmp_path / 'gguf'}: model.gguf (" in streams.out
+    assert "no tokenizer" not in streams.err
     ids = tiny.inputs("llama", rows=1, padding=None)["input_ids"]
     found = llama_cpp(tmp_path / "gguf").log_probabilities(ids[0].tolist(), 390)
     assert (found - model(ids).logits[0, -1].log_softmax(-1)).abs().max() < 2e-3
