@@ -23,13 +23,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import attacks
 import damage
-import tiny
 import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_merge import adapted
 from transformers import AutoModelForCausalLM
+from zoo import tiny
+from zoo.tiny import adapted
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "robustness.md"
 KNOWN = {

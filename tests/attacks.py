@@ -19,9 +19,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import tiny
 import torch
 from peft import get_peft_model, peft_model
+from zoo import tiny
 
 from peft_eas import (
     Attentions,

@@ -8,15 +8,15 @@ import os
 import sys
 from pathlib import Path
 
-import tiny
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import get_peft_model
-from test_training import dataset, trainer
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
+from zoo import tiny
+from zoo.training import dataset, trainer
 
 from peft_eas import EASCallback, EASConfig
 

@@ -22,10 +22,10 @@ def outputs(model):
 
 def push(folder):
     """Push a base model, and twice an adapter and what it merges to; then the merged model in other ways."""
-    import tiny
     from huggingface_hub import create_repo, create_tag, upload_file, upload_folder, whoami
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
+    from zoo import tiny
 
     from peft_eas import EASConfig, cli
 

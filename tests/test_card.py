@@ -2,13 +2,12 @@
 
 import attacks
 import damage
-import matrix
 import pytest
-import tiny
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from zoo import families, tiny
 
 from peft_eas import EASConfig, card, model_card
 from peft_eas.card import layer_picture, write_card
@@ -76,7 +75,7 @@ def test_operations_are_those_of_the_formula(family, skip):
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "gpt2", "olmo2", "minicpm3"])
 def test_bytes_of_the_kv_cache_are_those_of_a_cache(family):
     known = family in tiny.FAMILIES
-    merged = merge(tiny.model(family) if known else matrix.tiny_model(family), [0, 2])
+    merged = merge(tiny.model(family) if known else families.tiny_model(family), [0, 2])
     cache = DynamicCache()
     merged(input_ids=torch.arange(7)[None] + 3, past_key_values=cache, use_cache=True)
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
@@ -86,7 +85,7 @@ def test_bytes_of_the_kv_cache_are_those_of_a_cache(family):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_can_not_be_counted_is_left_out(dtype):
     """Routing to experts needs values; in bfloat16, some implementations run without, and count for nothing."""
-    merged = merge(matrix.tiny_model("mixtral").to(dtype), [0, 2])
+    merged = merge(families.tiny_model("mixtral").to(dtype), [0, 2])
     text = model_card(merged).text
     assert "| parameters |" in text
     assert "operations to read" not in text
@@ -186,7 +185,7 @@ def test_the_license_of_the_base(hub, tmp_path, where, link, expected):
     if where == "hub":
         hub["me/base"] = license
     else:
-        merged.config._name_or_path = merged.name_or_path = str(tmp_path)
+        merged.config.name_or_path = merged.name_or_path = str(tmp_path)
         ModelCard(f"---\n{ModelCardData(**license).to_yaml()}\n---\n").save(tmp_path / "README.md")
         if link == "LICENSE.md":  # in a folder that nobody else has
             expected = None

@@ -2,11 +2,11 @@
 
 import pytest
 import reference
-import tiny
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from zoo import tiny
 
 from peft_eas import EASCallback, EASConfig
 

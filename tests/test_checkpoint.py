@@ -7,14 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 
+import checks
 import damage
 import pytest
-import tiny
 import torch
+from checks import close
 from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
-from test_merge import adapted, auto, close
 from torch import nn
 from transformers import (
     AutoModel,
@@ -26,6 +26,8 @@ from transformers import (
     TorchAoConfig,
     pipeline,
 )
+from zoo import tiny
+from zoo.tiny import adapted, auto
 
 from peft_eas import EASConfig
 
@@ -152,9 +154,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     adapted().merge_and_unload().save_pretrained(tmp_path)
     before = files(tmp_path)
     script = f"""
-import resource, signal, sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-from test_merge import adapted
+import resource, signal
+from zoo.tiny import adapted
 merged = adapted(skip_layers=[1]).merge_and_unload()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -403,7 +404,7 @@ def test_another_tuner_on_top_has_the_base_models_defaults(config):
 
 
 def test_compiled(merged):
-    tiny.skip_unless_compiled()
+    checks.skip_unless_compiled()
     inputs = tiny.inputs("llama")
     expected = merged(**inputs).logits
     compiled = torch.compile(merged, fullgraph=True)  # inductor
@@ -419,12 +420,10 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("how", QUANTISED)
-def test_loading_quantised(merged, tmp_path, how, monkeypatch):
+def test_loading_quantised(merged, tmp_path, how, unpacked):
     """All linears are quantised, and nothing else; equal to the model with the weights that these now stand for."""
     make, name, tolerance = QUANTISED[how]
     config = make(pytest.importorskip(how.split()[0]))
-    if how.startswith("bitsandbytes"):  # it repacks weights on some CPUs, and needs layers of certain sizes for it
-        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     inputs = tiny.inputs("llama")
     merged.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)

@@ -12,7 +12,6 @@ from pathlib import Path
 import attacks
 import damage
 import pytest
-import tiny
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel, get_peft_model
@@ -26,6 +25,7 @@ from transformers import (
     LlavaProcessor,
     TrainingArguments,
 )
+from zoo import tiny
 
 from peft_eas import EASConfig, cli, model_card, score_attentions
 

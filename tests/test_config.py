@@ -8,10 +8,10 @@ import sys
 import attacks
 import numpy as np
 import pytest
-import tiny
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, OpenAIGPTConfig
+from zoo import tiny
 
 from peft_eas import EASConfig
 from peft_eas.checks import shown
@@ -103,7 +103,7 @@ def saved(tmp_path):
     base = tiny.model("llama")
     base.save_pretrained(tmp_path / "base")
     inputs = tiny.inputs("llama")
-    base.config._name_or_path = base.name_or_path = str(tmp_path / "base")
+    base.config.name_or_path = base.name_or_path = str(tmp_path / "base")
     model = get_peft_model(base, EASConfig(skip_layers=[0, 3], task_type="CAUSAL_LM")).eval()
     tiny.shake(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -215,8 +215,13 @@ def test_a_failed_second_adapter_leaves_the_first():
 
 
 def test_other_tuners_still_work():
+    inputs = tiny.inputs("llama")
     model = get_peft_model(tiny.model("llama"), LoraConfig(target_modules=["q_proj"]))
-    model(**tiny.inputs("llama"))
+    torch.testing.assert_close(model(**inputs).logits, tiny.model("llama")(**inputs).logits, rtol=0, atol=0)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert len(trained) == 12
+    assert all("lora_" in name for name in trained)
 
 
 def test_importing_the_package_imports_no_model_and_no_trainer():

@@ -1,10 +1,10 @@
 """transformers' continuous batching (`generate_batch`): each request gives what `generate` gives for it alone."""
 
 import pytest
-import tiny
 import torch
 from peft import get_peft_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from zoo import tiny
 
 from peft_eas import EASConfig
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import distributed_search
 import pytest
-import tiny
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
-from test_training import collate, dataset
+from zoo import tiny
+from zoo.training import collate, dataset
 
 from peft_eas.search import held_out
 
@@ -35,13 +35,10 @@ def skip_without_fsdp2(name: str) -> None:
 
 
 def launch(out: Path, options: dict, timeout: int = 300) -> subprocess.CompletedProcess:
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent / "examples"), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*command, str(here / "distributed_search.py"), str(out), json.dumps(options)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        text=True, capture_output=True, timeout=timeout, check=False,
+        [*command, distributed_search.__file__, str(out), json.dumps(options)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=timeout, check=False,
     )  # fmt: skip
 
 

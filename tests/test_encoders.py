@@ -1,10 +1,10 @@
-"""Encoders, cross-attentions and encoder-decoders: formulas, names, pooling, search. Each family: see matrix.py."""
+"""Encoders, cross-attentions and encoder-decoders: formulas, names, pooling, search. Each family: see checks.py."""
 
 import json
 import subprocess
 import sys
 
-import matrix
+import checks
 import pytest
 import reference
 import torch
@@ -22,6 +22,7 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
+from zoo import families, sizes
 
 from peft_eas import (
     FAMILIES,
@@ -43,7 +44,7 @@ from peft_eas.runtime.eas_record import Record
 
 
 def stock(model_type):
-    return matrix.tiny_model(model_type).double()
+    return families.tiny_model(model_type).double()
 
 
 def zero(module):
@@ -71,7 +72,7 @@ def before(linear, function):
 
 
 def run(model, model_type):
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in matrix.tiny_inputs(model_type).items()}
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in families.tiny_inputs(model_type).items()}
     with torch.no_grad():
         return model(**inputs).logits
 
@@ -79,9 +80,9 @@ def run(model, model_type):
 @pytest.mark.parametrize("settings", [dict(), dict(propagation="none"), dict(use_bias=False, scaling=0.5)], ids=str)
 def test_an_encoder_computes_the_formulas(settings):
     """A skipped attention leaves a mean over all tokens that are not padding; the residual stream is not adapted."""
-    adapted = matrix.adapted("bert", **settings)
+    adapted = families.adapted("bert", **settings)
     config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
-    mask = matrix.tiny_inputs("bert")["attention_mask"].bool()
+    mask = families.tiny_inputs("bert")["attention_mask"].bool()
     model = stock("bert")
     for index, layer in enumerate(model.bert.encoder.layer):
         name, attention = f"bert.encoder.layer.{index}", layer.attention
@@ -93,15 +94,15 @@ def test_an_encoder_computes_the_formulas(settings):
                 before(linear, lambda z, p=p: reference.adapt(z, p, config))
         before(layer.intermediate.dense, lambda z, p=parameters[f"{name}.intermediate"]: reference.adapt(z, p, config))
     expected = run(model, "bert").float()
-    torch.testing.assert_close(matrix.logits(adapted, "bert"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(checks.logits(adapted, "bert"), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(propagation="none"), dict(use_bias=False, scaling=0.5)], ids=str)
 def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
     """A cross-attention looks at the encoder's tokens, the decoder's own at those before."""
-    adapted = matrix.adapted("bart", **settings)
+    adapted = families.adapted("bart", **settings)
     config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
-    inputs = matrix.tiny_inputs("bart")
+    inputs = families.tiny_inputs("bart")
     source, target = inputs["attention_mask"].bool(), torch.ones_like(inputs["decoder_input_ids"])
     model, read, both = stock("bart"), {}, 0
     model.model.encoder.register_forward_hook(lambda module, args, output: read.update(output=output[0]))
@@ -130,14 +131,14 @@ def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
             both += all(skips)
     assert both
     expected = run(model, "bart").float()
-    torch.testing.assert_close(matrix.logits(adapted, "bart"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(checks.logits(adapted, "bart"), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_attention_that_looks_both_ways_computes_the_formulas():
     """LXMERT's words look at regions, then regions at words; the one adapter serves both."""
-    adapted = matrix.adapted("lxmert", skip_layers=["cross.1.cross", "cross_vision.1.self"])
+    adapted = families.adapted("lxmert", skip_layers=["cross.1.cross", "cross_vision.1.self"])
     config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
-    inputs = matrix.tiny_inputs("lxmert")
+    inputs = families.tiny_inputs("lxmert")
     words, regions = inputs["attention_mask"].bool(), inputs["visual_attention_mask"].bool()
     assert not words.all()
     assert not regions.all()
@@ -170,25 +171,25 @@ def test_an_attention_that_looks_both_ways_computes_the_formulas():
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
         expected = model(**inputs).question_answering_score.float()
-    torch.testing.assert_close(matrix.logits(adapted, "lxmert"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(checks.logits(adapted, "lxmert"), expected, rtol=1e-5, atol=1e-5)
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
 def test_indices_and_names_mean_the_same():
-    by_index = get_peft_model(matrix.tiny_model("bert"), EASConfig(skip_layers=[1, 2]))
-    by_name = get_peft_model(matrix.tiny_model("bert"), EASConfig(skip_layers=["encoder.2.self", 1]))
+    by_index = get_peft_model(families.tiny_model("bert"), EASConfig(skip_layers=[1, 2]))
+    by_name = get_peft_model(families.tiny_model("bert"), EASConfig(skip_layers=["encoder.2.self", 1]))
     assert by_index.skip_layers == by_name.skip_layers == by_name.peft_config["default"].skip_layers == [1, 2]
     by_name.set_skip_layers(["encoder.0.self"])
     assert by_name.skip_layers == [0]
-    decoder = get_peft_model(matrix.tiny_model("llama"), EASConfig(skip_layers=["decoder.3.self"]))
+    decoder = get_peft_model(families.tiny_model("llama"), EASConfig(skip_layers=["decoder.3.self"]))
     assert decoder.skip_layers == [3]
 
 
 def test_names_where_indices_are_not_enough():
     names = ["encoder.0.self", "decoder.2.self", "decoder.2.cross", "decoder.3.cross"]
-    model = get_peft_model(matrix.tiny_model("bart"), EASConfig(skip_layers=names[::-1]))
+    model = get_peft_model(families.tiny_model("bart"), EASConfig(skip_layers=names[::-1]))
     assert model.skip_layers == names
     assert model.model.model.decoder.layers[2].encoder_attn.gates == {"default": True}
     assert model.model.model.decoder.layers[3].self_attn.gates == {"default": False}
@@ -205,7 +206,7 @@ def test_names_where_indices_are_not_enough():
     ],
 )
 def test_attentions_that_are_not_there_are_refused(model_type, skip_layers, message):
-    model = matrix.tiny_model(model_type)
+    model = families.tiny_model(model_type)
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, EASConfig(skip_layers=skip_layers))
@@ -213,8 +214,8 @@ def test_attentions_that_are_not_there_are_refused(model_type, skip_layers, mess
 
 
 def test_encoders_as_decoders_are_refused():
-    config = BertConfig(**matrix.TEXT, is_decoder=True)
-    bart = matrix.EXAMPLES["bart"].config()
+    config = BertConfig(**sizes.TEXT, is_decoder=True)
+    bart = families.EXAMPLES["bart"].config()
     for model in (BertLMHeadModel(config), BartForCausalLM(bart)):
         with pytest.raises(ValueError, match="`is_decoder=True`"):
             get_peft_model(model, EASConfig())
@@ -222,7 +223,7 @@ def test_encoders_as_decoders_are_refused():
 
 def test_attentions_whose_adapter_could_not_be_folded_have_none():
     """DeBERTa-v2's project positions, too: skipped as others are, the first included."""
-    model = matrix.adapted("deberta-v2", skip_layers=[0, 2])
+    model = families.adapted("deberta-v2", skip_layers=[0, 2])
     adapted = {name.split(".layer.")[1] for name, _ in model.named_parameters() if ".eas_" in name}
     of_attentions = sorted(name for name in adapted if ".attention." in name)
     names = ("eas_mean_down", "eas_mean_up", "eas_stand_in")
@@ -234,38 +235,38 @@ def test_attentions_whose_adapter_could_not_be_folded_have_none():
 @pytest.mark.parametrize("model_type", ["bert", "bart"])
 def test_a_frozen_context(model_type):
     """Of one row, in which all tokens look at all: the encoder computes what it did."""
-    model, inputs = matrix.adapted(model_type), matrix.tiny_inputs(model_type)
+    model, inputs = families.adapted(model_type), families.tiny_inputs(model_type)
     alone = {name: value[:1] for name, value in inputs.items()}
     assert alone["attention_mask"].all()
-    before = matrix.logits(model, model_type, alone)
+    before = checks.logits(model, model_type, alone)
     moved = model.freeze_context([alone])
-    after = matrix.logits(model, model_type, alone)
+    after = checks.logits(model, model_type, alone)
     assert (moved.logits_moved < 1e-5) == torch.allclose(after, before, atol=1e-5) == (model_type == "bert")
-    matrix.assert_close(matrix.logits(model.merge_and_unload(), model_type, alone), after)
+    checks.close(checks.logits(model.merge_and_unload(), model_type, alone), after)
 
 
 def test_unload_leaves_the_base_model():
     """The hook in front of the core of BERT's attention goes, too."""
     for model_type in ("bert", "bart"):
-        model = matrix.adapted(model_type)
-        expected = matrix.logits(matrix.tiny_model(model_type), model_type)
+        model = families.adapted(model_type)
+        expected = checks.logits(families.tiny_model(model_type), model_type)
         with model.disable_adapter():
-            torch.testing.assert_close(matrix.logits(model, model_type), expected, rtol=0, atol=0)
-        torch.testing.assert_close(matrix.logits(model.unload(), model_type), expected, rtol=0, atol=0)
+            torch.testing.assert_close(checks.logits(model, model_type), expected, rtol=0, atol=0)
+        torch.testing.assert_close(checks.logits(model.unload(), model_type), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "bart", "bridgetower", "t5"])
 def test_merge_adapter_and_back(model_type):
-    model = matrix.adapted(model_type)
-    expected = matrix.logits(model, model_type)
+    model = families.adapted(model_type)
+    expected = checks.logits(model, model_type)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     model.merge_adapter()
-    matrix.assert_close(matrix.logits(model, model_type), expected)
+    checks.close(checks.logits(model, model_type), expected)
     model.unmerge_adapter()
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    torch.testing.assert_close(matrix.logits(model, model_type), expected, rtol=0, atol=0)
+    torch.testing.assert_close(checks.logits(model, model_type), expected, rtol=0, atol=0)
     model.merge_adapter()
-    matrix.assert_close(matrix.logits(model.merge_and_unload(), model_type), expected)
+    checks.close(checks.logits(model.merge_and_unload(), model_type), expected)
 
 
 def test_a_row_with_cross_attentions_from_outside(tmp_path):
@@ -290,15 +291,15 @@ def test_a_row_with_cross_attentions_from_outside(tmp_path):
     register_family(Family("own_seq2seq", (encoder, own, cross)))
     try:
         torch.manual_seed(0)
-        base = Model(Config(**matrix.SEQ2SEQ)).eval()
+        base = Model(Config(**sizes.SEQ2SEQ)).eval()
         model = get_peft_model(base, EASConfig(skip_layers=["encoder.1.self", "decoder.2.cross"], init_weights=False))
-        expected = matrix.logits(model.eval(), "bart")
+        expected = checks.logits(model.eval(), "bart")
         merged = model.merge_and_unload()
-        matrix.assert_close(matrix.logits(merged, "bart"), expected)
+        checks.close(checks.logits(merged, "bart"), expected)
         merged.save_pretrained(tmp_path)
         loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
         assert isinstance(loaded, Model)
-        matrix.assert_close(matrix.logits(loaded.eval(), "bart"), expected)
+        checks.close(checks.logits(loaded.eval(), "bart"), expected)
     finally:
         FAMILIES.pop("own_seq2seq")
 
@@ -311,8 +312,8 @@ def test_a_row_with_cross_attentions_from_outside(tmp_path):
 def test_cached_is_uncached_whatever_of_the_decoder_is_skipped(model_type, skip):
     """The length of the KV cache is that of the first layer, whose self-attention always stays."""
     names = [f"decoder.{i}.self" for i in skip] + [f"decoder.{i}.cross" for i in (0, *skip[1:])]
-    model = get_peft_model(matrix.tiny_model(model_type), EASConfig(skip_layers=names)).eval()
-    inputs = {k: v for k, v in matrix.tiny_inputs(model_type).items() if not k.startswith("decoder_")}
+    model = get_peft_model(families.tiny_model(model_type), EASConfig(skip_layers=names)).eval()
+    inputs = {k: v for k, v in families.tiny_inputs(model_type).items() if not k.startswith("decoder_")}
     for beams in (1, 3):
         settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=beams)
         expected = model.generate(**inputs, use_cache=False, **settings)
@@ -334,17 +335,17 @@ torch.save(model(**inputs).logits, sys.argv[3])
 
 
 def test_a_merged_model_loads_without_the_package(tmp_path):
-    merged = matrix.adapted("bart").merge_and_unload()
-    expected = matrix.logits(merged, "bart")
+    merged = families.adapted("bart").merge_and_unload()
+    expected = checks.logits(merged, "bart")
     merged.save_pretrained(tmp_path / "merged")
-    torch.save(matrix.tiny_inputs("bart"), tmp_path / "inputs")
+    torch.save(families.tiny_inputs("bart"), tmp_path / "inputs")
     files = [str(tmp_path / name) for name in ("merged", "inputs", "logits")]
     subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *files], check=True, cwd=tmp_path)
     assert torch.equal(torch.load(tmp_path / "logits"), expected)
 
 
 def test_what_is_said_of_a_merged_model(tmp_path, capsys):
-    adapted = matrix.adapted("bart")
+    adapted = families.adapted("bart")
     names = adapted.skip_layers
     adapted.save_pretrained(tmp_path / "adapter")
     merged = adapted.merge_and_unload()
@@ -360,31 +361,31 @@ def test_what_is_said_of_a_merged_model(tmp_path, capsys):
 
 @pytest.mark.parametrize("model_type", ["bart", "vit", "lxmert"])
 def test_the_command_line_merges_them(model_type, tmp_path, capsys):
-    matrix.tiny_model(model_type).save_pretrained(tmp_path / "base")
-    adapted = matrix.adapted(model_type)
+    families.tiny_model(model_type).save_pretrained(tmp_path / "base")
+    adapted = families.adapted(model_type)
     adapted.save_pretrained(tmp_path / "adapter")
-    expected = matrix.logits(adapted, model_type)
+    expected = checks.logits(adapted, model_type)
     folders = [str(tmp_path / name) for name in ("adapter", "merged")]
     assert cli.main(["merge", *folders, "--base", str(tmp_path / "base")]) == 0, capsys.readouterr().err
-    merged = matrix.auto_class(model_type).from_pretrained(folders[1]).eval()
+    merged = families.auto_class(model_type).from_pretrained(folders[1]).eval()
     assert type(merged).__name__.startswith("EAS")
-    matrix.assert_close(matrix.logits(merged, model_type), expected)
+    checks.close(checks.logits(merged, model_type), expected)
 
 
 @pytest.mark.parametrize("model_type", ["bart", "lxmert"])
 def test_nothing_is_left_of_a_deleted_adapter(model_type):
     """Not of the further PIAs before a FFN either."""
-    model = matrix.adapted(model_type)
-    expected = matrix.logits(model, model_type)
+    model = families.adapted(model_type)
+    expected = checks.logits(model, model_type)
     names = set(model.state_dict())
     model.add_adapter("other", EASConfig(skip_layers=model.skip_layers[:1], init_weights=False))
     model.set_adapter("other")
-    assert (matrix.logits(model, model_type) - expected).abs().max() > 1e-3
+    assert (checks.logits(model, model_type) - expected).abs().max() > 1e-3
     model.delete_adapter("other")
     assert set(model.state_dict()) == names
     pias = [module for module in model.modules() if isinstance(module, EASLayer)]
     assert not [pia for pia in pias if "other" in pia.eas_config]
-    torch.testing.assert_close(matrix.logits(model, model_type), expected, rtol=0, atol=0)
+    torch.testing.assert_close(checks.logits(model, model_type), expected, rtol=0, atol=0)
 
 
 # Search ---------------------------------------------------------------------------------------------------------------
@@ -403,7 +404,7 @@ def test_a_search_over_names(tmp_path):
     """Among self- and cross-attentions of both lists, by a stock Trainer; what is saved resumes and is loaded."""
 
     def trainer(**settings):
-        model = get_peft_model(matrix.tiny_model("t5"), EASConfig(num_skip=4, task_type="SEQ_2_SEQ_LM"))
+        model = get_peft_model(families.tiny_model("t5"), EASConfig(num_skip=4, task_type="SEQ_2_SEQ_LM"))
         args = Seq2SeqTrainingArguments(
             tmp_path, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True,
             save_steps=4, logging_steps=1, **settings,
@@ -413,7 +414,7 @@ def test_a_search_over_names(tmp_path):
 
     whole, search = trainer(max_steps=9)
     whole.train()
-    arms = [key for key, arm in find_layers(matrix.tiny_model("t5")).items() if arm.is_skippable]
+    arms = [key for key, arm in find_layers(families.tiny_model("t5")).items() if arm.is_skippable]
     report = search.report
     assert report["layers"] == arms
     assert report["skip_layers"] == whole.model.skip_layers == whole.model.peft_config["default"].skip_layers
@@ -428,32 +429,32 @@ def test_a_search_over_names(tmp_path):
     assert (again.report["order"], again.report["rounds"]) == (report["order"], report["rounds"])
     assert again.report["skip_layers"] == report["skip_layers"]
     whole.model.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(matrix.tiny_model("t5"), tmp_path / "adapter").eval()
+    loaded = PeftModel.from_pretrained(families.tiny_model("t5"), tmp_path / "adapter").eval()
     assert loaded.skip_layers == report["skip_layers"]
-    expected = matrix.logits(whole.model.eval(), "t5")
-    torch.testing.assert_close(matrix.logits(loaded, "t5"), expected, rtol=0, atol=0)
-    matrix.assert_close(matrix.logits(loaded.merge_and_unload(), "t5"), expected)
+    expected = checks.logits(whole.model.eval(), "t5")
+    torch.testing.assert_close(checks.logits(loaded, "t5"), expected, rtol=0, atol=0)
+    checks.close(checks.logits(loaded.merge_and_unload(), "t5"), expected)
 
 
 def test_the_deepest_of_each_list_come_first():
-    model = get_peft_model(matrix.tiny_model("lxmert"), EASConfig(num_skip=2))
-    layers = find_layers(matrix.tiny_model("lxmert"))
+    model = get_peft_model(families.tiny_model("lxmert"), EASConfig(num_skip=2))
+    layers = find_layers(families.tiny_model("lxmert"))
     assert [layers[key].depth for key in ("text.1.self", "cross_text.2.self")] == [1 / 2, 2 / 3]
     assert model.skip_layers == []
 
 
 @pytest.mark.parametrize("model_type", ["bert", "bart"])
 def test_scores_by_loss_are_those_of_dropping_by_hand(model_type):
-    example = matrix.EXAMPLES[model_type]
-    batch = matrix.tiny_inputs(model_type) | example.labels
+    example = families.EXAMPLES[model_type]
+    batch = families.tiny_inputs(model_type) | example.labels
     batch.pop("decoder_input_ids", None)
-    scores = score_attentions(matrix.tiny_model(model_type), [batch], method="loss")
-    layers = find_layers(matrix.tiny_model(model_type))
+    scores = score_attentions(families.tiny_model(model_type), [batch], method="loss")
+    layers = find_layers(families.tiny_model(model_type))
     assert scores.keys() == layers.keys()
     with torch.no_grad():
-        whole = matrix.tiny_model(model_type)(**batch).loss
+        whole = families.tiny_model(model_type)(**batch).loss
         for key, arm in layers.items():
-            model, seen = matrix.tiny_model(model_type), []
+            model, seen = families.tiny_model(model_type), []
             *_, projection = (m for m in model.get_submodule(arm.attention).modules() if isinstance(m, nn.Linear))
             handle = projection.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
             model(**batch)
@@ -472,7 +473,7 @@ def test_scores_by_similarity():
     """Of BERT, between what its norm makes of the stream with and without the attention; of a cross-attention, of the
     stream that it adds to."""
     streams = {}
-    model = matrix.tiny_model("bert")
+    model = families.tiny_model("bert")
     for index, layer in enumerate(model.bert.encoder.layer):
         attention = layer.attention.output
 
@@ -480,30 +481,32 @@ def test_scores_by_similarity():
             streams[index] = module.LayerNorm.forward(args[1]), output
 
         attention.register_forward_hook(remember)
-    inputs = matrix.tiny_inputs("bert")
+    inputs = families.tiny_inputs("bert")
     scores = score_attentions(model, [inputs], "similarity")
+    assert list(scores) == list(streams)
     for index, (without, output) in streams.items():
         change = 1 - nn.functional.cosine_similarity(without, output, dim=-1)
         assert scores[index] == pytest.approx(float(change[inputs["attention_mask"].bool()].mean()), abs=1e-6)
     streams.clear()
-    model = matrix.tiny_model("bart")
+    model = families.tiny_model("bart")
     for index, layer in enumerate(model.model.decoder.layers):
 
         def keep(module, args, output, index=index):
             streams[index] = args[0], output[0]
 
         layer.encoder_attn.register_forward_hook(keep)
-    scores = score_attentions(model, [matrix.tiny_inputs("bart")], "similarity")
+    scores = score_attentions(model, [families.tiny_inputs("bart")], "similarity")
+    assert len(streams) == 4
     for index, (stream, update) in streams.items():
         change = 1 - nn.functional.cosine_similarity(stream, stream + update, dim=-1)
         assert scores[f"decoder.{index}.cross"] == pytest.approx(float(change.mean()), abs=1e-6)
 
 
 def test_auto_classes_load_merged_encoders(tmp_path):
-    matrix.adapted("bert").merge_and_unload().save_pretrained(tmp_path)
+    families.adapted("bert").merge_and_unload().save_pretrained(tmp_path)
     assert (
         type(AutoModelForSequenceClassification.from_pretrained(tmp_path)).__name__
         == "EASBertForSequenceClassification"
     )
-    matrix.adapted("mt5").merge_and_unload().save_pretrained(tmp_path)
+    families.adapted("mt5").merge_and_unload().save_pretrained(tmp_path)
     assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path)).__name__ == "EASMT5ForConditionalGeneration"

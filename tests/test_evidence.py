@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+from zoo import tiny
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import evidence

@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 
+import checks
 import matrix
 import pytest
-import tiny
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
+from zoo import families, tiny
 
 from peft_eas import FAMILIES, Attentions, EASCallback, EASConfig, Family, cli, model_card, register_family
 from peft_eas.families import decoders, encoders, find_layers, moe, multimodal, seq2seq
@@ -26,12 +27,12 @@ from peft_eas.runtime.eas_structure import outermost
 from peft_eas.trace import TraceError, as_source, check_family, propose_family
 
 # the rest of the matrix is `make supported-models`
-FAST = {name: matrix.CHECKS[name] for name in ("skipping", "standing_in", "merging", "prefix", "parts", "packing")}
+FAST = {name: checks.CHECKS[name] for name in ("skipping", "standing_in", "merging", "prefix", "parts", "packing")}
 
 
-@pytest.mark.parametrize("model_type", matrix.whole_models())
+@pytest.mark.parametrize("model_type", families.whole_models())
 def test_family(model_type):
-    results = matrix.run(model_type, FAST)
+    results = checks.run(model_type, FAST)
     assert not any(results.values()), results
 
 
@@ -39,7 +40,7 @@ def test_the_page_is_that_of_the_table():
     """Every family has its line on the page, so the page is from after its row was written."""
     lines = matrix.PAGE.read_text(encoding="utf-8").splitlines()
     listed = [line.split("`")[1] for line in lines if line.startswith("| `")]
-    assert set(matrix.whole_models()) <= set(listed) <= set(FAMILIES)  # older versions of transformers lack some
+    assert set(families.whole_models()) <= set(listed) <= set(FAMILIES)  # older versions of transformers lack some
     assert not [line for line in lines if "✗" in line]
 
 
@@ -65,7 +66,7 @@ def layer_names(model, row):
     ["llama", "gpt2", "opt", "phi", "bloom", "falcon", "gemma3_text", "olmo2", "mixtral", "gpt_oss", "deepseek_v3"],
 )
 def test_a_row_is_found_by_tracing(model_type):
-    model, family = matrix.tiny_model(model_type), FAMILIES[model_type]
+    model, family = families.tiny_model(model_type), FAMILIES[model_type]
     proposed_family = propose_family(model)
     (row,), (proposed,) = family.attentions, proposed_family.attentions
     names = layer_names(model, row)
@@ -87,7 +88,7 @@ def test_a_row_is_found_by_tracing(model_type):
 )
 def test_an_incomplete_row_is_noticed(wrong):
     """What reads the input without being named shows; a norm that is kept in vain does not."""
-    error = check_family(matrix.tiny_model("llama"), Family("llama", (Attentions(**wrong),)))
+    error = check_family(families.tiny_model("llama"), Family("llama", (Attentions(**wrong),)))
     assert (error > 1e-3) == ("attention_norms" not in wrong)
 
 
@@ -102,9 +103,9 @@ def test_tracing_something_else_says_so():
     with pytest.raises(TraceError, match="no list of layers"):
         propose_family(Model(tiny.config("llama")))
     with pytest.raises(TraceError, match="Nothing in 'shared_transf' of ZambaForCausalLM reads the input"):
-        propose_family(matrix.tiny_model("zamba"))
+        propose_family(families.tiny_model("zamba"))
     with pytest.raises(TraceError, match="No layer of NemotronHForCausalLM calls an attention and then a FFN"):
-        propose_family(matrix.tiny_model("nemotron_h"))
+        propose_family(families.tiny_model("nemotron_h"))
 
 
 class OwnConfig(LlamaConfig):
@@ -163,7 +164,7 @@ def test_a_type_that_has_no_row_is_learned(own_model):
 def test_a_model_around_a_known_one_is_learned(model_type, monkeypatch):
     before = dict(FAMILIES)
     monkeypatch.delitem(FAMILIES, model_type)
-    model, state = matrix.tiny_model(model_type), torch.get_rng_state()
+    model, state = families.tiny_model(model_type), torch.get_rng_state()
     with pytest.warns(UserWarning, match="decoder='language_model'"):
         learn_family(model)
     assert before == FAMILIES
@@ -191,19 +192,19 @@ def test_a_row_that_does_not_fit_the_model_is_refused(own_model):
 
 
 def test_ffns_may_get_their_tokens_in_chunks():
-    make, found = matrix.EXAMPLES["bert"], []
+    make, found = families.EXAMPLES["bert"], []
     for size in (0, 1):
         torch.manual_seed(0)
-        model = matrix.build(make.model, make.config(chunk_size_feed_forward=size))
+        model = families.build(make.model, make.config(chunk_size_feed_forward=size))
         model = get_peft_model(model, EASConfig(skip_layers=[1], propagation="mean")).eval()
         tiny.shake(model)
-        found += [matrix.logits(model, "bert"), matrix.logits(model.merge_and_unload(), "bert")]
+        found += [checks.logits(model, "bert"), checks.logits(model.merge_and_unload(), "bert")]
     for logits in found[1:]:
-        matrix.assert_close(logits, found[0])
+        checks.close(logits, found[0])
 
 
 def test_inspect_family(tmp_path, capsys):
-    matrix.tiny_config("gpt_neox").save_pretrained(tmp_path)
+    families.tiny_config("gpt_neox").save_pretrained(tmp_path)
     assert cli.main(["inspect-family", str(tmp_path), "--layers", "2"]) == 0
     said = capsys.readouterr().out
     assert as_source(FAMILIES["gpt_neox"]) in said
@@ -219,7 +220,7 @@ def test_inspect_family(tmp_path, capsys):
     ],
 )
 def test_inspecting_what_is_no_decoder_says_so(model_type, message, tmp_path, capsys):
-    matrix.EXAMPLES[model_type].config().save_pretrained(tmp_path)
+    families.EXAMPLES[model_type].config().save_pretrained(tmp_path)
     assert cli.main(["inspect-family", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert message in said
@@ -234,15 +235,15 @@ def test_gradient_checkpointing(model_type, propagation, use_reentrant):
     a layer of its own."""
 
     def gradients(checkpointing):
-        model = matrix.adapted(model_type, propagation=propagation).train()
+        model = families.adapted(model_type, propagation=propagation).train()
         model.enable_input_require_grads()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         loss = 0
         for first in (6, 9):
-            labels = matrix.tiny_inputs(model_type)["input_ids"].clone()
+            labels = families.tiny_inputs(model_type)["input_ids"].clone()
             labels[:, :first] = -100
-            loss = loss + model(**matrix.tiny_inputs(model_type), labels=labels).loss
+            loss = loss + model(**families.tiny_inputs(model_type), labels=labels).loss
         loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -253,28 +254,28 @@ def test_gradient_checkpointing(model_type, propagation, use_reentrant):
 
 
 def test_an_attention_without_a_ffn_after_it_is_not_skipped():
-    model = matrix.tiny_model("nemotron_h")
+    model = families.tiny_model("nemotron_h")
     kinds = model.config.layers_block_type
     assert kinds == ["full_attention", "mlp", "linear_attention", "full_attention", "moe", "full_attention"]
     assert {i: arm.is_skippable for i, arm in find_layers(model).items()} == {0: True, 3: True, 5: False}
     with pytest.raises(ValueError, match=r"can be skipped .* are \[0, 3\]"):
         get_peft_model(model, EASConfig(skip_layers=[5]))
-    arms = find_layers(matrix.tiny_model("ernie4_5_vl_moe"))  # whose PIAs stand before the shared experts
+    arms = find_layers(families.tiny_model("ernie4_5_vl_moe"))  # whose PIAs stand before the shared experts
     assert [i for i, arm in arms.items() if not arm.is_skippable] == [0]
 
 
 def test_a_family_that_is_built_as_another_is_merged_as_that():
     """GLM-GA has no model class of its own: a merged one is a GLM-4.6V, and loads as such."""
-    merged = matrix.adapted("glmga").merge_and_unload()
+    merged = families.adapted("glmga").merge_and_unload()
     assert type(merged).__name__ == "EASGlm46VForConditionalGeneration"
     assert merged.config.model_type == "eas_glm46v"
     assert merged.config.eas["model_type"] == "glm46v"
-    matrix.reloading("glmga")
+    checks.reloading("glmga")
 
 
 def test_a_language_model_by_several_names():
     """Transformers has moved that of Qwen-Omni; merged models are loaded wherever it is."""
-    merged = matrix.adapted("qwen2_5_omni_thinker").merge_and_unload()
+    merged = families.adapted("qwen2_5_omni_thinker").merge_and_unload()
     assert merged.config.eas["decoder"] == "language_model|model"
     with pytest.raises(ValueError, match=r"has no module 'neither\|nor'"):
         outermost(merged, "neither|nor")
@@ -283,31 +284,31 @@ def test_a_language_model_by_several_names():
 @pytest.mark.parametrize("model_type", ["nemotron_h", "zamba", "lxmert"])
 def test_a_second_adapter(model_type):
     """What a layer is, is seen through the wrappers of the first one."""
-    model = matrix.adapted(model_type)
-    expected = matrix.logits(model, model_type)
+    model = families.adapted(model_type)
+    expected = checks.logits(model, model_type)
     model.add_adapter("other", EASConfig(skip_layers=model.skip_layers[:1], init_weights=False))
     model.set_adapter("other")
-    others = matrix.logits(model, model_type)
+    others = checks.logits(model, model_type)
     assert (others - expected).abs().max() > 1e-3
     model.set_adapter("default")
-    torch.testing.assert_close(matrix.logits(model, model_type), expected, rtol=0, atol=0)
+    torch.testing.assert_close(checks.logits(model, model_type), expected, rtol=0, atol=0)
     merged = model.merge_and_unload(adapter_names=["other"])
-    matrix.assert_close(matrix.logits(merged, model_type), others)
+    checks.close(checks.logits(merged, model_type), others)
 
 
 @pytest.mark.parametrize("latent", [None, 8])
 def test_experts_with_a_linear_before_them(latent):
     """The PIA folds into what reads the FFN's input: the experts, or the linear before them."""
-    config = matrix.tiny_config("nemotron_h")
+    config = families.tiny_config("nemotron_h")
     config.moe_latent_size = latent
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     model = get_peft_model(model, EASConfig(skip_layers=[3], init_weights=False))
-    inputs = matrix.tiny_inputs("nemotron_h")
+    inputs = families.tiny_inputs("nemotron_h")
     expected = model(**inputs).logits
     before = {name.replace(".base_layer", ""): p.clone() for name, p in model.base_model.model.named_parameters()}
     merged = model.merge_and_unload()
-    matrix.assert_close(merged(**inputs).logits, expected)
+    checks.close(merged(**inputs).logits, expected)
     moe = "model.layers.4.mixer"
     changed = {n for n, p in merged.named_parameters() if n.startswith(moe) and n in before and not p.equal(before[n])}
     first = "experts.up_proj" if latent is None else "fc1_latent_proj.weight"
@@ -317,20 +318,20 @@ def test_experts_with_a_linear_before_them(latent):
 @pytest.mark.parametrize(("model_type", "sources", "skipped"), [("zamba", [1], [2]), ("zamba2", [0, 1], [4])])
 def test_layers_that_share_an_attention(model_type, sources, skipped, tmp_path):
     """The first to have it is never skipped; the others still share it when the model is merged, saved and loaded."""
-    model = matrix.tiny_model(model_type)
+    model = families.tiny_model(model_type)
     layers = find_layers(model)
     assert [i for i, arm in layers.items() if not arm.is_skippable] == sources
     name = layers[sources[0]].row.attention
     model = get_peft_model(model, EASConfig(skip_layers=skipped, init_weights=False))
     trained = {n.split("layers.")[1].split(".eas")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"{i}.{name}" for i in skipped} | {f"{i}.mamba_decoder.mamba" for i in layers}
-    inputs = matrix.tiny_inputs(model_type)
+    inputs = families.tiny_inputs(model_type)
     expected = model(**inputs).logits
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for result in (merged, loaded):
-        matrix.assert_close(result(**inputs).logits, expected)
+        checks.close(result(**inputs).logits, expected)
         first, last = (
             list(result.model.layers[i].get_submodule(name).parameters()) for i in (sources[-1], max(layers))
         )
@@ -345,7 +346,7 @@ def test_layers_that_share_an_attention(model_type, sources, skipped, tmp_path):
 
 
 def test_search_over_layers_that_share_an_attention(tmp_path):
-    model = get_peft_model(matrix.tiny_model("zamba"), EASConfig(num_skip=1))
+    model = get_peft_model(families.tiny_model("zamba"), EASConfig(num_skip=1))
     rows = [{"input_ids": [5, 6, 7 + i, 8], "labels": [-100, -100, 7 + i, 8]} for i in range(4)]
     callback = EASCallback(search_dataset=rows, warmup_steps=1, search_steps=3, interval=1)
     args = TrainingArguments(
@@ -355,7 +356,7 @@ def test_search_over_layers_that_share_an_attention(tmp_path):
     Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
     assert len(model.skip_layers) == 1
     assert set(model.skip_layers) <= {2, 4}
-    resumed = get_peft_model(matrix.tiny_model("zamba"), EASConfig(num_skip=1))
+    resumed = get_peft_model(families.tiny_model("zamba"), EASConfig(num_skip=1))
     callback = EASCallback(search_dataset=rows, warmup_steps=1, search_steps=3, interval=1)
     trainer = Trainer(resumed, args, train_dataset=rows, callbacks=[callback])
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -364,17 +365,17 @@ def test_search_over_layers_that_share_an_attention(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["zamba", "zamba2"])
 def test_biases_of_adapters_stay_out_of_what_mamba_makes_zero(model_type):
-    model = matrix.adapted(model_type, propagation="none")
-    inputs = matrix.tiny_inputs(model_type)
+    model = families.adapted(model_type, propagation="none")
+    inputs = families.tiny_inputs(model_type)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["attention_mask"][0, :4] = 0
     seen = inputs["attention_mask"].bool()
     expected = model(**inputs).logits[seen]
-    matrix.assert_close(model.merge_and_unload()(**inputs).logits[seen], expected)
+    checks.close(model.merge_and_unload()(**inputs).logits[seen], expected)
 
 
 def test_a_hybrid_s_card_counts_its_attentions(tmp_path, capsys):
-    model = matrix.adapted("nemotron_h", skip_layers=[3])
+    model = families.adapted("nemotron_h", skip_layers=[3])
     model.save_pretrained(tmp_path / "adapter")
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
@@ -388,9 +389,9 @@ def test_a_hybrid_s_card_counts_its_attentions(tmp_path, capsys):
 @pytest.mark.parametrize("propagation", ["mean", "none"])
 def test_merged_bloom_compiles_as_bloom_does(propagation):
     """Its layers pass no keywords on."""
-    tiny.skip_unless_compiled()
-    inputs = matrix.tiny_inputs("bloom") | {"use_cache": False}
-    for model in (matrix.tiny_model("bloom"), matrix.adapted("bloom", propagation=propagation).merge_and_unload()):
+    checks.skip_unless_compiled()
+    inputs = families.tiny_inputs("bloom") | {"use_cache": False}
+    for model in (families.tiny_model("bloom"), families.adapted("bloom", propagation=propagation).merge_and_unload()):
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         with torch.no_grad():

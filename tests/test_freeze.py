@@ -3,12 +3,13 @@
 import json
 
 import pytest
-import tiny
 import torch
+from checks import close
 from peft import PeftModel
-from test_merge import adapted, close
-from test_training import batch, trainer
 from transformers import AutoModelForCausalLM
+from zoo import tiny
+from zoo.tiny import adapted
+from zoo.training import batch, trainer
 
 SETTINGS = [
     dict(propagation="mean"),

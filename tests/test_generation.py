@@ -5,10 +5,10 @@ import gc
 import threading
 
 import pytest
-import tiny
 import torch
 from peft import get_peft_model
 from transformers import DynamicCache, QuantizedCache, StaticCache
+from zoo import tiny
 
 from peft_eas import EASConfig
 

@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
-import tiny
 import torch
 from peft import get_peft_model
+from zoo import tiny
 
 from peft_eas import EASConfig
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import reference
-import tiny
 import torch
 from peft import get_peft_model
+from zoo import tiny
 
 from peft_eas import EASConfig, pia
 from peft_eas.runtime import eas_attention

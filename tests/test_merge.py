@@ -4,22 +4,22 @@ import gc
 import json
 import subprocess
 import sys
-import weakref
 
 import pytest
-import tiny
 import torch
-from matrix import tiny_model
+from checks import close, nothing_of_peft_is_left
+from memory import AllocatedBytes
 from peft import get_peft_model
 from safetensors import safe_open
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
 )
+from zoo import tiny
+from zoo.families import tiny_model
+from zoo.tiny import adapted, auto
 
 from peft_eas import EASConfig
 from peft_eas.layer import EASLayer
@@ -33,22 +33,6 @@ SETTINGS = [
     dict(router="static", stand_in="zero"),
     dict(propagation="mean", stand_in="zero", scaling=0.5),
 ]
-
-
-def adapted(family="llama", base=None, **settings):
-    model = get_peft_model(base or tiny.model(family), EASConfig(**dict(skip_layers=[0, 3]) | settings)).eval()
-    tiny.shake(model)
-    return model
-
-
-def close(actual, expected, kept=...):
-    """1e-4 relative to the largest logit, in float32."""
-    scale = expected[kept].abs().max()
-    assert (actual[kept] - expected[kept]).abs().max() <= 1e-4 * scale
-
-
-def auto(family):
-    return AutoModelForImageTextToText if family == "llava" else AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -76,16 +60,6 @@ def test_merged_equals_unmerged_saves_and_reloads(family, settings, tmp_path):
     reloaded.save_pretrained(tmp_path / "again")
     again = auto(family).from_pretrained(tmp_path / "again")
     torch.testing.assert_close(again(**inputs).logits, merged(**inputs).logits, rtol=0, atol=0)
-
-
-def nothing_of_peft_is_left(merged):
-    for module in merged.modules():
-        assert not type(module).__module__.startswith("peft."), module
-        assert type(module).__module__ != "peft_eas.layer", module
-        assert not hasattr(module, "base_layer")
-    assert not hasattr(merged, "peft_config")
-    assert "generate" not in vars(merged)
-    assert not [n for n, _ in merged.named_parameters() if "lora" in n or "base_layer" in n]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -359,36 +333,6 @@ def test_memory_peak_of_merging():
     assert memory.now < 0, "stripped attentions are freed"
     assert memory.peak <= 0.2 * size, f"{memory.peak / size:.2f} of the model on top of it"
     assert sum(p.numel() * p.element_size() for p in merged.parameters()) < size
-
-
-class AllocatedBytes(TorchDispatchMode):
-    """Largest number of bytes that tensors made inside had more than those of `model` that were freed meanwhile."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
-        for parameter in model.parameters():
-            self._watch(parameter.untyped_storage())
-
-    def _watch(self, storage):
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-            return storage.nbytes()
-        return 0
-
-    def _free(self, address, size):
-        self.known.discard(address)
-        self.now -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                self.now += self._watch(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return result
 
 
 OFFLOADED = [

@@ -7,8 +7,8 @@ import re
 from collections import Counter
 
 import attacks
+import checks
 import pytest
-import tiny
 import torch
 from peft import (
     LoraConfig,
@@ -19,14 +19,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from zoo import tiny
+from zoo.tiny import adapted
 
 from peft_eas import EASConfig
-
-
-def adapted(family="llama", **settings):
-    model = get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=[0, 3]) | settings)).eval()
-    tiny.shake(model)
-    return model
 
 
 def equal(a, b):
@@ -512,7 +508,7 @@ def test_outputs_that_users_ask_for():
 def test_torch_compile_without_graph_breaks(settings, merged):
     torch._dynamo.reset()
     inputs = tiny.inputs("llama")
-    tiny.skip_unless_compiled()
+    checks.skip_unless_compiled()
     model = adapted(**settings)
     if merged:
         model = model.merge_and_unload()

@@ -110,9 +110,8 @@ def test_dropping_one_attention_costs_what_was_measured_before(smollm2):
     assert losses[0] > losses[None] + 0.3
 
 
-def test_trained_on_four_bits_and_merged(smollm2, tmp_path, monkeypatch):
+def test_trained_on_four_bits_and_merged(smollm2, tmp_path, unpacked):
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     stock, tokenizer = smollm2
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     base = AutoModelForCausalLM.from_pretrained(

@@ -5,15 +5,17 @@ import logging
 
 import pytest
 import reference
-import tiny
 import torch
-from matrix import tiny_model
+from checks import close, nothing_of_peft_is_left
+from memory import AllocatedBytes
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors import safe_open
-from test_merge import AllocatedBytes, auto, close, nothing_of_peft_is_left
-from test_training import batch, trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from zoo import tiny
+from zoo.families import tiny_model
+from zoo.tiny import auto
+from zoo.training import batch, trainer
 
 from peft_eas import EASCallback, EASConfig, model_card
 from peft_eas.cli import main
@@ -37,9 +39,7 @@ FOLDED = {f"model.layers.{i}.mlp.{name}_proj" for i in range(6) for name in ("ga
 
 
 @pytest.fixture(autouse=True)
-def _no_repacking(monkeypatch):
-    """Else inference changes 4-bit weights on some CPUs, and needs layers of certain sizes."""
-    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+def _quietly(unpacked):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

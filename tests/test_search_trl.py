@@ -3,14 +3,15 @@
 import math
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from test_search import SEARCH, fresh
+from searches import SEARCH, STEPS, Watch, fresh
 from transformers import AutoModelForSequenceClassification
+from zoo import tiny
 
 from peft_eas import EASCallback, EASConfig
+from peft_eas.runtime.eas_record import Record
 from peft_eas.search import exchange
 
 trl = pytest.importorskip("trl")
@@ -101,3 +102,34 @@ def test_a_trainer_without_a_loss_of_held_out_batches_is_refused_before_anything
             made.train()
         assert made.state.global_step == 0
     assert not rewarded
+
+
+def test_trl_s_sft_trainer(tmp_path):
+    rows = [{"prompt": f"w{i} w{2 * i} w{3 * i}", "completion": f" w{10 + i % 2}"} for i in range(4, 28)]
+    model = fresh()
+    watch = Watch(model)
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True, seed=7, bf16=False, gradient_checkpointing=False, logging_steps=1,
+    )  # fmt: skip
+    made = trl.SFTTrainer(
+        model, args=arguments, processing_class=tiny.tokenizer(), train_dataset=Dataset.from_list(rows[:16]),
+        eval_dataset=Dataset.from_list(rows[16:]), callbacks=[watch],
+    )  # fmt: skip
+    search = EASCallback(made.eval_dataset, **SEARCH)
+    made.add_callback(search)
+    made.train()
+    entries = search.report["rounds"]
+    assert [entry["step"] for entry in entries] == [6, 9, 12]
+    assert all(math.isfinite(loss) for entry in entries for loss in entry["losses"])
+    assert watch.steps[-1] == model.skip_layers == search.report["skip_layers"]
+    assert any("eas/skipped" in logs for logs in made.state.log_history)
+    merged = model.merge_and_unload()
+    assert Record.read(merged.config.eas).skipped == search.report["skip_layers"]
+    # a dataset that is not prepared is refused
+    refused = trl.SFTTrainer(
+        fresh(), args=arguments, processing_class=tiny.tokenizer(), train_dataset=Dataset.from_list(rows[:16]),
+        callbacks=[EASCallback(Dataset.from_list(rows[16:]), **SEARCH)],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="after a TRL trainer has been made"):
+        refused.train()

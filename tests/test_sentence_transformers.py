@@ -1,11 +1,11 @@
 """Sentence Transformers: encoding and training with EAS adapters, in a decoder and in BERT."""
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import BertConfig, BertModel
+from zoo import tiny
 
 from peft_eas import EASConfig
 

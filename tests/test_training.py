@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import reference
-import tiny
 import torch
-from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback
+from zoo import tiny
+from zoo.training import batch, dataset, parameters, trainer
 
 from peft_eas import EASConfig
 
@@ -21,13 +21,6 @@ def adapted(family="llama", seed=0, **settings):
     model = get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=[0, 3]) | settings))
     tiny.shake(model, scale=0.05)
     return model
-
-
-def batch(family="llama", seed=1, answer=4):
-    inputs = tiny.inputs(family, seed=seed)
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    labels[:, :-answer] = -100
-    return inputs | {"labels": labels}
 
 
 def gradients(model, *batches):
@@ -62,8 +55,8 @@ def test_gradients_are_those_of_the_formulas(family, settings):
     model, given = adapted(family, **settings), batch(family)
     actual = gradients(model, given)
     leaves = reference.adapters(model)
-    for parameters in leaves.values():
-        for value in parameters.values():
+    for named in leaves.values():
+        for value in named.values():
             value.requires_grad_(True)
     labels = given.pop("labels")
     logits = reference.logits(tiny.model(family), leaves, model.peft_config["default"], given)
@@ -74,54 +67,6 @@ def test_gradients_are_those_of_the_formulas(family, settings):
         found = actual[f"base_model.model.{name}.default"].double()
         assert gradient.abs().max() > 0
         torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=name)
-
-
-def dataset(rows=24):
-    generator = torch.Generator().manual_seed(3)
-    examples = []
-    for _ in range(rows):
-        length = int(torch.randint(6, 12, (1,), generator=generator))
-        ids = torch.randint(3, 97, (length,), generator=generator).tolist()
-        ids[-1] = 10 + ids[0] % 2  # something to learn
-        examples.append({"input_ids": ids, "labels": [-100] * (length - 1) + ids[-1:]})
-    return Dataset.from_list(examples)
-
-
-def collate(examples):
-    def padded(name, value):
-        rows = [torch.tensor(e[name]) for e in examples]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-    ids = padded("input_ids", 0)
-    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": padded("labels", -100)}
-
-
-def trainer(path, model, callbacks=None, **kwargs):
-    settings = dict(
-        output_dir=str(path),
-        per_device_train_batch_size=4,
-        learning_rate=5e-3,
-        num_train_epochs=2,
-        logging_strategy="no",
-        report_to=[],
-        save_strategy="steps",
-        save_steps=3,
-        seed=7,
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    return Trainer(
-        model=model,
-        args=TrainingArguments(**settings | kwargs),
-        train_dataset=dataset(),
-        eval_dataset=dataset(8),
-        data_collator=collate,
-        callbacks=callbacks,
-    )
-
-
-def parameters(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters() if "eas_" in n}
 
 
 @pytest.mark.parametrize(

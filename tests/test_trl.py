@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import reference
-import tiny
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
+from zoo import tiny
 
 from peft_eas import EASCallback, EASConfig, initialize_eas_weights
 
@@ -460,8 +460,9 @@ def test_stand_ins_are_measured(tmp_path, name):
         )
     for ids in SEQUENCES[name]:
         base(torch.tensor([ids]))
-    for index, stand_in in made.model.base_model.stand_ins("default").items():
-        torch.testing.assert_close(stand_in.data, torch.cat(outputs[index]).mean(dim=0), rtol=1e-4, atol=1e-5)
+    expected = {index: torch.cat(seen).mean(dim=0) for index, seen in outputs.items()}
+    found = {index: stand_in.data for index, stand_in in made.model.base_model.stand_ins("default").items()}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 row("SFT, DPO, KTO, Reward", "`EASCallback`, a search", "by the trainer's own loss")  # tests/test_search_trl.py

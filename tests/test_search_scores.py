@@ -1,10 +1,9 @@
 """One-shot scores against what they are said to be, computed another way."""
 
-import matrix
 import pytest
-import tiny
 import torch
 from peft import get_peft_model
+from zoo import families, tiny
 
 from peft_eas import EASConfig, initialize_eas_weights, score_attentions
 from peft_eas.families import find_layers
@@ -69,22 +68,24 @@ BEFORE = {"bloom": "input_layernorm", "gpt2": "ln_1", "opt": "self_attn_layer_no
 @pytest.mark.parametrize("family", AFTER)
 def test_other_families(family):
     """Similarity by the inputs of the norms before and after, and loss by skip sets of one."""
-    inputs = matrix.tiny_inputs(family)
+    inputs = families.tiny_inputs(family)
     kept = inputs["attention_mask"].bool()
     inputs["labels"] = inputs["input_ids"].masked_fill(~kept, -100)
-    model, seen = matrix.tiny_model(family), {}
+    model, seen = families.tiny_model(family), {}
     for i, name in ((i, arm.layer) for i, arm in find_layers(model).items()):
         for which in (BEFORE, AFTER):
             norm = model.get_submodule(f"{name}.{which[family]}")
             norm.register_forward_pre_hook(lambda m, args, key=(i, which is AFTER): seen.update({key: args[0]}))
     with torch.no_grad():
         model(**inputs)
-    by_similarity = score_attentions(matrix.tiny_model(family), [inputs], "similarity")
+    by_similarity = score_attentions(families.tiny_model(family), [inputs], "similarity")
+    assert set(by_similarity) == {i for i, _ in seen}
     for i, score in by_similarity.items():
         a, b = (seen[i, after].view(*kept.shape, -1)[kept].double() for after in (False, True))
         assert score == pytest.approx(float((1 - torch.cosine_similarity(a, b, dim=-1)).mean()), rel=1e-4, abs=1e-6)
-    by_loss = score_attentions(matrix.tiny_model(family), [inputs], method="loss")
-    tuned = get_peft_model(matrix.tiny_model(family), EASConfig(skip_layers=[])).eval()
+    by_loss = score_attentions(families.tiny_model(family), [inputs], method="loss")
+    assert list(by_loss) == list(by_similarity)
+    tuned = get_peft_model(families.tiny_model(family), EASConfig(skip_layers=[])).eval()
     with torch.no_grad():
         whole = float(tuned(**inputs).loss)
         for i, score in by_loss.items():
@@ -170,9 +171,9 @@ def test_what_can_not_be_scored_is_said():
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_what_is_timed_is_the_model_without_these_attentions(family):
-    inputs = matrix.tiny_inputs(family)
-    model = get_peft_model(matrix.tiny_model(family), EASConfig(skip_layers=[])).eval()
-    names = [find_layers(matrix.tiny_model(family))[i].attention for i in (0, 2)]
+    inputs = families.tiny_inputs(family)
+    model = get_peft_model(families.tiny_model(family), EASConfig(skip_layers=[])).eval()
+    names = [find_layers(families.tiny_model(family))[i].attention for i in (0, 2)]
     whole = model(**inputs).logits
     with model.disable_adapter(), budget.without(model.base_model.model, names):
         actual = model(**inputs).logits

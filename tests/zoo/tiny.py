@@ -1,9 +1,9 @@
-"""Tiny random models, one of each family, and adapters that do something."""
+"""Six tiny decoders that differ in what matters, their prompts, and adapters that do something."""
 
 from __future__ import annotations
 
-import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -22,7 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
-IMAGE_TOKEN = 98
+from peft_eas import EASConfig
+from zoo.sizes import IMAGE_TOKEN
+
 COMMON = dict(
     vocab_size=99,
     hidden_size=32,
@@ -70,16 +72,19 @@ def config(family: str) -> PreTrainedConfig:
     return CONFIGS[family]()
 
 
+def auto(family: str) -> type:
+    return AutoModelForImageTextToText if family == "llava" else AutoModelForCausalLM
+
+
 def model(family: str, seed: int = 0, changes: dict | None = None, **kwargs) -> PreTrainedModel:
     """A tiny model with weights large enough for layers to matter, and norms that are not 1.
 
     `changes` are made to its configuration.
     """
     torch.manual_seed(seed)
-    auto = AutoModelForImageTextToText if family == "llava" else AutoModelForCausalLM
     changed = config(family)
     changed.update(changes or {})
-    made = auto.from_config(changed, **kwargs)
+    made = auto(family).from_config(changed, **kwargs)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "norm" in name:
@@ -118,18 +123,17 @@ def inputs(family: str, rows: int = 3, length: int = 11, padding: str | None = "
     return {"input_ids": ids * mask, "attention_mask": mask, **given}
 
 
-def shake(peft_model, seed: int = 2, scale: float = 0.1) -> None:
+def adapted(family: str = "llama", base: PreTrainedModel | None = None, **settings) -> PeftModel:
+    """A tiny model, or another base, with an adapter that skips two attentions unless `settings` say otherwise."""
+    made = get_peft_model(base or model(family), EASConfig(**dict(skip_layers=[0, 3]) | settings)).eval()
+    shake(made)
+    return made
+
+
+def shake(peft_model: PeftModel, seed: int = 2, scale: float = 0.1) -> None:
     """Give the adapters random weights, so that they and their biases matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "eas_" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
-
-
-def skip_unless_compiled() -> None:
-    """Skip a test of `torch.compile` where it can't compile the base model, either."""
-    try:
-        torch.compile(model("llama"), backend="eager", fullgraph=True)(**inputs("llama"))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        pytest.skip(f"torch {torch.__version__} can't compile the base model: {str(error)[:80]}")

@@ -1,0 +1,337 @@
+"""What a search draws, scores and chooses, and what it leaves alone."""
+
+import copy
+import json
+import logging
+import math
+import random
+
+import pytest
+import torch
+from searches import SEARCH, Watch, attentions, charge, fresh, run
+from transformers import Trainer, TrainerCallback
+from zoo import tiny
+from zoo.training import collate, dataset, parameters, trainer
+
+from peft_eas import EASCallback, score_attentions
+from peft_eas.layer import EASLayer
+from peft_eas.search import exchange
+from peft_eas.search.held_out import PARTS, HeldOut
+from peft_eas.search.report import reasons
+from peft_eas.search.run import Search
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(),
+        dict(gradient_accumulation_steps=3),
+        dict(gradient_checkpointing=True),
+        dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
+        dict(bf16=True),
+        pytest.param(
+            dict(torch_compile=True, torch_compile_backend="eager"),
+            marks=pytest.mark.skipif(
+                torch.__version__.startswith("2.6."), reason="its dynamo fails on `module.training` in a hook"
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_each_optimizer_step_skips_the_best_set_so_far_and_the_chosen_one_in_the_end(tmp_path, kwargs):
+    model = fresh()
+    watch = Watch(model)
+    if kwargs.get("gradient_checkpointing"):
+        model.enable_input_require_grads()
+    charge(model, 0.5, (1, 2, 3, 4, 5))
+    _made, search = run(tmp_path, model, others=[watch], save_strategy="no", **kwargs)
+    report = search.report
+    sets = [[4, 5]] * 6 + [e["skip_layers"] for e in report["rounds"] for _ in range(3)]
+    assert [entry["step"] for entry in report["rounds"]] == [6, 9, 12]
+    assert watch.steps[:12] == sets[:12]
+    assert watch.steps[12:] == [report["skip_layers"]] * 8
+    assert watch.forwards >= kwargs.get("gradient_accumulation_steps", 1)
+    assert 0 in report["skip_layers"]
+    assert model.skip_layers == report["skip_layers"]
+    assert model.peft_config["default"].skip_layers == model.skip_layers
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_costs_are_differences_of_the_loss_with_one_attention_turned(tmp_path, family, monkeypatch):
+    """Against a copy of the model, made when the round begins, with the set put in place by `set_skip_layers`."""
+    model, held_out, expected = fresh(family, dropout=0.3), dataset(12), []
+
+    def watched(self, step):
+        batches = self.held_out.batches(len(self.state.rounds))
+        assert len(batches) == PARTS
+        copied, best = copy.deepcopy(self.model).eval(), self.state.best()
+
+        def losses(skip_layers):
+            copied.set_skip_layers(skip_layers)
+            with torch.no_grad():
+                return [copied(**batch).loss.item() for batch in batches]
+
+        original(self, step)
+        whole = losses(best)
+        assert self.state.rounds[-1]["losses"] == pytest.approx(whole, rel=1e-5)
+        for layer, cost in zip(self.state.rounds[-1]["tried"], self.state.rounds[-1]["costs"], strict=True):
+            if layer in best:
+                one = losses([i for i in best if i != layer])
+                expected.append((cost, [a - b for a, b in zip(whole, one, strict=True)]))
+            else:
+                one = losses(sorted([*best, layer]))
+                expected.append((cost, [b - a for a, b in zip(whole, one, strict=True)]))
+
+    original = Search.round
+    monkeypatch.setattr(Search, "round", watched)
+    _, search = run(tmp_path, model, dict(search_dataset=held_out), save_strategy="no", max_steps=12)
+    assert len(expected) == 12
+    for actual, right in expected:
+        assert actual == pytest.approx(right, abs=1e-5)
+        assert len(set(actual)) > 1
+    # and the order follows from them
+    tries = [(e["tried"], e["costs"], e["exchanged"], e["skip_layers"]) for e in search.report["rounds"]]
+    order, known = [5, 4, 3, 2, 1, 0], []
+    for tried, costs, exchanged, skip_layers in tries:
+        known += zip(tried, costs, strict=True)
+        order, done = exchange.exchange(order, 2, exchange.costs(known))
+        assert exchanged == [list(pair) for pair in done]
+        assert skip_layers == sorted(order[:2])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_planted_set_is_found(tmp_path, count):
+    """All attentions but a few of the first are given a price."""
+    model = fresh(num_skip=count)
+    charge(model, 0.5, range(count, 6))
+    settings = dict(warmup_steps=0, search_steps=12, interval=3)
+    run(tmp_path, model, settings, max_steps=13, save_strategy="no", learning_rate=1e-4)
+    assert model.skip_layers == list(range(count))
+
+
+class Priced(Trainer):
+    """A loss of one's own, in which skipping costs something; it counts, draws random numbers, and changes its
+    inputs."""
+
+    calls = 0
+    factor = 10
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._metrics = {"train": {"loss": []}, "eval": {"loss": []}}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        loss = self.factor * torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        loss = loss / num_items_in_batch + 0 * torch.rand(()) + 0 * random.random()
+        self.calls += 1
+        self._metrics["train" if model.training else "eval"]["loss"].append(loss.item())
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+
+def test_a_loss_of_ones_own_scores_and_notices_nothing(tmp_path):
+    """Losses are ten times as large as with the model's own, and the trainer, its random numbers and what is learned
+    are those of a training without any tries."""
+    made = {}
+    for name, settings in (("tried", {}), ("alone", dict(warmup_steps=0, search_steps=1, interval=100))):
+        model = fresh(dropout=0.2)
+        arguments = trainer(tmp_path, model).args
+        arguments.max_steps = 12
+        arguments.save_strategy = "no"
+        search = EASCallback(dataset(12), **SEARCH | dict(search_steps=6) | settings)
+        made[name] = Priced(
+            model,
+            arguments,
+            train_dataset=dataset(),
+            data_collator=collate,
+            callbacks=[search],
+            eval_dataset=dataset(4),
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "alone":
+                patch.setattr(Search, "round", lambda self, step: None)
+            else:  # tries, but never an exchange
+                patch.setattr(exchange, "CLEAR", math.inf)
+            made[name].train()
+        made[name].random = random.random(), torch.rand(()).item()
+        if name == "tried":
+            entry = search.report["rounds"][0]
+            assert len(entry["tried"]) == 4
+            assert min(entry["losses"]) > 10
+    tried, alone = made["tried"], made["alone"]
+    assert tried.calls == alone.calls == 12
+    assert tried._metrics == alone._metrics
+    assert len(tried._metrics["train"]["loss"]) == 12
+    assert not tried._metrics["eval"]["loss"]
+    assert tried.random == alone.random
+    a, b = parameters(tried.model), parameters(alone.model)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(compute_loss_func=True), dict(label_smoothing_factor=0.3)], ids=lambda s: next(iter(s))
+)
+def test_losses_are_those_of_the_trainer_s_settings(tmp_path, settings):
+    """`compute_loss_func` and label smoothing, against the same computed here."""
+    model, rows = fresh(), dataset(4)
+
+    def triple(outputs, labels, num_items_in_batch=None):
+        total = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        return 3 * total / num_items_in_batch
+
+    kwargs = dict(settings)
+    if kwargs.pop("compute_loss_func", False):
+        kwargs["compute_loss_func"] = triple
+    search = EASCallback(rows, **SEARCH | dict(search_steps=3))
+    smoothing = kwargs.pop("label_smoothing_factor", 0.0)
+    arguments = trainer(tmp_path, model, label_smoothing_factor=smoothing, max_steps=6, save_strategy="no").args
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 6:
+                kept["model"] = copy.deepcopy(model).eval()
+
+    Trainer(
+        model, arguments, train_dataset=dataset(), data_collator=collate, callbacks=[Keep(), search], **kwargs
+    ).train()
+    copied = kept["model"]
+    copied.set_skip_layers([4, 5])
+    batches = HeldOut(rows, collate, 4, 2, 7).batches(0)
+    expected = []
+    for batch in batches:
+        with torch.no_grad():
+            logp = copied(**batch).logits[:, :-1].log_softmax(-1)
+        kept_tokens = batch["labels"][:, 1:] != -100
+        right = -logp.gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
+        if smoothing:
+            right = (1 - smoothing) * right + smoothing * -logp.mean(-1)
+        expected.append((right[kept_tokens].mean() * (1 if smoothing else 3)).item())
+    assert search.report["rounds"][0]["losses"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+@pytest.mark.parametrize(
+    "warm_start", ["depth", "kl", "deviation", "similarity", {i: abs(i - 2.2) for i in range(6)}], ids=str
+)
+def test_warm_starts_are_scores_and_the_lowest_are_skipped_from_the_first_step(tmp_path, warm_start, warmup_steps):
+    held_out = dataset(32)
+    settings = dict(warm_start=warm_start, search_dataset=held_out, warmup_steps=warmup_steps, interval=9)
+    model = fresh()
+    watch = Watch(model)
+    _, search = run(tmp_path, model, settings, others=[watch], save_strategy="no", max_steps=5)
+    scores = {i: -i for i in range(6)} if warm_start == "depth" else warm_start
+    if warm_start in ("kl", "deviation", "similarity"):  # of the model as it came
+        scores = score_attentions(tiny.model("llama"), [collate(list(held_out))], warm_start)
+    ranked = sorted(scores, key=scores.get)
+    assert search.report["start"] == ranked
+    if warm_start != "depth":
+        assert search.report["scores"] == pytest.approx([scores[i] for i in range(6)], rel=1e-3, abs=1e-5)
+    assert watch.steps[:5] == [sorted(ranked[:2])] * 5
+
+
+def test_the_better_of_start_and_found_stays(tmp_path, caplog):
+    """The found set is dearer on all held-out examples; or cheaper; both losses are reported."""
+    for price, kept in ((2.0, "start"), (-2.0, "found")):
+        model, where = fresh(), {}
+
+        def charge_late(module, args, output, model=model, price=price, where=where):
+            if not module.training:
+                gates = [a.gates["default"] for a in attentions(model)]
+                # while single attentions are tried, the first looks good; as a set, when there is a set of it, bad
+                is_found = gates[0] and sum(gates) == 2
+                output.loss = output.loss * 0.01 + 0.5 * sum(gates[1:]) + is_found * price
+                where.setdefault("all", []).append(gates)
+
+        model.register_forward_hook(charge_late)
+        settings = dict(search_dataset=dataset(12), search_steps=3, num_candidates=6)
+        _, search = run(tmp_path / kept, model, settings, save_strategy="no", max_steps=8)
+        comparison = search.report["comparison"]
+        assert comparison["start"]["skip_layers"] == [4, 5]
+        assert 0 in comparison["found"]["skip_layers"]
+        assert comparison["kept"] == kept
+        assert (comparison["found"]["loss"] < comparison["start"]["loss"]) == (kept == "found")
+        assert model.skip_layers == search.report["skip_layers"] == comparison[kept]["skip_layers"]
+        why = dict(zip(range(6), reasons(search.report), strict=True))
+        assert why[0].startswith("cheaper than") if kept == "found" else why[0] == "the start did better in the end"
+
+
+class EvaluateAlways(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = True
+
+
+def test_evaluation_uses_the_best_set_so_far_and_changes_nothing(tmp_path):
+    model, watch = fresh(), None
+    watch = Watch(model)
+    evaluated, search = run(tmp_path / "a", model, others=[EvaluateAlways(), watch], save_strategy="no")
+    plain, _ = run(tmp_path / "b", fresh(), save_strategy="no")
+    rounds = search.report["rounds"]
+    best = [[4, 5]] * 5 + [e["skip_layers"] for e in rounds for _ in range(3)]
+    assert watch.evaluated[:11] == best[:11]
+    assert watch.evaluated[11:] == [search.report["skip_layers"]] * 9
+    expected, actual = parameters(plain.model), parameters(evaluated.model)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    predictions = evaluated.predict(dataset(8)).predictions
+    with torch.no_grad():
+        own = model.eval()(**{k: v for k, v in collate(list(dataset(8))).items() if k != "labels"}).logits
+    assert predictions.shape == tuple(own.shape)
+
+
+def test_idle_adapters_do_not_move(tmp_path):
+    """Neither by momentum nor by weight decay: without a gradient, the optimizer leaves them alone."""
+    model = fresh(propagation="mean")
+    before = {}
+
+    class Compare(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            before.update(parameters(model))
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step in (12, 20):
+                return  # the set has just changed
+            moved = 0
+            for name, module in model.named_modules():
+                if isinstance(module, EASLayer):
+                    attention = model.get_submodule(name.replace("mlp", "self_attn"))
+                    skips = attention.gates["default"]
+                    for key, value in module.named_parameters():
+                        if "eas_" in key:
+                            of_skipped = any(part in key for part in ("stand_in", "mean_down", "mean_up"))
+                            idle = not skips if of_skipped else skips and module is attention
+                            same = torch.equal(value, before[f"{name}.{key}"])
+                            assert same or not idle
+                            moved += not same
+            assert moved
+
+    run(tmp_path, model, others=[Compare()], weight_decay=0.1, save_strategy="no", learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_ignored_counted_and_reported(tmp_path, caplog, bad):
+    model = fresh()
+
+    def spoil(module, args, output):
+        if not module.training and attentions(model)[3].gates["default"]:
+            output.loss = output.loss * bad
+
+    model.register_forward_hook(spoil)
+    settings = dict(interval=1)
+    with caplog.at_level(logging.WARNING):
+        made, search = run(tmp_path, model, settings, save_strategy="no", logging_strategy="steps", logging_steps=1)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == search.report
+    tried = sum(3 in entry["tried"] for entry in report["rounds"])
+    assert report["ignored"] == tried == 1  # not again before others
+    for entry in report["rounds"]:
+        assert [cost is None for cost in entry["costs"]] == [layer == 3 for layer in entry["tried"]]
+    assert report["costs"][3] is None
+    assert 3 not in report["skip_layers"]
+    assert "not finite; they are ignored" in caplog.text
+    assert max(entry.get("eas/ignored_candidates", 0) for entry in made.state.log_history) == 1

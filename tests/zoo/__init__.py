@@ -1,0 +1,1 @@
+"""Tiny random models, their configurations and their inputs; nothing here is a test."""
