@@ -50,7 +50,7 @@ class Tiny(Task):
 def a_task():
     return Tiny(
         model="tiny", name="random", layers=6, counts=(2, 3), steps=3, batch_size=4, validation=10, test=20, seeds=2,
-        rates=dict.fromkeys(("LoRA", "EAS", "0.1.0"), (1e-3, 1e-2)),
+        rates=dict.fromkeys(("LoRA", evidence.GIVEN, "0.1.0"), (1e-3, 1e-2)),
     )  # fmt: skip
 
 
@@ -129,8 +129,8 @@ def test_a_failure_keeps_only_what_needs_it_from_being_done(task, rows, capsys):
 
 
 def test_other_versions_methods_are_left_and_said_once(task, rows, capsys, monkeypatch):
-    monkeypatch.setitem(evidence.METHODS, "EAS", Method("search", version="9."))
-    runs = with_needed(Run(task, "LoRA", 0, 0), Run(task, "EAS", 2, 0))
+    monkeypatch.setitem(evidence.METHODS, evidence.GIVEN, Method("deviation", version="9."))
+    runs = with_needed(Run(task, "LoRA", 0, 0), Run(task, evidence.GIVEN, 2, 0))
     assert evidence.work(runs, rows, fake) == []
     assert {row["method"] for row in rows.read()} == {"LoRA"}
     assert capsys.readouterr().out.count("3 runs are left for another version") == 1

@@ -24,7 +24,7 @@ FORMATS = [*LLAMAS, "onnx"]
 
 
 def adapted(family="llama", **settings):
-    model = get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=[1, 3]) | settings))
+    model = get_peft_model(tiny.model(family), EASConfig(**dict(skip_layers=[1, 3], stand_in="mean") | settings))
     tiny.shake(model)
     return model
 
@@ -50,6 +50,11 @@ def test_what_no_format_can_hold_is_refused(format, refused, tmp_path):
     refused(format, "unquantised base", quantised)
     with pytest.raises(ValueError, match="`format` must be one of 'nemotron-nas', 'gguf', 'onnx', got 'tflite'"):
         peft_eas.export(tiny.model("llama"), tmp_path / "out", "tflite")
+
+
+@pytest.mark.parametrize("format", LLAMAS)
+def test_linear_stand_ins_are_refused(format, refused):
+    refused(format, r"linear map.*freeze_context.*stand_in='mean'", adapted(stand_in="linear").merge_and_unload())
 
 
 @pytest.mark.parametrize("format", LLAMAS)

@@ -27,9 +27,9 @@ from peft_eas.runtime.eas_record import Record
 
 SETTINGS = [
     dict(),
-    dict(use_bias=False),
+    dict(use_bias=False, stand_in="mean"),
     dict(propagation="mean"),
-    dict(propagation="mean", use_bias=False, router="static", groups=2),
+    dict(propagation="mean", use_bias=False, router="static", groups=2, stand_in="mean"),
     dict(router="static", stand_in="zero"),
     dict(propagation="mean", stand_in="zero", scaling=0.5),
 ]
@@ -80,7 +80,8 @@ def test_merged_equals_a_model_stripped_by_hand(family):
 def test_what_is_stripped(family, settings, tmp_path):
     merged = adapted(family, **settings).merge_and_unload()
     merged.save_pretrained(tmp_path)
-    reads = settings.get("propagation") == "mean"  # what is left reads the attention's input
+    # whether what is left reads the attention's input
+    reads = settings.get("propagation") == "mean" or settings.get("stand_in", "linear") == "linear"
     base = {n: p.shape for n, p in tiny.model(family).named_parameters()}
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         saved = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118 (not a dict)
@@ -101,7 +102,7 @@ def test_what_is_stripped(family, settings, tmp_path):
     assert not set(gone) & set(parameters)
     assert set(base) - set(gone) <= set(parameters)
     assert all(parameters[n] == base[n] for n in set(base) - set(gone))
-    if settings == dict(use_bias=False):  # plain weights, and what stands in
+    if settings == dict(use_bias=False, stand_in="mean"):  # plain weights, and what stands in
         new = set(parameters) - (set(base) - set(gone))
         assert {n.split(".layers.")[1] for n in new} == {"0.self_attn.stand_in", "3.self_attn.stand_in"}
     config = json.loads((tmp_path / "config.json").read_text())

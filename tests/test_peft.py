@@ -155,7 +155,7 @@ def test_set_skip_layers(tmp_path):
     expected = model(**inputs).logits
     of_attentions = {n.split(".layers.")[1]: p for n, p in model.named_parameters() if "self_attn.eas_" in n}
     for name, parameter in of_attentions.items():  # what the earlier set needed is kept, frozen
-        assert parameter.requires_grad == ((name[0] in "14") == ("stand_in" in name)), name
+        assert parameter.requires_grad == ((name[0] in "14") == any(part in name for part in ("stand_in", "map"))), name
     assert {name[0] for name in of_attentions if "stand_in" in name} == set("0134")
     model.save_pretrained(tmp_path)
     equal(PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()(**inputs).logits, expected)
@@ -320,7 +320,7 @@ def test_missing_parameters_are_refused(tmp_path, name, settings, is_chosen):
             dict(use_bias=False, propagation="mean"),
             r"has model\.layers\.0\.self_attn\.eas_mean_down, model\.layers\.0\.self_attn\.eas_mean_up, ",
         ),
-        (dict(use_bias=False, stand_in="zero"), r"lacks model\.layers\.0\.self_attn\.eas_stand_in, [^,]*:"),
+        (dict(use_bias=False, stand_in="zero"), r"lacks model\.layers\.0\.self_attn\.eas_stand_in, "),
     ],
     ids=str,
 )

@@ -71,12 +71,11 @@ def _check(model: PreTrainedModel) -> None:
             f"A {type(model).__name__} reads more than text, which can't be exported. transformers runs it as it is."
         )
     record = Record.read(model.config.eas) if hasattr(model.config, "eas") else None
-    if record is not None and not record.is_plain:
+    if record is not None and record.propagates:
         raise ValueError(
-            "Skipped attentions of this model leave a linear map (`stand_in='linear'`) or a mean over other tokens "
-            "(`propagation='mean'`), which other engines know nothing of. Ways out: `model.freeze_context(dataloader)` "
-            "on the model with adapters before it is merged, or training with `EASConfig(stand_in='mean')` and no "
-            "propagation."
+            "Skipped attentions of this model leave a mean over other tokens (`propagation='mean'`), which other "
+            "engines know nothing of. Ways out: `model.freeze_context(dataloader)` on the model with adapters before "
+            "it is merged, or training with `propagation='none'`."
         )
     if record is not None and any(kind.shifted for kind in record.attentions):
         raise ValueError(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..runtime.eas_record import Record
+
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 """`{model_type: class}` of the models that are Llamas, but for biases and sliding windows."""
 
@@ -72,6 +74,12 @@ def llama_shape(model: PreTrainedModel) -> LlamaShape:
             f"A {name} can't be exported so, since the engines' layers without attention are those of Llama{why}. What "
             f"can be: {', '.join(FAMILIES.values())}. transformers runs the merged model as it is; the format 'onnx' "
             "holds one forward of it."
+        )
+    if hasattr(config, "eas") and not Record.read(config.eas).is_plain:
+        raise ValueError(
+            "Skipped attentions of this model leave a linear map (`stand_in='linear'`), which the engines' layers have no "
+            "place for. Ways out: training with `EASConfig(stand_in='mean')`, or `model.freeze_context(dataloader)` on the "
+            "model with adapters before it is merged."
         )
     if config.hidden_act != "silu":
         raise ValueError(f"This model's activation is {config.hidden_act!r}, but the engines' layers only know silu.")
