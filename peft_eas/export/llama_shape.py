@@ -77,9 +77,9 @@ def llama_shape(model: PreTrainedModel) -> LlamaShape:
         )
     if hasattr(config, "eas") and not Record.read(config.eas).is_plain:
         raise ValueError(
-            "Skipped attentions of this model leave a linear map (`stand_in='linear'`), which the engines' layers have no "
-            "place for. Ways out: training with `EASConfig(stand_in='mean')`, or `model.freeze_context(dataloader)` on the "
-            "model with adapters before it is merged."
+            "Skipped attentions of this model leave a linear map (`stand_in='linear'`), which the engines' layers have "
+            "no place for. Ways out: training with `EASConfig(stand_in='mean')`, or `model.freeze_context(dataloader)` "
+            "on the model with adapters before it is merged."
         )
     if config.hidden_act != "silu":
         raise ValueError(f"This model's activation is {config.hidden_act!r}, but the engines' layers only know silu.")
