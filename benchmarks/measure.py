@@ -59,11 +59,14 @@ def spread(count: int, layers: int) -> list[int]:
     return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
 
 
-def merge(base: PreTrainedModel, skip: list[int], propagation: str, use_bias: bool = True) -> PreTrainedModel:
+def merge(
+    base: PreTrainedModel, skip: list[int], propagation: str, use_bias: bool = True, stand_in: str = "mean"
+) -> PreTrainedModel:
     """A merged copy of `base`; the adapters are drawn at random, as fresh ones would fold to nothing."""
     config = EASConfig(
-        skip_layers=skip, propagation=propagation, use_bias=use_bias, init_weights=False, task_type="CAUSAL_LM"
-    )
+        skip_layers=skip, stand_in=stand_in, propagation=propagation, use_bias=use_bias, init_weights=False,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     return get_peft_model(copy.deepcopy(base), config).merge_and_unload().eval()
 
 
@@ -83,7 +86,7 @@ def strip_by_hand(merged: PreTrainedModel, config: LlamaConfig, skip: list[int])
     """The least that computes what `merged` computes: stock Llama code and plain linears, over the very same weights.
 
     Args:
-        merged: The model to rebuild, with `propagation="none"` and stand-ins of zero.
+        merged: The model to rebuild, with `propagation="none"` and stand-ins that are constants of zero.
         config: The base model's configuration.
         skip: Layers without attention.
     """
@@ -128,7 +131,9 @@ def decode_bytes(model: PreTrainedModel, config: LlamaConfig, retained: int, cac
     assert config.tie_word_embeddings
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     width = 2 * config.num_key_value_heads * config.head_dim
-    left = sum(m.down.shape[0] for m in model.modules() if isinstance(m, SkippedAttention) and m.down is not None)
+    left = sum(
+        m.mean_down.shape[0] for m in model.modules() if isinstance(m, SkippedAttention) and m.mean_down is not None
+    )
     return weights + rows * cached * (retained * width + left) * model.dtype.itemsize
 
 

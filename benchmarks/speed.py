@@ -70,7 +70,12 @@ def run_stripped(args: argparse.Namespace) -> dict:
     hand, twin = (strip_by_hand(plain, config, skip) for _ in range(2))
     with torch.inference_mode():
         torch.testing.assert_close(plain(ids).logits, hand(ids).logits, rtol=0, atol=0.01)
-    for propagation, merged in (("none", plain), ("mean", merge(base, skip, "mean"))):
+    models = {
+        "a constant": plain,
+        "a linear map": merge(base, skip, "none", stand_in="linear"),
+        "a mean over tokens": merge(base, skip, "mean"),
+    }
+    for left, merged in models.items():
         for case, make in (
             (f"prefill of {tokens}", lambda model: prefill(model, ids)),
             (f"decode after {tokens}", lambda model: decode(model, ids, args.steps, filled(model, ids))),
@@ -79,17 +84,17 @@ def run_stripped(args: argparse.Namespace) -> dict:
             ratios = side_by_side(works, args.rounds, CLOCKS[args.clock])
             measured, control = summary(ratios["merged"]), summary(ratios["control"])
             rows.append(
-                {"propagation": propagation, "case": case, **measured, "control": control["median"]}
+                {"left": left, "case": case, **measured, "control": control["median"]}
                 | {"goal": GOAL_STRIPPED, "reached": measured["median"] <= GOAL_STRIPPED, "ratios": ratios}
             )
             if args.profile:
                 for name, model in (("merged", merged), ("hand", hand)):
-                    write_profile(args, f"stripped {propagation} {case} {name}", model, works[name])
+                    write_profile(args, f"stripped {left} {case} {name}", model, works[name])
     return {
         "title": f"Merged against stripped by hand ({len(skip)} of {config.num_hidden_layers} attentions skipped)",
-        "note": "With `none` both models share their weights, and their logits are equal. `mean` is against the same "
-        "model, which has no propagation: what that costs. Below 1: merged is the faster one.",
-        "columns": ["propagation", "case", "median", "q1", "q3", "control", "goal", "reached"],
+        "note": "By what skipped attentions leave. With a constant both models share their weights, and their logits "
+        "are equal; the others are against the same model: what they cost. Below 1: merged is the faster one.",
+        "columns": ["left", "case", "median", "q1", "q3", "control", "goal", "reached"],
         "rows": rows,
     }
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.nn import functional as F
 
 from .batches import arguments_of, arguments_seen, batches_of, counted_tokens, evaluating, explaining, hooks
 from .families import Arm, find_layers
@@ -75,7 +76,9 @@ class Moments:
         # both factors learn at one rate, so they are of one size
         size = down.norm(dim=1).sqrt()
         down, up = down / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None], up * size
-        return StandIn(mean - up @ (down @ center), (down, up))
+        constant = mean - up @ (down @ center)
+        missing = rank - len(down)  # of a tower that is narrower than the rank
+        return StandIn(constant, (F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))))
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def test_a_type_that_has_no_row_is_learned(own_model):
     assert FAMILIES["own_llama"].attentions == FAMILIES["llama"].attentions
     inputs = tiny.inputs("llama")
     expected = model(**inputs).logits
-    matrix.assert_close(model.merge_and_unload()(**inputs).logits, expected)
+    checks.assert_close(model.merge_and_unload()(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen3_5"])  # a Qwen3.5 may be its language model alone, too
@@ -337,8 +337,10 @@ def test_layers_that_share_an_attention(model_type, sources, skipped, tmp_path):
         )
         assert first
         assert all(a is b for a, b in zip(first, last, strict=True))
-        (stand_in,) = result.model.layers[skipped[0]].get_submodule(name).parameters()
-        assert stand_in.shape == (32,)
+        left = dict(result.model.layers[skipped[0]].get_submodule(name).named_parameters())
+        assert {key: tuple(value.shape) for key, value in left.items()} == dict(
+            stand_in=(32,), down=(32, 32), up=(32, 32)
+        )
     assert loaded.num_parameters() == merged.num_parameters()
     names = dict(merged.named_parameters(remove_duplicate=False))
     for result in (merged, loaded):

@@ -68,7 +68,8 @@ def test_merging_saving_and_loading_in_a_new_process(trained, smollm2):
     # 8 of 30 attentions and as many norms fewer, biases of attentions and FFNs and stand-ins more
     base = smollm2[0]
     attention = sum(p.numel() for p in base.model.layers[0].self_attn.parameters()) + 576
-    added = 22 * (576 + 2 * 192) + 30 * 2 * 1536 + 8 * 576
+    biases, maps, norms = 22 * (576 + 2 * 192) + 30 * 2 * 1536 + 8 * 576, 8 * 2 * 32 * 576, 8 * 576
+    added = biases + maps + norms
     assert base.num_parameters() - merged.num_parameters() == 8 * attention - added
 
     def kv_bytes(model):

@@ -84,8 +84,9 @@ def noticed(model):
     )  # fmt: skip
 
 
-MOMENTS = {"dataset": (1, 6, 14, 23), "collator": (1, 5, 7, 10), "loss": (1, 2, 4, 11), "forward": (1, 2, 4, 11)}
-"""Which calls try a batch, measure stand-ins, score the start, and are in a round (those of a model: in a try)."""
+MOMENTS = {"dataset": (1, 6, 15), "collator": (1, 6, 12, 14), "loss": (1, 3, 9, 11), "forward": (1, 3, 9, 11)}
+"""Which calls try a batch, measure stand-ins (with the training set), score the start, and are in a round (those of a
+model: in a try)."""
 
 
 @pytest.mark.parametrize(("where", "at"), [(where, at) for where, moments in MOMENTS.items() for at in moments])

@@ -94,7 +94,7 @@ def test_training_and_merging(tmp_path, name, way, propagation):
     assert learned
     assert all("eas_" in n for n in learned)
     arguments = Arguments(
-        str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+        str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-4, logging_steps=1,
         save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     trainer = SentenceTransformerTrainer(
