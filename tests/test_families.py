@@ -157,7 +157,7 @@ def test_a_type_that_has_no_row_is_learned(own_model):
     assert FAMILIES["own_llama"].attentions == FAMILIES["llama"].attentions
     inputs = tiny.inputs("llama")
     expected = model(**inputs).logits
-    checks.assert_close(model.merge_and_unload()(**inputs).logits, expected)
+    checks.close(model.merge_and_unload()(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen3_5"])  # a Qwen3.5 may be its language model alone, too
