@@ -974,7 +974,8 @@ def _rates(rows: Sequence[dict]) -> list[str]:
 
 def draw(rows: Sequence[dict], path: Path) -> None:
     """One panel a task: the mean loss of each method, by how many are skipped; LoRA's is a line."""
-    tables = [table for table in (Table(task, rows) for task in TASKS) if table.rows]
+    tables = [Table(task, rows) for task in TASKS]
+    tables = [table for table in tables if any(row["method"] != "LoRA" for row in table.rows)]
     if not tables:
         return
     shown = [method for method in METHODS if method != "LoRA" and any(table.of(method, count) for table in tables
