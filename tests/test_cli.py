@@ -142,8 +142,10 @@ def test_merge_with_a_frozen_context(base, data, tmp_path, capsys):
     assert cli.main(["merge", str(adapter), str(out), "--freeze-context", str(data)]) == 0
     assert "context frozen to the mean of 120 tokens: loss" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(out)
-    assert [left["rank"] for left in merged.config.eas["attentions"][0]["left"]] == [0]
-    assert "say nothing of other tokens" in _said(capsys, "inspect", out)
+    assert [(left["rank"], left["mean_rank"]) for left in merged.config.eas["attentions"][0]["left"]] == [(0, 0)]
+    said = _said(capsys, "inspect", out)
+    assert "say nothing of other tokens" in said
+    assert "leave a constant" in said
     assert "There is no file" in fails(capsys, "merge", adapter, tmp_path / "x", "--freeze-context", "none.jsonl")
     assert not (tmp_path / "x").exists()
 

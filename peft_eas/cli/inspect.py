@@ -74,7 +74,9 @@ def _about_adapter(folder: Path) -> dict[str, Any]:
         "skip_layers": sorted(skip) if config.skip_layers is None else config.skip_layers,
         "attentions": [name.removesuffix(".eas_skip") for name in gates] if by_name else indices,
         "parameters": sum(sizes.values()),
-        "settings": f"r={config.r} r_pia={config.r_pia} propagation={config.propagation} router={config.router}",
+        "settings": " ".join(
+            f"{name}={getattr(config, name)}" for name in ("r", "r_pia", "stand_in", "propagation", "router")
+        ),
     }
     if (folder / REPORT).exists():
         try:
@@ -105,6 +107,7 @@ def _about_merged(folder: Path) -> dict[str, Any]:
         "attentions": record.present,
         "parameters": f"quantised by {quantised['quant_method']}" if quantised else sum(sizes.values()),
         "biases": f"{sum(len(kind.biased) for kind in record.attentions)} linears have got a bias",
+        "stand_ins": _about_stand_ins(record),
         "propagation": _about_propagation(record.ranks),
     }
     if not record.by_name and first.causal:
@@ -114,6 +117,14 @@ def _about_merged(folder: Path) -> dict[str, Any]:
         kept = (total - len(skip)) * values + sum(record.ranks)
         about["kv_cache"] = f"{kept} values a token, instead of {total * values}"
     return about
+
+
+def _about_stand_ins(record: Record) -> str:
+    left = [each for kind in record.attentions for each in kind.left]
+    maps = [each.rank for each in left if each.rank]
+    if maps:
+        return f"{len(maps)} skipped attentions leave a linear map of rank {max(maps)}"
+    return f"{sum(each.constant for each in left)} skipped attentions leave a constant"
 
 
 def _about_propagation(ranks: list[int]) -> str:
