@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from zoo import tiny
 
@@ -223,6 +224,25 @@ def test_a_callback_measures_what_is_given_to_skip(tmp_path):
     assert all(torch.equal(value, before[index]) for index, value in stand_ins(model).items())
     trained = stand_ins(train(model, tmp_path, EASCallback(ROWS[:8])))
     assert all(not torch.equal(value, before[index]) for index, value in trained.items())
+
+
+@pytest.mark.parametrize("has_length", [False, True])
+def test_a_training_set_that_is_streamed_leaves_the_held_out_examples(tmp_path, has_length):
+    class Streamed(IterableDataset):
+        def __iter__(self):
+            return iter(ROWS[:40])
+
+    if has_length:  # torch's have an index, which says that there is none
+        Streamed.__len__ = lambda self: 40
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, learning_rate=0.0, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    model = tuned()
+    Trainer(model, args, train_dataset=Streamed(), callbacks=[EASCallback(ROWS[40:])]).train()
+    expected = tuned()
+    initialize_eas_weights(expected, [{name: torch.stack([r[name] for r in ROWS[40:]]) for name in ROWS[0]}])
+    for index, value in stand_ins(model).items():
+        torch.testing.assert_close(value, stand_ins(expected)[index], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch.utils.data import IterableDataset
 
 PARTS = 4
 """Batches of a round, at least: how their losses differ says how sure a difference is."""
@@ -53,7 +54,7 @@ class HeldOut:
         world_size: int = 1,
     ) -> None:
         is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        if not is_indexed or isinstance(dataset, (str, Mapping)) or not len(dataset):
+        if not is_indexed or isinstance(dataset, (str, Mapping, IterableDataset)) or not len(dataset):
             raise ValueError(
                 f"Candidates can't be scored with this {type(dataset).__name__}, which has no length, no index or no "
                 "example: give `EASCallback(search_dataset=...)` a dataset that is not streamed, a few hundred "
