@@ -15,14 +15,14 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from peft_eas import EASConfig
-from peft_eas.runtime.eas_attention import SkippedAttention
+from peft_eas.runtime.eas_attention import StandIn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -59,15 +59,22 @@ def spread(count: int, layers: int) -> list[int]:
     return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
 
 
-def merge(
+def adapt(
     base: PreTrainedModel, skip: list[int], propagation: str, use_bias: bool = True, stand_in: str = "mean"
-) -> PreTrainedModel:
-    """A merged copy of `base`; the adapters are drawn at random, as fresh ones would fold to nothing."""
+) -> PeftModel:
+    """A copy of `base` with adapters, which are drawn at random, as fresh ones would fold to nothing."""
     config = EASConfig(
         skip_layers=skip, stand_in=stand_in, propagation=propagation, use_bias=use_bias, init_weights=False,
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    return get_peft_model(copy.deepcopy(base), config).merge_and_unload().eval()
+    return get_peft_model(copy.deepcopy(base), config).eval()
+
+
+def merge(
+    base: PreTrainedModel, skip: list[int], propagation: str, use_bias: bool = True, stand_in: str = "mean"
+) -> PreTrainedModel:
+    """A merged copy of `base`."""
+    return adapt(base, skip, propagation, use_bias, stand_in).merge_and_unload().eval()
 
 
 class HandStrippedLayer(nn.Module):
@@ -131,9 +138,7 @@ def decode_bytes(model: PreTrainedModel, config: LlamaConfig, retained: int, cac
     assert config.tie_word_embeddings
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     width = 2 * config.num_key_value_heads * config.head_dim
-    left = sum(
-        m.mean_down.shape[0] for m in model.modules() if isinstance(m, SkippedAttention) and m.mean_down is not None
-    )
+    left = sum(m.mean_down.shape[0] for m in model.modules() if isinstance(m, StandIn) and m.mean_down is not None)
     return weights + rows * cached * (retained * width + left) * model.dtype.itemsize
 
 

@@ -26,6 +26,7 @@ import torch
 from measure import (
     CLOCKS,
     TOLERANCE,
+    adapt,
     allocated,
     decode,
     decode_bytes,
@@ -73,8 +74,10 @@ def run_stripped(args: argparse.Namespace) -> dict:
     models = {
         "a constant": plain,
         "a linear map": merge(base, skip, "none", stand_in="linear"),
+        "a linear map, by `merge_adapter`": adapt(base, skip, "none", stand_in="linear"),
         "a mean over tokens": merge(base, skip, "mean"),
     }
+    models["a linear map, by `merge_adapter`"].merge_adapter()
     for left, merged in models.items():
         for case, make in (
             (f"prefill of {tokens}", lambda model: prefill(model, ids)),

@@ -7,7 +7,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import constants
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from .card import model_card, write_card
+from .card import model_card
 from .config import EASConfig, EASType
 from .export import export
 from .families import FAMILIES, Attentions, Family, register_family
@@ -42,5 +42,4 @@ for _name, _modules in vars(constants).items():
     if _name.endswith("_MODULES_MAPPING"):
         _modules.update({f"eas_{model_type}": modules for model_type, modules in _modules.items()})
 
-modeling_eas.describe = write_card
 modeling_eas.register_by_name(CONFIG_MAPPING_NAMES.keys() & FAMILIES.keys())  # older versions of transformers lack some

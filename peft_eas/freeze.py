@@ -1,6 +1,6 @@
 """Freezing the context: a model whose skipped attentions look at tokens becomes one with plain weights.
 
-The mean of what they add (2) over the tokens of some batches becomes their constant: `k <- k + F E E[z] + s D E[p]`.
+The mean of what they add (2) over the tokens of some batches becomes their constant: `k <- k + F E E[z] + D E[p]`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .batches import arguments_of, counted_tokens, evaluating, kept_tokens, label_count
-from .layer import LEFT, EASAttention
+from .batches import arguments_of, counted_tokens, evaluating, hooks, kept_tokens, label_count
+from .layer import EASAttention
+from .runtime.eas_attention import StandIn
+from .runtime.eas_record import StandInShape
 
 Constants = dict[EASAttention, torch.Tensor]
 """The constant `(d,)` of each attention that is to look at no tokens any more."""
@@ -60,32 +62,40 @@ def freeze(
     """
     skipped = [attention for attention in attentions if attention.skips(adapter_name)]
     with evaluating(model):
-        constants = _mean_constants(model, skipped, dataloader)
-        moved = _compare(model, constants, dataloader)
-    for attention, constant in constants.items():
-        like = attention.parameters_of(adapter_name, LEFT)[0]
-        attention.eas_stand_in[adapter_name] = nn.Parameter(constant.to(like), requires_grad=like.requires_grad)
+        constants = _mean_constants(model, skipped, adapter_name, dataloader)
+        moved = _compare(model, constants, adapter_name, dataloader)
     for attention in attentions:
-        for name in LEFT:
-            parameters = getattr(attention, name)
-            if name != "eas_stand_in" and adapter_name in parameters:
-                del parameters[adapter_name]
+        if adapter_name in attention.eas_stand_in:
+            before = attention.stand_in(adapter_name)
+            attention.eas_stand_in[adapter_name] = _constant(before, attention.stream_size, constants.get(attention))
     return moved
 
 
-def _mean_constants(model: PreTrainedModel, skipped: Sequence[EASAttention], dataloader: Iterable[dict]) -> Constants:
+def _constant(before: StandIn, size: int, value: torch.Tensor | None) -> StandIn:
+    """A stand-in that is this constant, or the one of `before`, and nothing else."""
+    like = next(before.parameters())
+    stand_in = StandIn(StandInShape(width=size, constant=True), device=like.device, dtype=like.dtype)
+    value = before.constant if value is None else value
+    if value is not None and stand_in.constant is not None:
+        stand_in.constant.copy_(value)
+    return stand_in.requires_grad_(like.requires_grad).train(before.training)
+
+
+def _mean_constants(
+    model: PreTrainedModel, skipped: Sequence[EASAttention], adapter_name: str, dataloader: Iterable[dict]
+) -> Constants:
     sums: Constants = {}
     counts = dict.fromkeys(skipped, 0)
     for batch in dataloader:
         inputs = arguments_of(batch, model)
 
         def see(attention: EASAttention, added: torch.Tensor, inputs: dict = inputs) -> torch.Tensor:
-            kept = added[counted_tokens(inputs, attention.arm.row, added.shape[:-1], added.device)]
+            kept = added[counted_tokens(inputs, attention.place.row, added.shape[:-1], added.device)]
             sums[attention] = sums.get(attention, 0) + kept.double().sum(dim=0)
             counts[attention] += len(kept)
             return added
 
-        with _adding(skipped, see):
+        with _adding(skipped, adapter_name, see):
             model(**inputs)
     if not all(counts.values()):
         raise ValueError("The dataloader gave no tokens to freeze the context with.")
@@ -94,25 +104,30 @@ def _mean_constants(model: PreTrainedModel, skipped: Sequence[EASAttention], dat
 
 @contextmanager
 def _adding(
-    skipped: Iterable[EASAttention], instead: Callable[[EASAttention, torch.Tensor], torch.Tensor]
+    skipped: Iterable[EASAttention],
+    adapter_name: str,
+    instead: Callable[[EASAttention, torch.Tensor], torch.Tensor],
 ) -> Iterator[None]:
     """What each attention adds to the stream, `(B, T, d)`, is `instead(attention, added)` inside of the `with`."""
-    try:
+    with hooks() as handles:
         for attention in skipped:
-            attention.__dict__["_added"] = lambda *args, a=attention: instead(a, type(a)._added(a, *args))
+
+            def hook(module: nn.Module, args: tuple, added: torch.Tensor, a: EASAttention = attention) -> torch.Tensor:
+                return instead(a, added.expand(*args[0].shape[:-1], -1))
+
+            handles.append(attention.stand_in(adapter_name).register_forward_hook(hook))
         yield
-    finally:
-        for attention in skipped:
-            attention.__dict__.pop("_added", None)
 
 
-def _compare(model: PreTrainedModel, constants: Constants, dataloader: Iterable[dict]) -> FrozenContext:
+def _compare(
+    model: PreTrainedModel, constants: Constants, adapter_name: str, dataloader: Iterable[dict]
+) -> FrozenContext:
     losses, labels = torch.zeros(2, dtype=torch.float64), 0
     change, size, same, count = 0.0, 0.0, 0, 0
     for batch in dataloader:
         inputs = arguments_of(batch, model)
         before = model(**inputs)
-        with _adding(constants, lambda attention, added: constants[attention].to(added).expand_as(added)):
+        with _adding(constants, adapter_name, lambda attention, added: constants[attention].to(added).expand_as(added)):
             after = model(**inputs)
         pair = [output.logits for output in (before, after)]
         if {"input_ids", "inputs_embeds"} & batch.keys():

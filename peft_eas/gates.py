@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .layer import EASLayer, Wrappers
+from .layer import Wrappers
+from .site import EASLayer
 
 
 class SkipGates:
@@ -70,9 +71,8 @@ class SkipGates:
     def are_complete(self) -> bool:
         """Whether every attention has both its adapter and its stand-in, as far as it is to have them."""
         attentions = [attention for attention, _ in self.wrappers.values()]
-        has_adapters = all(attention.has_adapter(self.adapter_name) for attention in attentions if attention.inputs)
-        count = sum(self.adapter_name in attention.eas_stand_in for attention in attentions)
-        return has_adapters and count in (0, len(attentions))
+        has_adapters = all(attention.has_adapter(self.adapter_name) for attention in attentions if attention.readers)
+        return has_adapters and all(self.adapter_name in attention.eas_stand_in for attention in attentions)
 
     def _all(self) -> list[EASLayer]:
         return list(dict.fromkeys(w for attention, ffns in self.wrappers.values() for w in (attention, *ffns)))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
 
 from .families import Layers
-from .layer import EASLayer
+from .site import EASLayer
 
 Entries = dict[str, torch.Tensor]
-"""Entries of an adapter's state dict by their names in the base model, such as `model.layers.0.mlp.eas_down`."""
+"""Entries of an adapter's state dict by their names in the base model: `model.layers.0.mlp.eas_adapter.down`."""
 
 
 def wrappers_of(model: nn.Module, adapter_name: str) -> list[EASLayer]:
@@ -30,18 +31,18 @@ def wrappers_of(model: nn.Module, adapter_name: str) -> list[EASLayer]:
     return wrappers
 
 
-def place_of(wrapper: EASLayer) -> str:
+def name_of(wrapper: EASLayer) -> str:
     """The name in the base model of an attention or a FFN."""
-    return wrapper.name if wrapper.is_ffn else wrapper.arm.attention
+    return wrapper.name if wrapper.is_ffn else wrapper.place.attention
 
 
 def entries_of(state_dict: Mapping[str, torch.Tensor], adapter_name: str, *prefixes: str) -> Entries:
-    """The entries of an adapter; keys may begin with these prefixes, and end with the adapter's name."""
-    entries = {}
+    """The entries of an adapter; keys may begin with these prefixes, and have the adapter's name in them."""
+    named, entries = re.compile(rf"(\.eas_\w+)\.{re.escape(adapter_name)}(?=\.|$)"), {}
     for key, value in state_dict.items():
         for prefix in prefixes:
             key = key.removeprefix(prefix)
-        entries[key.removesuffix(f".{adapter_name}")] = value
+        entries[named.sub(r"\1", key)] = value
     return entries
 
 
@@ -52,25 +53,38 @@ def skipped_in(entries: Entries, layers: Layers, wrappers: list[EASLayer], adapt
         ValueError: if the adapter was made with another set, or has none yet and some gates are lacking.
     """
     config = wrappers[0].eas_config[adapter_name]
-    gates = {w.arm.attention: w.gates[adapter_name] for w in wrappers if not w.is_ffn}
-    lacking = [f"{place}.eas_skip" for place in gates if f"{place}.eas_skip" not in entries]
+    gates = {w.place.attention: w.gates[adapter_name] for w in wrappers if not w.is_ffn}
+    lacking = [f"{name}.eas_skip" for name in gates if f"{name}.eas_skip" not in entries]
     if config.skip_layers is None and 0 < len(lacking) < len(gates):
         raise ValueError(
-            f"Which attentions adapter {adapter_name!r} skips can't be told: {_some(lacking)} are missing from what is "
-            "loaded. Save it again, as a whole, or load it with the set in `EASConfig(skip_layers=[...])`."
+            f"Which attentions adapter {adapter_name!r} skips can't be told: {_some(lacking)} are missing from the "
+            "state dict. Save it again, as a whole, or load it with the set in `EASConfig(skip_layers=[...])`."
         )
     skipped = [
         key
-        for key, arm in layers.items()
-        if bool(entries.get(f"{arm.attention}.eas_skip", gates.get(arm.attention, False)))
+        for key, place in layers.items()
+        if bool(entries.get(f"{place.attention}.eas_skip", gates.get(place.attention, False)))
     ]
     if config.is_set_given and skipped != config.skip_layers:
         raise ValueError(
-            f"What is loaded skips the attentions {skipped}, but adapter {adapter_name!r} was made with `skip_layers="
+            f"The state dict skips the attentions {skipped}, but adapter {adapter_name!r} was made with `skip_layers="
             f"{config.skip_layers}`: it is the state of another adapter. Load it into one of its own set, "
             f"`EASConfig(skip_layers={skipped})`, or call `model.set_skip_layers({skipped})` before."
         )
     return skipped
+
+
+def check_form(names: Iterable[str]) -> None:
+    """Refuse parameters of the form that older versions gave adapters.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if any(re.search(r"\.eas_(B|up)\b", name) for name in names):
+        raise ValueError(
+            "This adapter was trained with an older peft_eas, whose adapters had another form. Ways out: merge it with "
+            "the version that it was trained with, or train it anew."
+        )
 
 
 def check_parameters(entries: Entries, wrappers: list[EASLayer], skipped: Collection[str], adapter_name: str) -> None:
@@ -82,16 +96,17 @@ def check_parameters(entries: Entries, wrappers: list[EASLayer], skipped: Collec
     lacking: list[str] = []
     unknown: list[str] = []
     for wrapper in wrappers:
-        place = place_of(wrapper)
-        with torch.device("meta"):
-            made = wrapper.initial(wrapper.eas_config[adapter_name])
-        for name in wrapper.names(place in skipped):
-            if (name in made) != (f"{place}.{name}" in entries):
-                (lacking if name in made else unknown).append(f"{place}.{name}")
+        name, config = name_of(wrapper), wrapper.eas_config[adapter_name]
+        for part in wrapper.needed(name in skipped):
+            with torch.device("meta"):
+                made = wrapper.make(part, config)
+            wanted = [] if made is None else [f"{name}.{part}.{key}" for key in made.state_dict()]
+            lacking += [key for key in wanted if key not in entries]
+            unknown += [key for key in entries if key.startswith(f"{name}.{part}.") and key not in wanted]
     if lacking or unknown:
         found = [f"lacks {_some(lacking)}"] * bool(lacking) + [f"has {_some(unknown)}"] * bool(unknown)
         raise ValueError(
-            f"What is loaded into adapter {adapter_name!r} {' and '.join(found)}: this is not what its configuration "
+            f"The state dict for adapter {adapter_name!r} {' and '.join(found)}: this is not what its configuration "
             "and the set of skipped attentions need. Save the adapter again, as a whole "
             "(`model.save_pretrained(folder)`, or `get_peft_model_state_dict(model)`), or load it with the "
             "configuration that it was saved with."

@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import EASConfig
 from .families import Layers
-from .layer import EASAttention, EASFeedForward, EASLayer
+from .layer import EASAttention, EASFeedForward
+from .quantized import Dequantiser, is_quantised, unquantised_dtype
 from .runtime import modeling_eas
-from .runtime.eas_attention import shift_input
-from .runtime.eas_record import Form, Left, Record, Stripped
+from .runtime.eas_attention import Shift, StandIn, put_in_front
+from .runtime.eas_record import Form, Record, Stripped
 from .runtime.eas_structure import forget_ties, strip_attentions
+from .site import EASLayer
 
 
 @dataclass
@@ -28,14 +31,49 @@ class MergePlan:
         record: That of the merged model.
         containers: Name in the model of each list of layers, in the order of `record.attentions`.
         shifts: For each of these, by name in the list, what is added to the input of attentions and FFNs, `(d,)`.
-        left: What stands where an attention is skipped: parameters of a `SkippedAttention`, by the attention's name in
-            the model.
+        stand_ins: What skipped attentions leave, by the attention's name in the model.
     """
 
     record: Record
     containers: list[str]
     shifts: list[dict[str, torch.Tensor]]
-    left: dict[str, dict[str, torch.Tensor]]
+    stand_ins: dict[str, StandIn]
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Refuse to fold weights, or to put them back, where some are on the meta device, as offloaded ones are.
+
+    Raises:
+        ValueError: names one of them.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    elsewhere = [name for name, tensor in tensors if tensor.device.type == "meta"]
+    if elsewhere:
+        raise ValueError(
+            f"{len(elsewhere)} weights, such as {elsewhere[0]}, are offloaded or on the meta device. Adapters are "
+            "merged and unloaded in memory: load the base model without offloading (such as `device_map='cpu'`), "
+            "put the adapter on it with `PeftModel.from_pretrained`, and merge that."
+        )
+
+
+def prepare_merge(model: PreTrainedModel, names: list[str], safe_merge: bool) -> list[EASLayer]:
+    """Refuse what can't be merged before anything is changed, and say what becomes of quantised linears.
+
+    Returns:
+        All that have adapters.
+
+    Raises:
+        ValueError: for linears that nothing can be folded into; with `safe_merge`, for NaN.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, EASLayer)]
+    quantised = any(map(is_quantised, model.parameters()))
+    dequantiser = Dequantiser(unquantised_dtype(model)) if quantised else EASLayer.unquantised
+    for wrapper in wrappers:
+        wrapper.unquantised = dequantiser
+        wrapper.check_foldable()
+        for name in names if safe_merge else ():
+            wrapper.check_finite(name)
+    return wrappers
 
 
 def plan_merge(
@@ -61,39 +99,41 @@ def plan_merge(
             "`EASConfig(skip_layers=...)` or `model.set_skip_layers(...)`.",
             stacklevel=2,
         )
-    kinds, containers, shifts, left = [], [], [], {}
+    kinds, containers, shifts, stand_ins = [], [], [], {}
     for row in layers.family.attentions:
         if row.layers not in layers.containers:
             continue
-        skip, sizes, biased, shifted = [], [], [], {}
-        for key, arm in layers.items():
-            if arm.row != row:
+        skip, shapes, biased, shifted = [], [], [], {}
+        for key, place in layers.items():
+            if place.row != row:
                 continue
             attention, ffns = wrappers[key]
-            inside = f"{arm.index}.{row.attention}"
-            in_list = [ffn.name.removeprefix(f"{arm.container}.") for ffn in ffns]
+            inside = f"{place.index}.{row.attention}"
+            in_list = [ffn.name.removeprefix(f"{place.container}.") for ffn in ffns]
             places: list[tuple[EASLayer | None, str, str]] = list(zip(ffns, in_list, in_list, strict=True))
             if attention is not None and key in skipped:
-                skip.append(arm.index)
-                size, left[arm.attention] = _left(attention, name)
-                sizes.append(size)
+                skip.append(place.index)
+                device, dtype = attention._get_base_layer_device_and_dtype(attention.base_layer)
+                stand_in = copy.deepcopy(attention.stand_in(name)).to(device, dtype).requires_grad_(False)
+                stand_ins[place.attention] = stand_in
+                shapes.append(dataclasses.replace(stand_in.shape, width=attention.stream_size))
             else:
                 places.append((attention, inside, f"{inside}.{row.core}".rstrip(".")))
             for wrapper, inside, where in places:
-                if wrapper is None or arm != wrapper.arm or not wrapper.acts(name):  # a FFN may follow several
+                if wrapper is None or place != wrapper.place or not wrapper.acts(name):  # a FFN may follow several
                     continue
                 if wrapper.is_shifted(name):
-                    shifted[where] = wrapper.input_shift(name)
+                    shifted[where] = wrapper.shift(name)
                 elif config.use_bias:
                     biased += [f"{inside}.{linear}".rstrip(".") for linear in wrapper.without_bias()]
         kinds.append(
             Stripped(
                 **{field.name: getattr(row, field.name) for field in dataclasses.fields(Form)},
-                present=tuple(arm.index for arm in layers.values() if arm.row == row),
+                present=tuple(place.index for place in layers.values() if place.row == row),
                 norms=row.attention_norms,
                 output_norms=row.output_norms,
                 skip=tuple(skip),
-                left=tuple(sizes),
+                stand_ins=tuple(shapes),
                 biased=tuple(biased),
                 shifted={where: len(shift) for where, shift in shifted.items()},
             )
@@ -107,25 +147,7 @@ def plan_merge(
         by_name=layers.by_name,
         config=config.record(),
     )
-    return MergePlan(record, containers, shifts, left)
-
-
-def _left(attention: EASAttention, name: str) -> tuple[Left, dict[str, torch.Tensor]]:
-    """The sizes and the parameters of the `SkippedAttention` in this one's place."""
-    device, dtype = attention._get_base_layer_device_and_dtype(attention.base_layer)
-    parameters = attention.left(name)
-    (rank, read), (mean_rank, pooled) = (
-        parameters[key].shape if key in parameters else (0, 0) for key in ("down", "mean_down")
-    )
-    left = Left(
-        width=attention.stream_size,
-        constant="stand_in" in parameters,
-        read=read,
-        rank=rank,
-        pooled=pooled,
-        mean_rank=mean_rank,
-    )
-    return left, {key: value.detach().to(device, dtype, copy=True) for key, value in parameters.items()}
+    return MergePlan(record, containers, shifts, stand_ins)
 
 
 def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
@@ -137,10 +159,9 @@ def finish_merge(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
         layers = model.get_submodule(container)
         strip_attentions(layers, kind)
         for where, shift in shifts.items():
-            shift_input(layers, where, shift)
-    for attention, parameters in plan.left.items():
-        for key, value in parameters.items():
-            setattr(model.get_submodule(attention), key, torch.nn.Parameter(value, requires_grad=False))
+            put_in_front(layers, where, Shift(shift))
+    for attention, stand_in in plan.stand_ins.items():
+        model.get_submodule(attention).stand_in = stand_in.train(model.training)
     forget_ties(model)
     _change_config(model, plan.record)
     config_class = type(model.config)

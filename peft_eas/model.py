@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
 from . import checks
 from .config import EASConfig
-from .families import Arm, find_layers
+from .families import Layers, find_layers
 from .freeze import FrozenContext, freeze
 from .gates import SkipGates
-from .layer import EASAttention, EASFeedForward, EASLayer, Wrappers, check_single, inputs_of
-from .loading import check_parameters, entries_of, skipped_in, wrappers_of
-from .merge import finish_merge, plan_merge
+from .layer import EASAttention, EASFeedForward, Wrappers
+from .loading import check_form, check_parameters, entries_of, skipped_in, wrappers_of
+from .merge import check_in_memory, finish_merge, plan_merge, prepare_merge
 from .prove import learn_family
-from .quantized import Dequantiser, Requantiser, dequantise, is_quantised, unquantised_dtype
-from .runtime.eas_attention import UNREADABLE
+from .quantized import Requantiser, dequantise, is_quantised
+from .runtime.eas_attention import StandIn
+from .runtime.eas_propagation import UNREADABLE
+from .site import EASLayer, check_single
+from .targets import Targets, context_size, output_norms, stream_size
 
 
 class EASModel(BaseTuner):
@@ -47,81 +49,15 @@ class EASModel(BaseTuner):
 
     def _prepare_model(self, peft_config: EASConfig, model: nn.Module) -> None:
         learn_family(model)
-        self._layers = layers = find_layers(model)
-        if peft_config.target_modules is None:
-            rows = layers.family.attentions
-            names = {name for row in rows for name in (row.attention, row.ffn, row.ffn_back)}
-            peft_config.target_modules = names - {""}  # type: ignore[assignment]  # PEFT takes sets, too
-        self._places: dict[str, list[Arm]] = {arm.attention: [arm] for arm in layers.values()}
-        for arm in layers.values():
-            for ffn in arm.ffns:
-                self._places.setdefault(ffn, []).append(arm)
-        targeted = {name for name in self._places if self._check_target_module_exists(peft_config, name)}
-        if not targeted and isinstance(peft_config.target_modules, set):
-            raise ValueError(
-                f"EAS adapts whole attentions and FFNs, but `target_modules`={sorted(peft_config.target_modules)} with "
-                f"`exclude_modules` and `layers_to_transform` leaves none of them, such as "
-                f"{next(iter(self._places))!r}. Leave it out to adapt all."
-            )
-        widths = []
-        for name, arms in self._places.items():
-            if name not in targeted:
-                continue
-            module = model.get_submodule(name)
-            base_layer = module.base_layer if isinstance(module, EASLayer) else module
-            _, width = inputs_of(base_layer, arms[0], is_ffn=name != arms[0].attention)
-            if width % peft_config.groups:
-                raise ValueError(f"`groups`={peft_config.groups} does not divide the model's hidden size {width}.")
-            widths.append(width)
-        rank = max(peft_config.r, peft_config.r_pia)
-        if widths and rank > max(widths):
-            raise ValueError(
-                f"`r`={peft_config.r} and `r_pia`={peft_config.r_pia} must be at most the model's hidden size, "
-                f"{max(widths)}."
-            )
-        skippable = [key for key, arm in layers.items() if arm.is_skippable and {arm.attention, *arm.ffns} <= targeted]
-        if peft_config.skip_layers is not None:
-            peft_config.skip_layers = self._checked(peft_config.skip_layers, skippable)
-        elif not skippable and peft_config.num_skip != 0:
-            raise ValueError(
-                "No attention can be skipped: `target_modules`, `exclude_modules`, `layers_to_transform` and "
-                "`modules_to_save` leave none that has an adapter together with its FFN. Let them leave some, or say "
-                "`num_skip=0`."
-            )
-        peft_config.is_set_given = peft_config.skip_layers is not None
-        count = peft_config.count_to_skip(len(skippable))
-        if count > len(skippable):
-            raise ValueError(f"`num_skip`={count} is more than the {len(skippable)} attentions that can be skipped.")
-        self._check_some_left(count)
+        self._targets = Targets(find_layers(model))
+        self._targets.fit(peft_config, model)
 
-    def _checked(self, skip_layers: Iterable[int | str], skippable: list[int | str]) -> list[int | str]:
-        """The attentions that are meant by indices or names, in the model's order."""
-        keys = self._layers.resolve(checks.attentions("skip_layers", skip_layers))
-        wrong = [key for key in keys if key not in skippable]
-        if wrong:
-            raise ValueError(
-                f"`skip_layers` names {wrong}, but the attentions that can be skipped (that have adapters, with their "
-                f"FFN, and that no other layer needs) are {skippable}."
-            )
-        self._check_some_left(len(keys))
-        return keys
-
-    def _check_some_left(self, num_skip: int) -> None:
-        # without any attention, tokens know nothing of each other, and a KV cache can't tell how long it is
-        if num_skip == len(self._layers):
-            raise ValueError(f"All {num_skip} attentions of the model would be skipped: keep at least one.")
+    @property
+    def _layers(self) -> Layers:
+        return self._targets.layers
 
     def _check_target_module_exists(self, peft_config: EASConfig, key: str) -> Any:
-        if key not in self._places:
-            return False
-        layers = peft_config.layers_to_transform
-        index = self._places[key][0].index
-        if layers not in (None, []) and index not in ([layers] if isinstance(layers, int) else layers):
-            return False
-        # PEFT reads the index off the name, and finds none in those of a bare decoder, such as "layers.0.mlp".
-        config = copy.copy(peft_config)
-        config.layers_to_transform = None
-        return check_target_module_exists(config, key)
+        return self._targets.has(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -133,43 +69,24 @@ class EASModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        arms = self._places[current_key]
-        is_attention = current_key == arms[0].attention
+        place = self._targets.places[current_key][0]
         if not isinstance(target, EASLayer):
-            if is_attention:
-                sizes = self._stream_size(arms[0]), self._context_size(arms[0])
-                wrapper = EASAttention(target, arms[0], *sizes, self._output_norms(arms[0]))
+            if current_key == place.attention:
+                sizes = stream_size(self.model, place), context_size(self.model, place)
+                wrapper: EASLayer = EASAttention(target, place, *sizes, output_norms(self.model, place))
             else:
-                wrapper = EASFeedForward(target, arms[0], current_key)
+                wrapper = EASFeedForward(target, place, current_key)
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
         target.eas_config[adapter_name] = peft_config
-        names = target.adapter_layer_names  # until the set is chosen, all that any set needs
-        if peft_config.skip_layers is not None:
-            names = target.names(self._layers.key_of(arms[0]) in peft_config.skip_layers)
-        if is_attention:
-            skipped = peft_config.skip_layers or ()
-            target.set_gate(adapter_name, self._layers.key_of(arms[0]) in skipped)
-        target.create_parameters(adapter_name, peft_config, names)
+        is_skipped = self._layers.key_of(place) in (peft_config.skip_layers or ())
+        # until the set is chosen, all that any set needs
+        parts = target.adapter_layer_names if peft_config.skip_layers is None else target.needed(is_skipped)
+        if isinstance(target, EASAttention):
+            target.set_gate(adapter_name, is_skipped)
+        target.create(adapter_name, peft_config, parts)
         if adapter_name not in self.active_adapters:
             target.set_requires_grad(adapter_name, requires_grad=False)
-
-    def _context_size(self, arm: Arm) -> int | None:
-        """Size of the tokens that a cross-attention looks at; `None` where these are those of the residual stream."""
-        if not arm.row.context:
-            return None
-        return self.model.get_submodule(f"{arm.attention}.{arm.row.context_inputs[0]}").in_features
-
-    def _stream_size(self, arm: Arm) -> int:
-        """Size of the residual stream that an attention adds to, which is what the FFN behind it reads."""
-        if not arm.is_skippable:
-            return 0
-        ffn = self.model.get_submodule(arm.ffns[0])
-        return inputs_of(ffn.base_layer if isinstance(ffn, EASLayer) else ffn, arm, is_ffn=True)[1]
-
-    def _output_norms(self, arm: Arm) -> list[nn.Module]:
-        modules = dict(self.model.get_submodule(arm.layer).named_modules())
-        return [modules[name] for name in arm.row.output_norms if name in modules]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -232,18 +149,18 @@ class EASModel(BaseTuner):
         adapter_name = self.named(adapter_name)
         config = self.peft_config[adapter_name]
         targeted = self._targeted(adapter_name)
-        skip_layers = self._checked(skip_layers, list(targeted))
+        skip_layers = self._targets.resolve(skip_layers, list(targeted))
         if any(adapter_name in w.merged_adapters for w in _all(targeted)):
             raise ValueError(
                 f"Adapter {adapter_name!r} is merged: call `unmerge_adapter()` before changing its skip set."
             )
         wrappers = _all(targeted)
-        like = next(w.eas_up[adapter_name] for w in wrappers if w.has_adapter(adapter_name))
+        like = next(w.adapter(adapter_name).up for w in wrappers if w.has_adapter(adapter_name))
         for key, (attention, _) in targeted.items():
             attention.set_gate(adapter_name, key in skip_layers)
         for wrapper in wrappers:
-            names = wrapper.names(wrapper.skips(adapter_name))
-            wrapper.create_parameters(adapter_name, config, names, dtype=like.dtype)
+            parts = wrapper.needed(wrapper.skips(adapter_name))
+            wrapper.create(adapter_name, config, parts, dtype=like.dtype)
             wrapper.freeze_idle(adapter_name)
         config.settle(skip_layers)
 
@@ -252,10 +169,11 @@ class EASModel(BaseTuner):
         adapter_name = self.named(adapter_name)
         return SkipGates(self._targeted(adapter_name), adapter_name)
 
-    def stand_ins(self, adapter_name: str) -> dict[int | str, nn.Parameter]:
-        """The constants of an adapter, `(d,)`, by attention; of those that are skipped, or may be."""
+    def stand_ins(self, adapter_name: str) -> dict[int | str, StandIn]:
+        """The stand-ins of an adapter that have a constant, by attention; of those that are skipped, or may be."""
         attentions = {key: attention for key, (attention, _) in self._targeted(adapter_name).items()}
-        return {k: a.eas_stand_in[adapter_name] for k, a in attentions.items() if adapter_name in a.eas_stand_in}
+        there = {k: a.stand_in(adapter_name) for k, a in attentions.items() if adapter_name in a.eas_stand_in}
+        return {key: stand_in for key, stand_in in there.items() if stand_in.constant is not None}
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
@@ -272,9 +190,9 @@ class EASModel(BaseTuner):
     def _targeted(self, adapter_name: str) -> Wrappers:
         """The attentions that the adapter can skip, with the FFNs behind them."""
         targeted: Wrappers = {}
-        for key, arm in self._layers.items():
+        for key, place in self._layers.items():
             attention, ffns = self._wrappers(key)
-            if attention is None or not arm.is_skippable or len(ffns) < len(arm.ffns):
+            if attention is None or not place.is_skippable or len(ffns) < len(place.ffns):
                 continue
             if all(adapter_name in wrapper.eas_config for wrapper in (attention, *ffns)):
                 targeted[key] = attention, ffns
@@ -290,11 +208,7 @@ class EASModel(BaseTuner):
             ValueError: for an adapter of peft_eas 0.1, whose parameters are others; for one that skips other attentions
                 than `config.skip_layers` named when the adapter was made, or lacks parameters that its set needs.
         """
-        if any(".eas_B" in key for key in state_dict):
-            raise ValueError(
-                "This adapter was trained with peft_eas 0.1, whose adapters had another form. Ways out: merge it with "
-                "peft_eas 0.1, or train it anew."
-            )
+        check_form(state_dict)
         wrappers = wrappers_of(model, adapter_name)
         tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
         layers = find_layers(model) if tuner is None else tuner._layers  # none: `inject_adapter_in_model`
@@ -303,13 +217,13 @@ class EASModel(BaseTuner):
         skipped = skipped_in(entries, layers, wrappers, adapter_name)
         check_parameters(entries, wrappers, [layers[i].attention for i in skipped], adapter_name)
         if tuner is not None and skipped != tuner._skipped_by(adapter_name):
-            places = [layers[i].attention for i in skipped if layers[i].row.attention_inputs]
-            has_both = all(any(key.startswith(f"{place}.eas_up") for key in entries) for place in places)
+            both = [layers[i].attention for i in skipped if layers[i].row.attention_inputs]
+            has_both = all(f"{attention}.eas_adapter.up" in entries for attention in both)
             if config.skip_layers is None and has_both:
                 tuner.skip_gates(adapter_name).set(skipped)  # the search that saved it may go on
             else:
                 tuner.set_skip_layers(skipped, adapter_name)
-        gates = {f"{w.arm.attention}.eas_skip": w.gates[adapter_name] for w in wrappers if not w.is_ffn}
+        gates = {f"{w.place.attention}.eas_skip": w.gates[adapter_name] for w in wrappers if not w.is_ffn}
         lacking = {prefix + key: torch.tensor(gate) for key, gate in gates.items() if key not in entries}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict | lacking)
 
@@ -407,8 +321,8 @@ class EASModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_in_memory()
-        self._prepare_merge(self.active_adapters if adapter_names is None else adapter_names, safe_merge)
+        check_in_memory(self.model)
+        prepare_merge(self.model, self.active_adapters if adapter_names is None else adapter_names, safe_merge)
         super().merge_adapter(adapter_names)
 
     def merge_and_unload(
@@ -438,29 +352,6 @@ class EASModel(BaseTuner):
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, requantize=requantize
         )
 
-    def _prepare_merge(self, names: list[str], safe_merge: bool) -> list[EASLayer]:
-        """Refuse what can't be merged before anything is changed, and say what becomes of quantised linears."""
-        wrappers = [module for module in self.model.modules() if isinstance(module, EASLayer)]
-        quantised = any(map(is_quantised, self.model.parameters()))
-        dequantiser = Dequantiser(unquantised_dtype(self.model)) if quantised else EASLayer.unquantised
-        for wrapper in wrappers:
-            wrapper.unquantised = dequantiser
-            wrapper.check_foldable()
-            for name in names if safe_merge else ():
-                wrapper.check_finite(name)
-        return wrappers
-
-    def _check_in_memory(self) -> None:
-        """Refuse to fold weights, or to put them back, where some are on the meta device, as offloaded ones are."""
-        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
-        elsewhere = [name for name, tensor in tensors if tensor.device.type == "meta"]
-        if elsewhere:
-            raise ValueError(
-                f"{len(elsewhere)} weights, such as {elsewhere[0]}, are offloaded or on the meta device. Adapters are "
-                "merged and unloaded in memory: load the base model without offloading (such as `device_map='cpu'`), "
-                "put the adapter on it with `PeftModel.from_pretrained`, and merge that."
-            )
-
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -471,14 +362,14 @@ class EASModel(BaseTuner):
     ) -> nn.Module:
         if not any(isinstance(module, EASLayer) for module in self.model.modules()):
             return self.model  # merged or unloaded before
-        self._check_in_memory()
+        check_in_memory(self.model)
         plan = requantiser = None
         if merge:  # refuses before anything is changed
             names = self.active_adapters if adapter_names is None else adapter_names
             check_single(names)
             if not names or names[0] not in self.peft_config:
                 raise ValueError(f"There is no adapter {list(names)} to merge: name one of {list(self.peft_config)}.")
-            all_wrappers = self._prepare_merge(names, safe_merge)
+            all_wrappers = prepare_merge(self.model, names, safe_merge)
             if requantize:
                 requantiser = Requantiser(self.model)
             wrappers = {i: self._wrappers(i) for i in self._layers}
@@ -514,6 +405,7 @@ def _init_continuous_batching(model: PreTrainedModel, *args: Any, **kwargs: Any)
     """That of the class of `model`, but refused where masks are read, before anything runs."""
     attentions = [module for module in model.modules() if isinstance(module, EASAttention)]
     acting = [(attention, attention.acting_adapter()) for attention in attentions]
-    if any(name is not None and attention.skips(name) and name in attention.eas_mean_up for attention, name in acting):
+    skipped = [attention.stand_in(name) for attention, name in acting if name is not None and attention.skips(name)]
+    if any(stand_in.mean_up is not None for stand_in in skipped):
         raise ValueError(UNREADABLE.format("continuous batching"))
     return type(model).init_continuous_batching(model, *args, **kwargs)

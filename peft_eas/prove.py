@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from .config import EASConfig
-from .families import FAMILIES, Arm, Family, find_layers, register_family, unknown
+from .families import FAMILIES, Family, Place, find_layers, register_family, unknown
 from .trace import TraceError, as_source, few_layers, known, layers_of, propose_family
 
 EXACT = 1e-4
@@ -100,7 +100,7 @@ def prove_family(model: PreTrainedModel, family: Family) -> None:
     _check_readings("the model itself", model, ids)
     with known(family):
         layers = find_layers(model)
-        skippable = [key for key, arm in layers.items() if arm.is_skippable]
+        skippable = [key for key, place in layers.items() if place.is_skippable]
         for skip_layers in filter(None, (skippable[::2], skippable[1::2])):
             if len(skip_layers) == len(layers):
                 continue
@@ -123,11 +123,11 @@ def prove_family(model: PreTrainedModel, family: Family) -> None:
                 _check_close("A loaded merged model is another one", unmerged, again(ids).logits)
 
 
-def _silenced(model: PreTrainedModel, arms: list[Arm]) -> PreTrainedModel:
+def _silenced(model: PreTrainedModel, places: list[Place]) -> PreTrainedModel:
     """A copy of `model` in which these attentions have only zeros as parameters, and so add nothing."""
     silent = copy.deepcopy(model)
-    for arm in arms:
-        for parameter in silent.get_submodule(arm.attention).parameters():
+    for place in places:
+        for parameter in silent.get_submodule(place.attention).parameters():
             parameter.zero_()
     return silent
 

@@ -20,10 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from .batches import arguments_of, arguments_seen, batches_of, counted_tokens, evaluating, explaining, hooks
-from .families import Arm, find_layers
-from .layer import EASAttention, EASLayer
+from .families import Place, find_layers
+from .layer import EASAttention
 from .model import EASModel
-from .runtime.eas_attention import Bypass
+from .runtime.eas_attention import StandIn
+from .runtime.eas_convention import BY_NAME
+from .site import EASLayer
 
 ENOUGH = 32
 """Tokens to measure with, for each number that a token has: more change little (docs/method.md)."""
@@ -32,8 +34,8 @@ RIDGE = 2.0
 """Of the least squares (3), in units of the mean variance of what is read, a number it has for each token."""
 
 
-class StandIn(NamedTuple):
-    """What an attention adds to the stream, as near as a stand-in gets. In float64 on the CPU."""
+class Fit(NamedTuple):
+    """The parameters of a stand-in that is as near as it gets to what an attention adds. In float64 on the CPU."""
 
     constant: torch.Tensor
     """`(d,)`."""
@@ -59,11 +61,11 @@ class Moments:
         """Of what is added, `(d,)`."""
         return self.added / self.count
 
-    def stand_in(self, rank: int) -> StandIn:
+    def fit(self, rank: int) -> Fit:
         """The best one with a map of this rank at most, equation (4); without `read`, the mean."""
         mean = self.mean()
         if self.read is None:
-            return StandIn(mean)
+            return Fit(mean)
         center, squares, products = (total / self.count for total in self.read)
         covariance = squares - torch.outer(center, center)
         ridge = RIDGE * len(center) / self.count * covariance.diagonal().mean()
@@ -78,7 +80,7 @@ class Moments:
         down, up = down / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None], up * size
         constant = mean - up @ (down @ center)
         missing = rank - len(down)  # of a tower that is narrower than the rank
-        return StandIn(constant, (F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))))
+        return Fit(constant, (F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))))
 
 
 @torch.no_grad()
@@ -128,31 +130,32 @@ def fill_stand_ins(
 ) -> None:
     """Start the stand-ins of an adapter at what the attentions add in what `forward` computes of each batch; see
     `moments`."""
-    config, attentions = tuner.peft_config[adapter_name], tuner.skip_gates(adapter_name).wrappers
+    config, stand_ins = tuner.peft_config[adapter_name], tuner.stand_ins(adapter_name)
     is_linear, all_layers = config.stand_in == "linear", find_layers(tuner.model)
-    layers = {key: all_layers[key] for key in tuner.stand_ins(adapter_name)}
+    layers = {key: all_layers[key] for key in stand_ins}
     with tuner.without_adapters(), evaluating(tuner):
         found = moments(tuner.model, layers, batches, is_linear, forward, tuner, enough)
     for key in list(found):
-        attention, stand_in = attentions[key][0], found.pop(key).stand_in(config.r_pia if is_linear else 0)
-        _fill(attention.eas_stand_in[adapter_name], stand_in.constant)
-        if stand_in.maps is not None:
-            for parameters, value in zip((attention.eas_map_down, attention.eas_map_up), stand_in.maps, strict=True):
-                _fill(parameters[adapter_name], value)
+        stand_in, fit = stand_ins[key], found.pop(key).fit(config.r_pia if is_linear else 0)
+        down, up = fit.maps or (None, None)
+        for name, value in (("constant", fit.constant), ("down", down), ("up", up)):
+            if value is not None:
+                _fill(getattr(stand_in, name), value)
     for module in tuner.modules():
         if isinstance(module, EASAttention):
             module.measured.add(adapter_name)
 
 
-def are_zero(stand_ins: Iterable[nn.Parameter]) -> bool:
-    """Whether all of these stand-ins are zero, as they are before they are measured or trained."""
-    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in map(torch.Tensor.detach, stand_ins))
+def are_zero(stand_ins: Iterable[StandIn]) -> bool:
+    """Whether the constants of all of these are zero, as they are before they are measured or trained."""
+    constants = (stand_in.constant.detach() for stand_in in stand_ins if stand_in.constant is not None)
+    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in constants)
     return not sum(int(stand_in.any()) for stand_in in whole)  # looks at all: processes have to gather alike
 
 
 def moments(
     model: nn.Module,
-    layers: Mapping[int | str, Arm],
+    layers: Mapping[int | str, Place],
     batches: Iterable[Any],
     is_linear: bool,
     forward: Callable[[Any], Any] | None = None,
@@ -177,8 +180,8 @@ def moments(
     sums: dict[int | str, list[torch.Tensor]] = {}
     counts = dict.fromkeys(layers, 0)
 
-    def add(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor) -> None:
-        kept = counted_tokens(seen, arm.row, added.shape[:-1], added.device)
+    def add(key: int | str, place: Place, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor) -> None:
+        kept = counted_tokens(seen, place.row, added.shape[:-1], added.device)
         a, z = (t[kept].to(torch.promote_types(t.dtype, torch.float32)) for t in (added, read))
         new = [a.double().sum(dim=0)]
         if is_linear:  # products of one batch in single precision: in double they take most of the time on many GPUs
@@ -220,10 +223,10 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 @contextmanager
 def watching(
     model: nn.Module,
-    layers: Mapping[int | str, Arm],
-    see: Callable[[int | str, Arm, torch.Tensor, torch.Tensor, torch.Tensor], None],
+    layers: Mapping[int | str, Place],
+    see: Callable[[int | str, Place, torch.Tensor, torch.Tensor, torch.Tensor], None],
 ) -> Iterator[None]:
-    """Call `see(attention, arm, before, added, read)` for each call of an attention in forwards inside of the `with`.
+    """Call `see(attention, place, before, added, read)` for each call of an attention in forwards inside of the `with`.
 
     `before (B, T, d)` is the residual stream, `added (B, T, d)` what the attention adds to it, and `read (B, T, d')`
     its input.
@@ -238,16 +241,16 @@ def watching(
         streams[key] = args[0] if args else kwargs["hidden_states"]
 
     def compare(module: nn.Module, args: tuple, output: Any, key: int | str) -> None:
-        arm, before = layers[key], streams.pop(key)
+        place, before = layers[key], streams.pop(key)
         output = output[0] if isinstance(output, tuple) else output
-        see(key, arm, before, output - before if arm.row.adds_residual or arm.row.core else output, inputs.pop(key))
+        see(key, place, before, output if place.row.convention == "plain" else output - before, inputs.pop(key))
 
     def before_norm(norm: nn.Module, args: tuple, key: int | str) -> None:
         see(key, layers[key], streams[key], args[0] - streams.pop(key), inputs.pop(key))
 
     with hooks() as handles:
-        for key, arm in layers.items():
-            layer, row = model.get_submodule(arm.layer), arm.row
+        for key, place in layers.items():
+            layer, row = model.get_submodule(place.layer), place.row
             attention = layer.get_submodule(row.attention)
             handles.append(attention.register_forward_pre_hook(functools.partial(look, key=key), with_kwargs=True))
             # where the residual stream is read: by the attention's own norm, by the layer, or by the attention
@@ -267,18 +270,18 @@ def watching(
 
 
 @contextmanager
-def replaced(model: nn.Module, arm: Arm, stand_in: torch.Tensor) -> Iterator[None]:
+def replaced(model: nn.Module, place: Place, stand_in: torch.Tensor) -> Iterator[None]:
     """Forwards inside of the `with` have `stand_in (d,)` where this attention is."""
-    layer, row = model.get_submodule(arm.layer), arm.row
+    layer, row = model.get_submodule(place.layer), place.row
     attention = layer.get_submodule(row.attention)
-    bypass = Bypass(row, arm.index, getattr(attention, "base_layer", attention))
+    convention = BY_NAME[row.convention](row, getattr(attention, "base_layer", attention))
 
     def constant(output: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(output) + stand_in.to(output)
 
     def instead(attention: nn.Module, args: tuple, kwargs: dict, output: Any) -> torch.Tensor | tuple:
         added = constant(output[0] if isinstance(output, tuple) else output)
-        return bypass.returned(bypass.stream(args, kwargs, attention, added), args, kwargs)
+        return convention.returned(attention, added, args, kwargs)
 
     names = dict(layer.named_modules())
     behind = [name for name in row.output_norms if name in names]

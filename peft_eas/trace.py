@@ -238,7 +238,7 @@ def _attentions_of(layers: str, calls: list[Call]) -> Attentions | None:
         ffn=ffn.name,
         ffn_inputs=inputs,
         stacked_axis=stacked,
-        adds_residual=adds_residual,
+        convention="adds_residual" if adds_residual else "plain",
     )
 
 

@@ -115,7 +115,7 @@ def skipping(model_type: str) -> None:
             *_, projection = (m for m in attention.modules() if isinstance(m, nn.Linear))
             projection.register_forward_hook(lambda m, args, output: torch.zeros_like(output))
         else:
-            attention.register_forward_hook(partial(_dropped, layers[index].row.adds_residual))
+            attention.register_forward_hook(partial(_dropped, layers[index].row.convention == "adds_residual"))
     expected = logits(base, model_type)
     model = get_peft_model(tiny_model(model_type), EASConfig(skip_layers=dropped)).eval()
     close(logits(model, model_type), expected, tolerance=1e-5)
@@ -138,7 +138,9 @@ def standing_in(model_type: str) -> None:
         module = attention
         if row.core:  # the attention adds its input itself
             *_, module = (m for m in attention.modules() if isinstance(m, nn.Linear))
-        module.register_forward_hook(partial(_constant, row.adds_residual, torch.randn(64, generator=generator)))
+        module.register_forward_hook(
+            partial(_constant, row.convention == "adds_residual", torch.randn(64, generator=generator))
+        )
     expected = logits(base, model_type)
     assert (expected - before).abs().max() > 1e-3, "the attentions did nothing"
     model = get_peft_model(base, EASConfig(skip_layers=dropped, propagation="none")).eval()
@@ -260,11 +262,12 @@ def sizes(model_type: str) -> None:
     base = tiny_model(model_type)
     layers, dropped = find_layers(base), skipped(base)
     prefixes, stays = [], []
-    for arm in map(layers.get, dropped):
+    for place in map(layers.get, dropped):
         prefixes += [
-            f"{arm.layer}.{name}." for name in (arm.row.attention, *arm.row.attention_norms, *arm.row.output_norms)
+            f"{place.layer}.{name}."
+            for name in (place.row.attention, *place.row.attention_norms, *place.row.output_norms)
         ]
-        stays += [f"{arm.attention}.{arm.row.residual_norm}."] if arm.row.residual_norm else []
+        stays += [f"{place.attention}.{place.row.residual_norm}."] if place.row.residual_norm else []
     named = list(base.named_parameters(remove_duplicate=False))
     removed = {n for n, _ in named if n.startswith(tuple(prefixes)) and not n.startswith(tuple(stays))}
     used_elsewhere = {id(p) for n, p in named if n not in removed}  # layers may share weights
@@ -284,9 +287,9 @@ def sizes(model_type: str) -> None:
                 sum(vars(layer)[name].numel() for name in ("keys", "prefill_keys") if vars(layer).get(name) is not None)
                 for layer in own.layers
             ]
-            arms = {arm.index: key in dropped for key, arm in layers.items() if arm.row == row}
+            places = {place.index: key in dropped for key, place in layers.items() if place.row == row}
             if row.stack == "decoder":
-                assert all((elements[index] <= 1) == is_dropped for index, is_dropped in arms.items())
+                assert all((elements[index] <= 1) == is_dropped for index, is_dropped in places.items())
 
 
 def images(model_type: str) -> None:

@@ -57,20 +57,20 @@ def files(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-LEFT = dict(width=32, constant=True, read=32, rank=32, pooled=32, mean_rank=32)
+SHAPE = dict(width=32, constant=True, read=32, rank=32, pooled=32, mean_rank=32)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (dict(skip=[0, 2]), r"skips the attentions of layers \[0, 2\].*missing: .*layers\.2\.self_attn.*unexpected:"),
-        (dict(skip=[0], left=[LEFT]), r"missing: .*layers\.3\."),
-        (dict(skip=[0, 3, 4], left=[LEFT] * 3), r"unexpected: .*layers\.4\.self_attn"),
-        (dict(skip=[0]), r"`eas\.attentions\[0\]\.left` .* must be 1 entries"),
-        (dict(left=[LEFT | {"constant": False}] * 2), r"unexpected: .*self_attn\.stand_in"),
-        (dict(left=[LEFT | {"rank": 0}] * 2), r"unexpected: .*self_attn\.down"),
-        (dict(left=[LEFT | {"mean_rank": 0}] * 2), r"unexpected: .*self_attn\.mean_down"),
-        (dict(skip=[0, 3, 9], left=[LEFT] * 3), r"`eas\.attentions\[0\]\.skip` .* must be some of `present`"),
+        (dict(skip=[0], stand_ins=[SHAPE]), r"missing: .*layers\.3\."),
+        (dict(skip=[0, 3, 4], stand_ins=[SHAPE] * 3), r"unexpected: .*layers\.4\.self_attn"),
+        (dict(skip=[0]), r"`eas\.attentions\[0\]\.stand_ins` .* must be 1 entries"),
+        (dict(stand_ins=[SHAPE | {"constant": False}] * 2), r"unexpected: .*self_attn\.stand_in\.constant"),
+        (dict(stand_ins=[SHAPE | {"rank": 0}] * 2), r"unexpected: .*self_attn\.stand_in\.down"),
+        (dict(stand_ins=[SHAPE | {"mean_rank": 0}] * 2), r"unexpected: .*self_attn\.stand_in\.mean_down"),
+        (dict(skip=[0, 3, 9], stand_ins=[SHAPE] * 3), r"`eas\.attentions\[0\]\.skip` .* must be some of `present`"),
         (dict(present=list(range(12))), r"`eas\.attentions\[0\]\.present` .* has layer 11, but there are 6"),
         (dict(layers="model"), r"`eas\.attentions\[0\]\.layers` .* 'model', which is no list"),
         (dict(layers="blocks"), r"`eas\.attentions\[0\]\.layers` .*LlamaForCausalLM has no module 'blocks'"),
@@ -86,7 +86,7 @@ def test_a_configuration_that_is_not_that_of_the_weights_is_refused(tmp_path, ki
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("eas", [None, [], "x", 5, {}, {"format": 7}], ids=repr)
+@pytest.mark.parametrize("eas", [None, [], "x", 5, {}, {"format": 8}], ids=repr)
 def test_no_record_is_refused(tmp_path, eas):
     adapted().merge_and_unload().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -99,7 +99,7 @@ def test_no_record_is_refused(tmp_path, eas):
 def test_an_older_format_is_refused(tmp_path):
     adapted().merge_and_unload().save_pretrained(tmp_path)
     damage.edit(tmp_path, lambda eas: eas.update(format=1))
-    with pytest.raises(ValueError, match=r"format 1 .* reads format 7.*merge the adapter again"):
+    with pytest.raises(ValueError, match=r"format 1 .* reads format 8.*merge the adapter again"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -142,7 +142,7 @@ def test_merge_with_a_frozen_context(base, data, tmp_path, capsys):
     assert cli.main(["merge", str(adapter), str(out), "--freeze-context", str(data)]) == 0
     assert "context frozen to the mean of 120 tokens: loss" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(out)
-    assert [(left["rank"], left["mean_rank"]) for left in merged.config.eas["attentions"][0]["left"]] == [(0, 0)]
+    assert [(s["rank"], s["mean_rank"]) for s in merged.config.eas["attentions"][0]["stand_ins"]] == [(0, 0)]
     said = _said(capsys, "inspect", out)
     assert "say nothing of other tokens" in said
     assert "leave a constant" in said

@@ -51,7 +51,7 @@ def zero(module):
     module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
 
 
-def leaves(module, attention, mask, p, config, others=None):
+def leaves(module, attention, mask, p, others=None):
     """`module` writes the output of `attention`, in whose place something is left; `mask` is of what it looks at."""
     read = {}
     attention.register_forward_pre_hook(
@@ -62,7 +62,7 @@ def leaves(module, attention, mask, p, config, others=None):
         z = read["z"]
         tokens = None if others is None else others()
         allowed = mask() if callable(mask) else mask[:, None].expand(-1, z.shape[1], -1)
-        return reference.left(z, p, allowed, config, tokens)
+        return reference.left(z, p, allowed, tokens)
 
     module.register_forward_hook(left)
 
@@ -81,14 +81,14 @@ def run(model, model_type):
 def test_an_encoder_computes_the_formulas(settings):
     """A skipped attention leaves a mean over all tokens that are not padding; the residual stream is not adapted."""
     adapted = families.adapted("bert", **settings)
-    config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
+    config, parameters = adapted.peft_config["default"], reference.by_module(adapted)
     mask = families.tiny_inputs("bert")["attention_mask"].bool()
     model = stock("bert")
     for index, layer in enumerate(model.bert.encoder.layer):
         name, attention = f"bert.encoder.layer.{index}", layer.attention
         p = parameters[f"{name}.attention"]
         if index in config.skip_layers:
-            leaves(attention.output.dense, attention, mask, p, config)
+            leaves(attention.output.dense, attention, mask, p)
         else:
             for linear in (attention.self.query, attention.self.key, attention.self.value):
                 before(linear, lambda z, p=p: reference.adapt(z, p, config))
@@ -101,7 +101,7 @@ def test_an_encoder_computes_the_formulas(settings):
 def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
     """A cross-attention looks at the encoder's tokens, the decoder's own at those before."""
     adapted = families.adapted("bart", **settings)
-    config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
+    config, parameters = adapted.peft_config["default"], reference.by_module(adapted)
     inputs = families.tiny_inputs("bart")
     source, target = inputs["attention_mask"].bool(), torch.ones_like(inputs["decoder_input_ids"])
     model, read, both = stock("bart"), {}, 0
@@ -118,13 +118,13 @@ def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
             p = parameters[f"{name}.self_attn"]
             if skips[0]:
                 looks = source if stack == "encoder" else lambda: reference.causal(target)
-                leaves(own.out_proj, own, looks, p, config)
+                leaves(own.out_proj, own, looks, p)
             else:
                 adapt((own.q_proj, own.k_proj, own.v_proj), p)
             if stack == "decoder":
                 cross, p = layer.encoder_attn, parameters[f"{name}.encoder_attn"]
                 if skips[1]:
-                    leaves(cross.out_proj, cross, source, p, config, lambda: read["output"])
+                    leaves(cross.out_proj, cross, source, p, lambda: read["output"])
                 else:
                     adapt((cross.q_proj,), p)
             adapt((layer.fc1,), parameters[f"{name}.fc1"])
@@ -137,7 +137,7 @@ def test_a_decoder_with_cross_attentions_computes_the_formulas(settings):
 def test_an_attention_that_looks_both_ways_computes_the_formulas():
     """LXMERT's words look at regions, then regions at words; the one adapter serves both."""
     adapted = families.adapted("lxmert", skip_layers=["cross.1.cross", "cross_vision.1.self"])
-    config, parameters = adapted.peft_config["default"], reference.adapters(adapted)
+    config, parameters = adapted.peft_config["default"], reference.by_module(adapted)
     inputs = families.tiny_inputs("lxmert")
     words, regions = inputs["attention_mask"].bool(), inputs["visual_attention_mask"].bool()
     assert not words.all()
@@ -154,12 +154,12 @@ def test_an_attention_that_looks_both_ways_computes_the_formulas():
             def left(module, args, output, calls=calls, p=p):
                 z, others = calls[-1]
                 mask = regions if others.shape[1] == regions.shape[1] else words
-                return reference.left(z, p, mask[:, None].expand(-1, z.shape[1], -1), config, others)
+                return reference.left(z, p, mask[:, None].expand(-1, z.shape[1], -1), others)
 
             module.register_forward_pre_hook(remember, with_kwargs=True)
             module.output.dense.register_forward_hook(left)
         elif name.endswith("x_layers.1.visn_self_att"):
-            leaves(module.output.dense, module, regions, p, config)
+            leaves(module.output.dense, module, regions, p)
         elif p and name.endswith(("intermediate", "_inter")):
             before(module.dense, lambda z, p=p: reference.adapt(z, p, config))
         elif p:  # an attention that stays: its queries, and those keys and values of the same tokens
@@ -226,8 +226,8 @@ def test_attentions_whose_adapter_could_not_be_folded_have_none():
     model = families.adapted("deberta-v2", skip_layers=[0, 2])
     adapted = {name.split(".layer.")[1] for name, _ in model.named_parameters() if ".eas_" in name}
     of_attentions = sorted(name for name in adapted if ".attention." in name)
-    names = ("eas_map_down", "eas_map_up", "eas_mean_down", "eas_mean_up", "eas_stand_in")
-    assert of_attentions == [f"{i}.attention.{name}.default" for i in (0, 2) for name in names]
+    names = ("constant", "down", "mean_down", "mean_up", "up")
+    assert of_attentions == [f"{i}.attention.eas_stand_in.default.{name}" for i in (0, 2) for name in names]
     of_ffns = {name.split(".eas_")[0] for name in adapted.difference(of_attentions)}
     assert of_ffns == {f"{i}.intermediate" for i in range(4)}
 
@@ -414,15 +414,15 @@ def test_a_search_over_names(tmp_path):
 
     whole, search = trainer(max_steps=9)
     whole.train()
-    arms = [key for key, arm in find_layers(families.tiny_model("t5")).items() if arm.is_skippable]
+    places = [key for key, place in find_layers(families.tiny_model("t5")).items() if place.is_skippable]
     report = search.report
-    assert report["layers"] == arms
+    assert report["layers"] == places
     assert report["skip_layers"] == whole.model.skip_layers == whole.model.peft_config["default"].skip_layers
     assert len(report["skip_layers"]) == 4
     plot_search(report)
     logged = [entry for entry in whole.state.log_history if "eas/skip_layers/1" in entry]
     assert [logged[0][f"eas/skip_layers/{m}"] for m in range(1, 5)] == [
-        arms.index(name) for name in report["rounds"][0]["skip_layers"]
+        places.index(name) for name in report["rounds"][0]["skip_layers"]
     ]
     resumed, again = trainer(max_steps=9)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
@@ -453,9 +453,9 @@ def test_scores_by_loss_are_those_of_dropping_by_hand(model_type):
     assert scores.keys() == layers.keys()
     with torch.no_grad():
         whole = families.tiny_model(model_type)(**batch).loss
-        for key, arm in layers.items():
+        for key, place in layers.items():
             model, seen = families.tiny_model(model_type), []
-            *_, projection = (m for m in model.get_submodule(arm.attention).modules() if isinstance(m, nn.Linear))
+            *_, projection = (m for m in model.get_submodule(place.attention).modules() if isinstance(m, nn.Linear))
             handle = projection.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
             model(**batch)
             handle.remove()

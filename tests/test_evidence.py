@@ -238,7 +238,7 @@ def test_which_ffns_are_adapted(method, all_adapted, task):
     model, callbacks = evidence.prepare(run)
     evidence.train(run, model, callbacks, 1e-2)
     layers = model.base_model.model.model.layers
-    adapted = [index for index, layer in enumerate(layers) if layer.mlp.eas_up["default"].any()]
+    adapted = [index for index, layer in enumerate(layers) if layer.mlp.eas_adapter["default"].up.any()]
     assert adapted == (list(range(6)) if all_adapted else model.skip_layers)
 
 

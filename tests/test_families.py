@@ -57,7 +57,7 @@ def test_families_that_are_built_alike_share_a_list_and_lists_are_sorted():
 
 
 def layer_names(model, row):
-    layers = [model.get_submodule(arm.layer) for arm in find_layers(model).values()]
+    layers = [model.get_submodule(place.layer) for place in find_layers(model).values()]
     return {n for layer in layers for n in (*dict(layer.named_modules()), *dict(layer.named_parameters()))}
 
 
@@ -76,7 +76,7 @@ def test_a_row_is_found_by_tracing(model_type):
 
     assert set(proposed.attention_inputs) == present(row.attention, row.attention_inputs)
     assert set(proposed.ffn_inputs) == present(row.ffn, row.ffn_inputs)
-    same = ("layers", "attention", "attention_norms", "output_norms", "ffn", "stacked_axis", "adds_residual")
+    same = ("layers", "attention", "attention_norms", "output_norms", "ffn", "stacked_axis", "convention")
     assert {name: getattr(proposed, name) for name in same} == {name: getattr(row, name) for name in same}
     assert eval(as_source(proposed_family), {"Family": Family, "Attentions": Attentions}) == proposed_family
     assert check_family(model, proposed_family) < 1e-5
@@ -257,11 +257,11 @@ def test_an_attention_without_a_ffn_after_it_is_not_skipped():
     model = families.tiny_model("nemotron_h")
     kinds = model.config.layers_block_type
     assert kinds == ["full_attention", "mlp", "linear_attention", "full_attention", "moe", "full_attention"]
-    assert {i: arm.is_skippable for i, arm in find_layers(model).items()} == {0: True, 3: True, 5: False}
+    assert {i: place.is_skippable for i, place in find_layers(model).items()} == {0: True, 3: True, 5: False}
     with pytest.raises(ValueError, match=r"can be skipped .* are \[0, 3\]"):
         get_peft_model(model, EASConfig(skip_layers=[5]))
-    arms = find_layers(families.tiny_model("ernie4_5_vl_moe"))  # whose PIAs stand before the shared experts
-    assert [i for i, arm in arms.items() if not arm.is_skippable] == [0]
+    places = find_layers(families.tiny_model("ernie4_5_vl_moe"))  # whose PIAs stand before the shared experts
+    assert [i for i, place in places.items() if not place.is_skippable] == [0]
 
 
 def test_a_family_that_is_built_as_another_is_merged_as_that():
@@ -320,7 +320,7 @@ def test_layers_that_share_an_attention(model_type, sources, skipped, tmp_path):
     """The first to have it is never skipped; the others still share it when the model is merged, saved and loaded."""
     model = families.tiny_model(model_type)
     layers = find_layers(model)
-    assert [i for i, arm in layers.items() if not arm.is_skippable] == sources
+    assert [i for i, place in layers.items() if not place.is_skippable] == sources
     name = layers[sources[0]].row.attention
     model = get_peft_model(model, EASConfig(skip_layers=skipped, init_weights=False))
     trained = {n.split("layers.")[1].split(".eas")[0] for n, p in model.named_parameters() if p.requires_grad}
@@ -338,9 +338,8 @@ def test_layers_that_share_an_attention(model_type, sources, skipped, tmp_path):
         assert first
         assert all(a is b for a, b in zip(first, last, strict=True))
         left = dict(result.model.layers[skipped[0]].get_submodule(name).named_parameters())
-        assert {key: tuple(value.shape) for key, value in left.items()} == dict(
-            stand_in=(32,), down=(32, 32), up=(32, 32)
-        )
+        shapes = {"stand_in.constant": (32,), "stand_in.down": (32, 32), "stand_in.up": (32, 32)}
+        assert {key: tuple(value.shape) for key, value in left.items()} == shapes
     assert loaded.num_parameters() == merged.num_parameters()
     names = dict(merged.named_parameters(remove_duplicate=False))
     for result in (merged, loaded):

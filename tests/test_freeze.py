@@ -23,7 +23,7 @@ def constants(model):
     found = {}
     for name, module in model.named_modules():
         if name.endswith(("layers.0.self_attn", "layers.3.self_attn")):
-            found[name] = module.eas_stand_in.get("default")
+            found[name] = module.eas_stand_in["default"].constant
     return found
 
 
@@ -41,7 +41,7 @@ def test_frozen_to_one_token_it_computes_what_it_did_with_that_token(family, set
     assert model.peft_config["default"].propagation == "none"
     close(model(token).logits, expected)
     merged = model.merge_and_unload()
-    assert [left["rank"] for left in merged.config.eas["attentions"][0]["left"]] == [0, 0]
+    assert [shape["rank"] for shape in merged.config.eas["attentions"][0]["stand_ins"]] == [0, 0]
     close(merged(token).logits, expected)
 
 
@@ -102,7 +102,7 @@ def test_saved_and_trained_further(settings, tmp_path):
     torch.testing.assert_close(loaded(**given).logits, expected, rtol=0, atol=0)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert any("eas_stand_in" in name for name in trainable)
-    assert not any("eas_mean" in name for name, _ in model.named_parameters())
+    assert not any("mean_" in name for name, _ in model.named_parameters())
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainer(tmp_path / "run", model, max_steps=4).train()
     assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == trainable
@@ -119,7 +119,7 @@ def test_a_frozen_model_loads_as_plain_weights(tmp_path):
     torch.testing.assert_close(loaded(**given).logits, merged(**given).logits, rtol=0, atol=0)
     base = {name: value.shape for name, value in tiny.model("llama").state_dict().items()}
     new = {name for name in merged.state_dict() if name not in base}
-    assert {name.split(".")[-1] for name in new} == {"bias", "stand_in"}
+    assert {name.split(".")[-1] for name in new} == {"bias", "constant"}
     assert all(value.shape == base[name] for name, value in merged.state_dict().items() if name in base)
 
 
@@ -129,7 +129,7 @@ def test_attentions_that_are_skipped_later_say_nothing_of_other_tokens():
     model.set_skip_layers([0, 3])
     model.freeze_context([batch()])
     model.set_skip_layers([1])
-    assert not any("eas_mean" in name for name, _ in model.named_parameters())
+    assert not any("mean_" in name for name, _ in model.named_parameters())
     expected = model(**batch()).logits
     close(model.merge_and_unload()(**batch()).logits, expected)
 

@@ -67,7 +67,10 @@ def greedy(model, prompt, length):
 def test_log_likelihoods_are_those_of_decoding(state, propagation):
     model = adapted(propagation, state)
     pairs = [(prompt, answer) for prompt, answers, _ in questions() for answer in answers]
-    pairs += [(prompt, greedy(model, prompt, 3)) for prompt, *_ in questions(3)]
+    made = [(prompt, greedy(model, prompt, 3)) for prompt, *_ in questions()]
+    written = [(prompt, answer) for prompt, answer in made if min(answer) >= 3]  # in words, no special tokens
+    assert written
+    pairs += written
     requests = [
         Instance("loglikelihood", doc={}, arguments=(words(prompt), " " + words(answer)), idx=i)
         for i, (prompt, answer) in enumerate(pairs)

@@ -104,7 +104,10 @@ def test_what_is_stripped(family, settings, tmp_path):
     assert all(parameters[n] == base[n] for n in set(base) - set(gone))
     if settings == dict(use_bias=False, stand_in="mean"):  # plain weights, and what stands in
         new = set(parameters) - (set(base) - set(gone))
-        assert {n.split(".layers.")[1] for n in new} == {"0.self_attn.stand_in", "3.self_attn.stand_in"}
+        assert {n.split(".layers.")[1] for n in new} == {
+            "0.self_attn.stand_in.constant",
+            "3.self_attn.stand_in.constant",
+        }
     config = json.loads((tmp_path / "config.json").read_text())
     text = config.get("text_config", config)
     assert text["per_layer_config"] == {"0": {"skip": ["attention"]}, "3": {"skip": ["attention"]}}
@@ -282,7 +285,7 @@ def test_what_is_idle_is_not_folded(settings):
     if model.skip_layers:
         model.set_skip_layers([0, 3])
         tiny.shake(model)
-    assert any("layers.1.self_attn.eas_mean_up" in name for name, _ in model.named_parameters())
+    assert any("layers.1.self_attn.eas_stand_in.default.mean_up" in name for name, _ in model.named_parameters())
     kept = inputs["attention_mask"].bool()
     expected = model(**inputs).logits
     model.merge_adapter()
@@ -291,12 +294,14 @@ def test_what_is_idle_is_not_folded(settings):
     close(model.merge_and_unload()(**inputs).logits, expected, kept)
 
 
-@pytest.mark.parametrize("name", ["eas_down", "eas_mean_down", "eas_up"])
+@pytest.mark.parametrize(
+    "name", ["eas_adapter.default.down", "eas_stand_in.default.mean_down", "eas_adapter.default.up"]
+)
 @pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
 def test_safe_merge_refuses_nan(name, method):
     model, inputs = adapted(propagation="mean"), tiny.inputs("llama")
     weights = {n: p.clone() for n, p in model.named_parameters() if "eas_" not in n}
-    parameter = next(p for n, p in model.named_parameters() if f".{name}." in n)
+    parameter = next(p for n, p in model.named_parameters() if n.endswith(f".{name}"))
     with torch.no_grad():
         parameter.view(-1)[0] = float("nan")
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):

@@ -454,7 +454,7 @@ def test_weights_repacked_for_the_cpu_are_refused(load):
 @pytest.mark.parametrize("kwargs", [dict(), dict(requantize=True)], ids=str)
 def test_safe_merge_refuses_nan(load, kwargs):
     model = adapted(load("nf4"))
-    parameter = next(p for n, p in model.named_parameters() if ".eas_up." in n)
+    parameter = next(p for n, p in model.named_parameters() if n.endswith("eas_adapter.default.up"))
     parameter.data.view(-1)[0] = float("nan")
     before = state(model)
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):

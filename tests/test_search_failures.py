@@ -117,7 +117,7 @@ def test_what_fails_while_scoring_leaves_no_trace(tmp_path, where, at):
 
     with torch.no_grad():
         for stand_in in model.stand_ins("default").values():
-            stand_in.zero_()  # so that they are measured
+            stand_in.constant.zero_()  # so that they are measured
     model.base_model.model.model.layers[3].mlp.register_forward_hook(lambda *args: fail("forward"))
     search = Recorded(Rows(), **SEARCH | dict(warm_start="deviation"))
     made = trainer(tmp_path, model, callbacks=[search], max_steps=STEPS, save_strategy="no")

@@ -72,7 +72,7 @@ def test_other_families(family):
     kept = inputs["attention_mask"].bool()
     inputs["labels"] = inputs["input_ids"].masked_fill(~kept, -100)
     model, seen = families.tiny_model(family), {}
-    for i, name in ((i, arm.layer) for i, arm in find_layers(model).items()):
+    for i, name in ((i, place.layer) for i, place in find_layers(model).items()):
         for which in (BEFORE, AFTER):
             norm = model.get_submodule(f"{name}.{which[family]}")
             norm.register_forward_pre_hook(lambda m, args, key=(i, which is AFTER): seen.update({key: args[0]}))

@@ -78,7 +78,7 @@ def test_scores_are_the_trainer_s_own_losses_and_its_metrics_are_those_of_traini
     # stand-ins were measured with its batches
     stand_ins = [m.eas_stand_in["default"] for m in model.modules() if "default" in getattr(m, "eas_stand_in", ())]
     assert len(stand_ins) == 2
-    assert all(stand_in.any() for stand_in in stand_ins)
+    assert all(stand_in.constant.any() for stand_in in stand_ins)
     # its metrics know of nothing but training
     assert not made._metrics["eval"]
     assert all("eval" not in key for logs in made.state.log_history for key in logs)

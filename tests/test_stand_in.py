@@ -25,7 +25,7 @@ def stand_ins(model, adapter="default"):
     return {
         int(name.split(".layers.")[1].split(".")[0]): parameter.detach().clone()
         for name, parameter in model.named_parameters()
-        if f"eas_stand_in.{adapter}" in name
+        if f"eas_stand_in.{adapter}.constant" in name
     }
 
 
@@ -101,8 +101,7 @@ def test_a_linear_one_is_the_nearest_of_its_rank(rank):
         expected = whole @ kept.T @ kept
         attention = adapted[index].self_attn
         down, up, constant = (
-            getattr(attention, f"eas_{name}")["default"].detach().double()
-            for name in ("map_down", "map_up", "stand_in")
+            getattr(attention.eas_stand_in["default"], name).detach().double() for name in ("down", "up", "constant")
         )
         torch.testing.assert_close((up @ down).T, expected, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(constant, a_mean - z_mean @ expected, rtol=1e-3, atol=1e-5)
@@ -137,7 +136,7 @@ def test_positions_that_start_anew_are_first_tokens():
 
 def test_a_stand_in_is_what_is_trained_and_merged():
     for family in ("llama", "gemma3_text"):
-        for stand_in, part in (("linear", "stand_in"), ("linear", "up"), ("mean", "stand_in")):
+        for stand_in, part in (("linear", "constant"), ("linear", "up"), ("mean", "constant")):
             check_trained_and_merged(family, stand_in, part)
 
 
@@ -150,7 +149,7 @@ def check_trained_and_merged(family, stand_in, part):
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(**inputs).logits[kept], expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        getattr(merged.get_decoder().layers[3].self_attn, part).zero_()
+        getattr(merged.get_decoder().layers[3].self_attn.stand_in, part).zero_()
     assert (merged(**inputs).logits[kept] - expected).abs().max() > 1e-2
 
 
@@ -282,13 +281,14 @@ def test_a_trainer_that_has_no_loss_for_its_batches(tmp_path):
         online.train()
 
 
-def test_adapters_of_another_form_are_refused(tmp_path):
-    """Those of 0.1 had other parameters: `eas_B` where there is `eas_up` now."""
+@pytest.mark.parametrize("name", ["eas_B", "eas_up"])
+def test_adapters_of_another_form_are_refused(tmp_path, name):
+    """Older ones had other parameters: `eas_B`, then `eas_up`, where there is `eas_adapter.up` now."""
     tuned().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    saved = {name.replace("eas_up", "eas_B"): value for name, value in load_file(file).items()}
+    saved = {key.replace("eas_adapter.up", name): value for key, value in load_file(file).items()}
     save_file(saved, file)
-    with pytest.raises(ValueError, match=r"peft_eas 0\.1.*Ways out"):
+    with pytest.raises(ValueError, match=r"an older peft_eas.*Ways out"):
         PeftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
 

@@ -61,10 +61,10 @@ def test_gradients_are_those_of_the_formulas(family, settings):
     labels = given.pop("labels")
     logits = reference.logits(tiny.model(family), leaves, model.peft_config["default"], given)
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
-    expected = {f"{module}.eas_{name}": p.grad for module, named in leaves.items() for name, p in named.items()}
+    expected = {f"{module}.default.{name}": p.grad for module, named in leaves.items() for name, p in named.items()}
     assert len(actual) == len(expected)
     for name, gradient in expected.items():
-        found = actual[f"base_model.model.{name}.default"].double()
+        found = actual[f"base_model.model.{name}"].double()
         assert gradient.abs().max() > 0
         torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=name)
 
@@ -191,8 +191,8 @@ def test_a_router_learns_which_branch_to_go_by():
         optimizer.zero_grad()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         optimizer.step()
-    routers = [p for name, p in model.named_parameters() if "eas_router" in name]
-    ups = [p for name, p in model.named_parameters() if "eas_up." in name]
+    routers = [p for name, p in model.named_parameters() if name.endswith(".router")]
+    ups = [p for name, p in model.named_parameters() if "eas_adapter.default.up" in name and "bias" not in name]
     assert len(routers) == len(ups) == 12
     assert all((router[0] - router[1]).abs() > 1e-3 for router in routers)
     assert all((up[0] - up[1]).norm() > 0.1 * up[0].norm() for up in ups)  # not by rounding alone

@@ -120,7 +120,7 @@ def _about_merged(folder: Path) -> dict[str, Any]:
 
 
 def _about_stand_ins(record: Record) -> str:
-    left = [each for kind in record.attentions for each in kind.left]
+    left = [each for kind in record.attentions for each in kind.stand_ins]
     maps = [each.rank for each in left if each.rank]
     if maps:
         return f"{len(maps)} skipped attentions leave a linear map of rank {max(maps)}"

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .llama_shape import LlamaShape, llama_shape
+from .llama_shape import ELSEWHERE, LlamaShape, llama_shape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,9 @@ def write_gguf(
     if dtype not in DTYPES:
         raise ValueError(f"The format 'gguf' has no dtype {dtype!r}: choose from {', '.join(DTYPES)}.")
     if tokenizer is None:
-        raise ValueError("A GGUF file has the tokenizer in it: give `tokenizer`.")
+        raise ValueError(
+            "A GGUF file has the tokenizer in it: give `tokenizer`, such as `AutoTokenizer.from_pretrained(base)`."
+        )
     tensor_type, file_type = DTYPES[dtype]
     writer = gguf.GGUFWriter(folder / FILE, "deci")
     try:
@@ -170,13 +172,21 @@ def _add_tokenizer(
     import gguf
 
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, so there is no tokenizer.json to read.")
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer, so there is no tokenizer.json to read: load "
+            "it by `AutoTokenizer.from_pretrained(base_model, use_fast=True)`."
+        )
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE":
-        raise ValueError(f"The tokenizer is of the kind {spec['model']['type']}; only BPE can be exported to GGUF.")
+        raise ValueError(
+            f"The tokenizer is of the kind {spec['model']['type']}; only BPE can be exported to GGUF. {ELSEWHERE}"
+        )
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(tokens) >= vocab_size:
-        raise ValueError(f"The tokenizer has ids up to {max(tokens)}, but the model only {vocab_size} embeddings.")
+        raise ValueError(
+            f"The tokenizer has ids up to {max(tokens)}, but the model only {vocab_size} embeddings: give the "
+            "tokenizer that the model was trained with."
+        )
     texts = [tokens.get(index, f"[PAD{index}]") for index in range(vocab_size)]
     is_sentencepiece = spec["model"].get("byte_fallback", False)
     if is_sentencepiece and pre_tokenizer is not None:
@@ -262,7 +272,7 @@ def _has_space_prefix(spec: dict[str, Any]) -> bool:
         return pre_tokenizer["prepend_scheme"] != "never"
     raise ValueError(
         f"This tokenizer falls back to bytes like SentencePiece's, but treats spaces in a way that llama.cpp doesn't: "
-        f"normalizer {json.dumps(normalizer)}, pre-tokenizer {json.dumps(pre_tokenizer)}."
+        f"normalizer {json.dumps(normalizer)}, pre-tokenizer {json.dumps(pre_tokenizer)}. {ELSEWHERE}"
     )
 
 
@@ -279,6 +289,6 @@ def _scores(model: dict[str, Any]) -> dict[str, float]:
     if len(order) > len(set(order)) or any(a in vocab and b in vocab and (a, b) not in known for a, b in pairs):
         raise ValueError(
             "This tokenizer falls back to bytes like SentencePiece's, but its merges can't be those of a SentencePiece "
-            "model, the only ones of this kind that llama.cpp knows."
+            f"model, the only ones of this kind that llama.cpp knows. {ELSEWHERE}"
         )
     return {piece: -float(rank) for rank, piece in enumerate(order, start=1)}

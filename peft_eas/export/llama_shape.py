@@ -12,6 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..runtime.eas_record import Record
 
+ELSEWHERE = "transformers runs the merged model as it is; the format 'onnx' holds one forward of it."
+"""What to do with a model that a format can't hold."""
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 """`{model_type: class}` of the models that are Llamas, but for biases and sliding windows."""
 
@@ -72,8 +74,7 @@ def llama_shape(model: PreTrainedModel) -> LlamaShape:
         why = f": {UNFIT[model_type]}" if model_type in UNFIT else ""
         raise ValueError(
             f"A {name} can't be exported so, since the engines' layers without attention are those of Llama{why}. What "
-            f"can be: {', '.join(FAMILIES.values())}. transformers runs the merged model as it is; the format 'onnx' "
-            "holds one forward of it."
+            f"can be: {', '.join(FAMILIES.values())}. {ELSEWHERE}"
         )
     if hasattr(config, "eas") and not Record.read(config.eas).is_plain:
         raise ValueError(
@@ -82,10 +83,14 @@ def llama_shape(model: PreTrainedModel) -> LlamaShape:
             "on the model with adapters before it is merged."
         )
     if config.hidden_act != "silu":
-        raise ValueError(f"This model's activation is {config.hidden_act!r}, but the engines' layers only know silu.")
+        raise ValueError(
+            f"This model's activation is {config.hidden_act!r}, but the engines' layers only know silu. {ELSEWHERE}"
+        )
     rope = dict(config.rope_parameters)
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError("This model rotates a part of each head only (`partial_rotary_factor`), unlike Llama.")
+        raise ValueError(
+            f"This model rotates a part of each head only (`partial_rotary_factor`), unlike Llama. {ELSEWHERE}"
+        )
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     attention = [f"model.layers.{i}.self_attn.q_proj.weight" in tensors for i in range(config.num_hidden_layers)]
     _check_window(config, attention)
@@ -94,7 +99,9 @@ def llama_shape(model: PreTrainedModel) -> LlamaShape:
     _move_stand_ins(tensors, attention)
     misfits = [name for name in tensors if not _PLACES.fullmatch(name)]
     if misfits:
-        raise ValueError(f"This model has parameters that a Llama has no place for: {', '.join(misfits[:5])}.")
+        raise ValueError(
+            f"This model has parameters that a Llama has no place for: {', '.join(misfits[:5])}. {ELSEWHERE}"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not attention[0]:
         warnings.warn(
@@ -111,7 +118,7 @@ def _move_stand_ins(tensors: dict[str, torch.Tensor], attention: list[bool]) -> 
     """What is added where an attention is skipped becomes the bias of what writes the stream just before: the last
     linear of the layer before, as no norm stands between; of layer 0, the bias of its attention's output."""
     for index in range(len(attention)):
-        stand_in = tensors.pop(f"model.layers.{index}.self_attn.stand_in", None)
+        stand_in = tensors.pop(f"model.layers.{index}.self_attn.stand_in.constant", None)
         if stand_in is not None:
             before = f"model.layers.{index - 1}.mlp.down_proj" if index else "model.layers.0.self_attn.o_proj"
             bias = tensors.get(f"{before}.bias")

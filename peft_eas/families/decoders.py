@@ -40,7 +40,7 @@ ROWS = (
         "qwen2_5_vl_text qwen2_vl_text qwen3 qwen3_5_text qwen3_vl_text seed_oss smollm3 stablelm vaultgemma",
         Attentions(),
     ),
-    *alike("bloom", replace(FALCON, attention_norms=("input_layernorm",), adds_residual=True)),
+    *alike("bloom", replace(FALCON, attention_norms=("input_layernorm",), convention="adds_residual")),
     # attention and FFN side by side, reading the same norm
     *alike("codegen", replace(GPT2, attention_inputs=("qkv_proj",), attention_norms=(), ffn_inputs=("fc_in",))),
     *alike("cohere cohere2 cohere_compass_text", Attentions(attention_norms=())),

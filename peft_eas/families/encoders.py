@@ -11,6 +11,7 @@ BERT = Attentions(
     stack="encoder",
     layers="encoder.layer",
     attention="attention",
+    convention="adds_input",
     core="self",
     attention_inputs=tuple(f"self.{name}" for name in QKV),
     attention_norms=(),
@@ -107,6 +108,7 @@ ROWS = (
         "mpnet",
         replace(
             BERT,
+            convention="adds_input",
             core="attn",
             attention_inputs=("attn.q", "attn.k", "attn.v"),
             residual_norm="LayerNorm",

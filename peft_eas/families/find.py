@@ -16,7 +16,7 @@ from .table import FAMILIES
 
 
 @dataclass(frozen=True)
-class Arm:
+class Place:
     """One attention of a model that can be skipped, or adapted.
 
     Attributes:
@@ -62,7 +62,7 @@ class Arm:
         return [f"{self.index + self.row.ffn_after}.{name}" for name in names if name]
 
 
-class Layers(dict[int | str, Arm]):
+class Layers(dict[int | str, Place]):
     """The attentions of one model by what they are called: the index of the layer if that says which is meant (one
     attention a layer, one list of layers), the name (`"encoder.3.self"`) otherwise.
 
@@ -73,18 +73,18 @@ class Layers(dict[int | str, Arm]):
         by_name: Whether it takes names to say which attention is meant.
     """
 
-    def __init__(self, family: Family, decoder: str, containers: dict[str, str], arms: list[Arm]) -> None:
-        indices = [arm.index for arm in arms]
+    def __init__(self, family: Family, decoder: str, containers: dict[str, str], places: list[Place]) -> None:
+        indices = [place.index for place in places]
         self.by_name = len(set(indices)) < len(indices)
-        super().__init__({arm.name if self.by_name else arm.index: arm for arm in arms})
+        super().__init__({place.name if self.by_name else place.index: place for place in places})
         self.family = family
         self.decoder = decoder
         self.containers = containers
-        self._keys = {arm.name: key for key, arm in self.items()}
+        self._keys = {place.name: key for key, place in self.items()}
 
-    def key_of(self, arm: Arm) -> int | str:
+    def key_of(self, place: Place) -> int | str:
         """What an attention is called here."""
-        return self._keys[arm.name]
+        return self._keys[place.name]
 
     def resolve(self, given: Iterable[int | str]) -> list[int | str]:
         """The attentions that are meant, in the model's order, by indices of layers or by names.
@@ -124,7 +124,7 @@ def find_layers(model: nn.Module) -> Layers:
             "encoders or with one."
         )
     containers: dict[str, str] = {}
-    arms = []
+    places = []
     for attentions in present:
         inner, found = outermost(decoder, attentions.layers)
         layers = cast(nn.ModuleList, found)
@@ -144,11 +144,11 @@ def find_layers(model: nn.Module) -> Layers:
                 is_needed = is_needed or (not own <= seen and max(map(times.__getitem__, own)) > 1)
                 seen |= own
             has_ffn = _is_ffn(attentions, layers[index + attentions.ffn_after :][:1])
-            arms.append(Arm(attentions, index, container, index / len(layers), has_ffn and not is_needed, has_ffn))
+            places.append(Place(attentions, index, container, index / len(layers), has_ffn and not is_needed, has_ffn))
             is_needed = False
-    if not arms:
+    if not places:
         raise ValueError(f"{type(model).__name__} has none of the layers that the row of {family.model_type!r} names.")
-    return Layers(family, row.decoder or "", containers, arms)
+    return Layers(family, row.decoder or "", containers, places)
 
 
 def _is_ffn(row: Attentions, layers: Iterable[nn.Module]) -> bool:

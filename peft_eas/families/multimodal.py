@@ -87,6 +87,7 @@ ROWS = (
             LXMERT_CROSS,
             stack="cross",
             attention="visual_attention",
+            convention="adds_input",
             core="att",
             attention_inputs=("att.query",),
             context="ctx_tensor",

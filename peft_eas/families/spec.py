@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..checks import integer, refused
-from ..runtime.eas_record import Form
+from ..checks import choice, integer, refused
+from ..runtime.eas_record import CONVENTIONS, Form
 
 # names of linears and norms that many rows have in common
 SPLIT = ("q_proj", "k_proj", "v_proj")
@@ -76,7 +76,8 @@ class Attentions(Form):
         output_norms: The norms, in a layer, that the attention's output goes through; a linear without bias, in Zamba.
         residual_norm: The norm, in the attention, that its input goes through when it has been added (BERT); `""` if
             there is none (XLM-RoBERTa-XL).
-        adds_residual: Whether the attention adds the residual stream, its second argument, itself (BLOOM).
+        convention: `"plain"`: the attention returns what it adds to the residual stream; `"adds_input"`: it adds its
+            own input itself (BERT); `"adds_residual"`: it adds the stream, its second argument, itself (BLOOM).
         returns: What an attention returns besides its output: names of arguments that it passes on, or `""` for `None`;
             `None` if it returns the output alone, in no tuple (LayoutLM).
         keeps_first: Whether the first attention of the list is never skipped, as others need it: T5's has the relative
@@ -112,7 +113,7 @@ class Attentions(Form):
     attention_norms: tuple[str, ...] = PRE
     output_norms: tuple[str, ...] = ()
     residual_norm: str = ""
-    adds_residual: bool = False
+    convention: str = "plain"
     returns: tuple[str, ...] | None = ("",)
     keeps_first: bool = False
     keeps_if: str = ""
@@ -134,6 +135,7 @@ class Attentions(Form):
         _check(self)
         if self.stacked_axis not in (-1, -2):
             raise refused("stacked_axis", self.stacked_axis, "-1 or -2")
+        choice("convention", self.convention, CONVENTIONS)
         integer("ffn_after", self.ffn_after, 0)
 
 

@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-FORMAT = 7
+FORMAT = 8
 """Version of the record; one of another version is refused."""
 MOST = 10_000
 """Entries of a list, or layers: more than any model has."""
@@ -22,6 +22,8 @@ LONGEST = 200
 """Characters of a name: likewise."""
 NAME = re.compile(r"[\w.|]*", re.ASCII)
 """A name of a module, of an argument, or of a model type (these have a `-`, see `MODEL_TYPE`)."""
+CONVENTIONS = ("plain", "adds_input", "adds_residual")
+"""What an attention returns, see `eas_convention`."""
 MODEL_TYPE = re.compile(r"[\w.-]+", re.ASCII)
 
 
@@ -35,7 +37,7 @@ class Form:
     attention: str
     core: str
     residual_norm: str
-    adds_residual: bool
+    convention: str
     returns: tuple[str, ...] | None
     causal: bool
     answers: bool
@@ -51,8 +53,8 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Left:
-    """The sizes of what is left where an attention is skipped, see `SkippedAttention`.
+class StandInShape:
+    """The sizes of what a skipped attention leaves, see `StandIn`.
 
     Attributes:
         width: `d`, that of the residual stream.
@@ -85,7 +87,7 @@ class Stripped(Form):
         norms: The norms, in a layer, that its attention alone reads, and go with it.
         output_norms: Likewise those that its output goes through.
         skip: Indices of the layers that have lost it.
-        left: For each of these, what is left.
+        stand_ins: For each of these, the sizes of what it leaves.
         biased: Linears, in the list of layers, that a fold has given a bias.
         shifted: Attentions and FFNs, likewise, whose input is shifted, with its size.
     """
@@ -94,7 +96,7 @@ class Stripped(Form):
     norms: tuple[str, ...]
     output_norms: tuple[str, ...]
     skip: tuple[int, ...] = ()
-    left: tuple[Left, ...] = ()
+    stand_ins: tuple[StandInShape, ...] = ()
     biased: tuple[str, ...] = ()
     shifted: dict[str, int] = field(default_factory=dict)
 
@@ -182,7 +184,7 @@ class Record:
     @property
     def ranks(self) -> list[int]:
         """Ranks of what skipped attentions say of other tokens, of those that do."""
-        return [left.mean_rank for kind in self.attentions for left in kind.left if left.mean_rank]
+        return [shape.mean_rank for kind in self.attentions for shape in kind.stand_ins if shape.mean_rank]
 
     @property
     def propagates(self) -> bool:
@@ -192,7 +194,7 @@ class Record:
     @property
     def is_plain(self) -> bool:
         """Whether skipped attentions leave constants at most, which plain weights can hold."""
-        return not any(left.reads for kind in self.attentions for left in kind.left)
+        return not any(shape.reads for kind in self.attentions for shape in kind.stand_ins)
 
 
 def _checksum(eas: dict) -> str:
@@ -207,20 +209,22 @@ def _check_kind(kind: Stripped, where: str) -> None:
             raise _wrong(f"{where}.{name}", f"distinct indices of layers, in order, below {MOST}", list(indices))
     if not set(kind.skip) <= set(kind.present):
         raise _wrong(f"{where}.skip", f"some of `present`, {list(kind.present)[:40]}", list(kind.skip))
-    if len(kind.left) != len(kind.skip):
-        raise _wrong(f"{where}.left", f"{len(kind.skip)} entries, one for each of `skip`", len(kind.left))
+    if kind.convention not in CONVENTIONS:
+        raise _wrong(f"{where}.convention", f"one of {', '.join(CONVENTIONS)}", kind.convention)
+    if len(kind.stand_ins) != len(kind.skip):
+        raise _wrong(f"{where}.stand_ins", f"{len(kind.skip)} entries, one for each of `skip`", len(kind.stand_ins))
     for name in ("layers", "attention"):
         if not getattr(kind, name):
             raise _wrong(f"{where}.{name}", "the name of a module", "")
-    for number, left in enumerate(kind.left):
-        inside = f"{where}.left[{number}]"
-        needed = {"width": True, "read": left.rank, "rank": False, "pooled": left.mean_rank, "mean_rank": False}
+    for number, shape in enumerate(kind.stand_ins):
+        inside = f"{where}.stand_ins[{number}]"
+        needed = {"width": True, "read": shape.rank, "rank": False, "pooled": shape.mean_rank, "mean_rank": False}
         for name, is_needed in needed.items():
             least = 1 if is_needed else 0
-            if not least <= getattr(left, name) <= LARGEST:
-                raise _wrong(f"{inside}.{name}", f"a size from {least} to {LARGEST}", getattr(left, name))
-        if left.mean_rank % 2:
-            raise _wrong(f"{inside}.mean_rank", "an even number", left.mean_rank)
+            if not least <= getattr(shape, name) <= LARGEST:
+                raise _wrong(f"{inside}.{name}", f"a size from {least} to {LARGEST}", getattr(shape, name))
+        if shape.mean_rank % 2:
+            raise _wrong(f"{inside}.mean_rank", "an even number", shape.mean_rank)
     for name, width in kind.shifted.items():
         if not 1 <= width <= LARGEST:
             raise _wrong(f"{where}.shifted[{name!r}]", f"a size from 1 to {LARGEST}", width)

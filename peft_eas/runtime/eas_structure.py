@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from .eas_attention import SkippedAttention, shift_input
+from .eas_attention import Shift, SkippedAttention, put_in_front
 from .eas_record import Record, Stripped
 
 
@@ -38,8 +38,8 @@ def restructure(model: PreTrainedModel, record: Record) -> None:
                 linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
         for name, width in kind.shifted.items():
             module = _inside(layers, name, f"{where}.shifted")
-            if not hasattr(module, "eas_shift"):
-                shift_input(layers, name, next(module.parameters()).new_zeros(width))
+            if not hasattr(module, "eas_front"):
+                put_in_front(layers, name, Shift(next(module.parameters()).new_zeros(width)))
         strip_attentions(layers, kind)
     forget_ties(model)
 
@@ -79,14 +79,14 @@ def has_module(model: nn.Module, suffix: str) -> bool:
 
 def strip_attentions(layers: nn.ModuleList, kind: Stripped) -> None:
     """Put a `SkippedAttention` where each skipped attention was, and drop the norms that only the attention needed."""
-    for index, left in zip(kind.skip, kind.left, strict=True):
+    for index, shape in zip(kind.skip, kind.stand_ins, strict=True):
         layer = layers[index]
         attention = layer.get_submodule(kind.attention)
         if not isinstance(attention, SkippedAttention):
             like = next(p for p in layer.parameters() if p.is_floating_point())  # an attention may be quantised
-            put_in = SkippedAttention(kind, index, attention, left, device=like.device, dtype=like.dtype)
+            put_in = SkippedAttention(kind, index, attention, shape, device=like.device, dtype=like.dtype)
             layer.set_submodule(kind.attention, put_in.train(layer.training))
-        for name in (*kind.output_norms, *(() if left.reads else kind.norms)):
+        for name in (*kind.output_norms, *(() if shape.reads else kind.norms)):
             if name in dict(layer.named_modules()):
                 layer.set_submodule(name, nn.Identity())
 

@@ -10,11 +10,12 @@ from the transformers `<class>`.
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,19 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
-from .eas_attention import UNREADABLE
 from .eas_files import CHECKSUMS, SCRATCH, clear, install
 from .eas_files import verify as verify_files
+from .eas_propagation import UNREADABLE
 from .eas_record import Record
 from .eas_structure import restructure
 
-describe: Callable[[PreTrainedModel, Path, str | None], None] | None = None
-"""Writes the model card of a model into a folder, for a repository if there is one; `peft_eas` puts it here."""
+
+def describe(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> None:
+    """Write the model card into a folder, for a repository if there is one: where this file is a part of `peft_eas`,
+    which knows how."""
+    package, is_part, _ = __name__.rpartition(".runtime.")
+    if is_part:
+        importlib.import_module(f"{package}.card").write_card(model, folder, repo_id)
 
 
 _Mixin: Any = object  # which may take all that there is in the class it is mixed into
@@ -170,13 +176,11 @@ class EASMixin(_Mixin):
         with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
             super().save_pretrained(scratch, is_main_process, *args, **kwargs)
             install(Path(scratch), folder)
-        if describe is not None:
-            describe(self, folder, None)
+        describe(self, folder)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # transformers has put an empty card there since `save_pretrained`
-        if describe is not None:
-            describe(self, working_dir, repo_id)
+        describe(self, working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..runtime.eas_attention import SkippedAttention
-from ..runtime.eas_record import Left
+from ..runtime.eas_record import StandInShape
 
 
 def largest_within(losses: Sequence[float], max_increase: float) -> int:
@@ -93,8 +93,8 @@ def without(model: nn.Module, attentions: Sequence[str]) -> Iterator[None]:
     modules: list[Any] = [model.get_submodule(name) for name in attentions]
     try:
         for module in modules:
-            form, index = module.bypass.form, module.arm.index
-            module.forward = SkippedAttention(form, index, module.base_layer, Left(width=1)).forward
+            row, index = module.place.row, module.place.index
+            module.forward = SkippedAttention(row, index, module.base_layer, StandInShape(width=1)).forward
         yield
     finally:
         for module in modules:

@@ -1,7 +1,7 @@
 """What a search goes by, as pure functions: the costs of skipping attentions, and exchanges that lower the loss.
 
-Attentions (arms) stand in an order, and the first `count` of it are skipped: the set. A try of an attention turns its
-gate over in the set as it stands, once, and compares the held-out loss batch by batch:
+Attentions, by number, stand in an order, and the first `count` of it are skipped: the set. A try of an attention turns
+its gate over in the set as it stands, once, and compares the held-out loss batch by batch:
 
     cost_i = loss(set) - loss(set without i),  for i in the set
     cost_j = loss(set and j) - loss(set),      for j outside
@@ -33,27 +33,27 @@ class Cost(NamedTuple):
 
 
 def costs(tries: Iterable[tuple[int, Sequence[float]]]) -> dict[int, Cost]:
-    """The cost of each arm that was tried.
+    """The cost of each attention that was tried.
 
     Args:
-        tries: Arm and differences of the loss, one a batch, of each try; arms may be tried again.
+        tries: Attention and differences of the loss, one a batch, of each try; it may be tried again.
     """
     differences: dict[int, list[float]] = {}
-    for arm, given in tries:
-        differences.setdefault(arm, []).extend(given)
+    for attention, given in tries:
+        differences.setdefault(attention, []).extend(given)
     return {
-        arm: Cost(
+        attention: Cost(
             statistics.fmean(values),
             statistics.stdev(values) / math.sqrt(len(values)) if len(values) >= LEAST else math.inf,
             len(values),
         )
-        for arm, values in differences.items()
+        for attention, values in differences.items()
         if values
     }
 
 
 def start(scores: Sequence[float]) -> list[int]:
-    """Arms in the order of their scores, the lowest first; of equal ones the later, as the paper's sets are deep."""
+    """Attentions in the order of their scores, the lowest first; of equal ones the later: the paper's sets are deep."""
     return sorted(range(len(scores)), key=lambda i: (scores[i], -i))
 
 
@@ -65,16 +65,16 @@ def to_try(
     failed: Collection[int] = (),
     fits: bool = True,
 ) -> list[int]:
-    """The `number` arms of which least is known of whether they belong to the set.
+    """The `number` attentions of which least is known of whether they belong to the set.
 
     Those that were never tried come first, from the edge of the set outwards; then those whose costs are the fewest
     standard errors away from the edge, which is halfway between the dearest in the set and the cheapest outside.
 
     Args:
-        order: All arms, the set first.
+        order: All attentions, the set first.
         count: Size of the set.
         known: Costs.
-        number: How many arms to name.
+        number: How many attentions to name.
         failed: Arms that were tried in vain, and come last.
         fits: Whether one more than `count` may be skipped, for a moment.
     """
@@ -86,20 +86,20 @@ def to_try(
     edge = (dearest + cheapest) / 2
 
     def doubt(place: int) -> tuple[float, float]:
-        arm, distance = order[place], abs(place - count + 0.5)
-        if arm not in known:
-            return math.inf if arm in failed else -1.0, distance
-        return abs(known[arm].mean - edge) / max(known[arm].error, 1e-30), distance
+        attention, distance = order[place], abs(place - count + 0.5)
+        if attention not in known:
+            return math.inf if attention in failed else -1.0, distance
+        return abs(known[attention].mean - edge) / max(known[attention].error, 1e-30), distance
 
     places = sorted(range(len(order)) if fits else range(count), key=doubt)
     return [order[place] for place in places[:number]]
 
 
 def exchange(order: Sequence[int], count: int, known: Mapping[int, Cost]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Exchange arms of the set for cheaper ones outside, the clearest pair first, as long as a pair is clear.
+    """Exchange attentions of the set for cheaper ones outside, the clearest pair first, as long as a pair is clear.
 
     Returns:
-        The new order, and each exchange: the arm that is retained from now on, and the one that is skipped for it.
+        The new order, and each exchange: which is retained from now on, and which is skipped for it.
     """
     order = list(order)
     done: list[tuple[int, int]] = []
@@ -114,17 +114,17 @@ def exchange(order: Sequence[int], count: int, known: Mapping[int, Cost]) -> tup
         best = max(pairs, key=lambda pair: clearness(*pair), default=None)
         if best is None or clearness(*best) <= CLEAR:
             return order, done
-        i, j = (order.index(arm) for arm in best)
+        i, j = (order.index(attention) for attention in best)
         order[i], order[j] = order[j], order[i]
         done.append(best)
 
 
 def ranked(order: Sequence[int], count: int, known: Mapping[int, Cost]) -> list[int]:
-    """The order with arms of known cost sorted by it, among themselves; in the set, and outside. Others stay."""
+    """The order with attentions of known cost sorted by it, among themselves; in the set, and outside. Others stay."""
     result = list(order)
     for places in (range(count), range(count, len(order))):
         tried = [place for place in places if order[place] in known]
-        by_cost = sorted((order[place] for place in tried), key=lambda arm: known[arm].mean)
-        for place, arm in zip(tried, by_cost, strict=True):
-            result[place] = arm
+        by_cost = sorted((order[place] for place in tried), key=lambda attention: known[attention].mean)
+        for place, attention in zip(tried, by_cost, strict=True):
+            result[place] = attention
     return result

@@ -66,14 +66,14 @@ def _are(items: Any, kinds: tuple[type, ...]) -> bool:
 def reasons(report: dict[str, Any]) -> list[str]:
     """Why each attention is skipped or retained, in the order of the report's `layers`."""
     layers, chosen = report["layers"], set(report["skip_layers"])
-    place = {layers[arm]: rank for rank, arm in enumerate(report["start"], start=1)}
+    place = {layers[i]: rank for rank, i in enumerate(report["start"], start=1)}
     by = report["settings"]["warm_start"] or "depth"
     said = {layer: f"{place[layer]} of {len(layers)} by {by}" for layer in layers}
     for entry in report["rounds"]:
         for retained, skipped in entry["exchanged"]:
             said[retained] = f"dearer than {skipped}, step {entry['step']}"
             said[skipped] = f"cheaper than {retained}, step {entry['step']}"
-    started = {layers[arm] for arm in report["start"][: report["count"]]}
+    started = {layers[i] for i in report["start"][: report["count"]]}
     if report["comparison"].get("kept") == "start":
         exchanged = {layer for entry in report["rounds"] for pair in entry["exchanged"] for layer in pair}
         said |= dict.fromkeys(exchanged, "the start did better in the end")
@@ -136,9 +136,7 @@ def _drawn(report: dict[str, Any]) -> Figure:
 
     at = {layer: place for place, layer in enumerate(layers)}
     first = (
-        [layers[arm] for arm in report["start"][: len(report["rounds"][0]["skip_layers"])]]
-        if report["rounds"]
-        else chosen
+        [layers[i] for i in report["start"][: len(report["rounds"][0]["skip_layers"])]] if report["rounds"] else chosen
     )
     sets = [first, *(entry["skip_layers"] for entry in report["rounds"])]
     times = [0, *(entry["step"] for entry in report["rounds"])]

@@ -1,4 +1,4 @@
-"""The search of one training: its state, and what it does at each of the Trainer's events."""
+"""The search of one training: what it does at each of the Trainer's events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,107 +18,20 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
-from ..checks import one_line
 from ..families import find_layers
 from ..model import EASModel
 from . import budget, exchange
 from .held_out import COMPARED, fingerprints, means_over_processes
-from .report import ROUND, write_report
+from .report import write_report
 from .schedule import Schedule
 from .scores import deviations, score_attentions
+from .state import SearchState
 from .trainer import Scorer
 
 if TYPE_CHECKING:
     from .callback import EASCallback
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SearchState:
-    """All that a search knows; JSON, so that it travels with checkpoints.
-
-    Attributes:
-        layers: Layer index, or name, of each arm.
-        count: How many attentions are skipped.
-        warmup, settle, interval: The `Schedule`.
-        start: The order that the search began with: places in `layers`, the first `count` of which are skipped.
-        order: The same, now.
-        scores: What `start` goes by: a score of each arm, low for redundant; `None` if there are none.
-        rounds: One entry a round: `step`; `tried` (attentions) and `costs` (what skipping each costs, one difference a
-            batch; `None` if one was not finite); `losses` (of the set, batch by batch; `None` if not finite);
-            `exchanged` (pairs: retained from now on, skipped instead) and `skip_layers`, the set after it.
-        ignored: Tries whose loss was not finite.
-        comparison: Sets and losses of the start and of what was found, when the search ended, if they differ.
-        settled: The chosen set, once it is chosen.
-        budget: What the budget was, and what came out.
-    """
-
-    layers: list[int | str]
-    count: int
-    warmup: int
-    settle: int
-    interval: int
-    start: list[int]
-    order: list[int]
-    scores: list[float] | None = None
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    ignored: int = 0
-    comparison: dict[str, Any] = field(default_factory=dict)
-    settled: list[int | str] | None = None
-    budget: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, saved: Any) -> SearchState:
-        """The state that a checkpoint has.
-
-        Raises:
-            ValueError: if it is not that of a search.
-        """
-        try:
-            state = cls(**saved)
-            places, known = list(range(len(state.layers))), {*state.layers}
-            is_right = (
-                sorted(state.start) == sorted(state.order) == places
-                and 0 <= state.count <= len(places)
-                and 0 <= state.warmup < state.settle
-                and state.interval > 0
-                and all(entry.keys() >= ROUND and {*entry["skip_layers"]} <= known for entry in state.rounds)
-                and (state.settled is None or {*state.settled} <= known)
-                and isinstance(state.budget, dict)
-            )
-            exchange.costs(state.tries())
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(
-                "The checkpoint's `trainer_state.json` has a search that can't be gone on with "
-                f"({type(error).__name__}: {one_line(error)}): go on from an earlier checkpoint, or start anew."
-            ) from error
-        if not is_right:
-            raise ValueError(
-                "The checkpoint's `trainer_state.json` has a search that contradicts itself: go on from an earlier "
-                "checkpoint, or start anew."
-            )
-        return state
-
-    @property
-    def schedule(self) -> Schedule:
-        return Schedule(self.warmup, self.settle, self.interval)
-
-    def best(self, count: int | None = None) -> list[int | str]:
-        """The attentions to skip by what is known so far, in the model's order."""
-        return self.to_layers(self.order[: self.count if count is None else count])
-
-    def to_layers(self, arms: Sequence[int]) -> list[int | str]:
-        return [self.layers[arm] for arm in sorted(arms)]
-
-    def tries(self) -> list[tuple[int, list[float]]]:
-        """Arm and differences of each try so far; no differences if the loss was not finite."""
-        places = {layer: arm for arm, layer in enumerate(self.layers)}
-        return [
-            (places[layer], differences or [])
-            for entry in self.rounds
-            for layer, differences in zip(entry["tried"], entry["costs"], strict=True)
-        ]
 
 
 class Search:
@@ -265,7 +178,7 @@ class Search:
         if isinstance(self.settings.warm_start, Mapping):
             settings["warm_start"] = "scores"
         known = exchange.costs(self.state.tries())
-        costs = [known.get(arm) for arm in range(len(self.state.layers))]
+        costs = [known.get(attention) for attention in range(len(self.state.layers))]
         state = asdict(self.state)
         skip_layers = state.pop("settled")
         return {
@@ -285,12 +198,12 @@ class Search:
         state = self.state
         tries = state.tries()
         known = exchange.costs(tries)
-        failed = {arm for arm, _ in tries if arm not in known}
+        failed = {attention for attention, _ in tries if attention not in known}
         fits = state.count + 1 < len(find_layers(self.tuner.model))
-        arms = exchange.to_try(state.order, state.count, known, self.settings.num_candidates, failed, fits)
-        if not arms:
+        attentions = exchange.to_try(state.order, state.count, known, self.settings.num_candidates, failed, fits)
+        if not attentions:
             return
-        losses, costs = self._tried(arms)
+        losses, costs = self._tried(attentions)
         ignored = sum(cost is None for cost in costs)
         state.ignored += ignored
         if ignored:
@@ -298,12 +211,12 @@ class Search:
                 "Step %d: the held-out loss of %d of %d candidates is not finite; they are ignored.",
                 step,
                 ignored,
-                len(arms),
+                len(attentions),
             )
         entry: dict[str, Any] = {
             "step": step,
             "losses": losses,
-            "tried": [state.layers[arm] for arm in arms],
+            "tried": [state.layers[attention] for attention in attentions],
             "costs": costs,
         }
         state.rounds.append(entry)
@@ -311,7 +224,7 @@ class Search:
         known = exchange.costs(state.tries())
         state.order, exchanged = exchange.exchange(state.order, state.count, known)
         best = state.best()
-        entry["exchanged"] = [[state.layers[arm] for arm in pair] for pair in exchanged]
+        entry["exchanged"] = [[state.layers[attention] for attention in pair] for pair in exchanged]
         entry["skip_layers"] = best
         self.gates.set(best)
         self.metrics |= {
@@ -329,16 +242,16 @@ class Search:
             places = [key if isinstance(key, int) else state.layers.index(key) for key in best]
             self.metrics |= {f"eas/skip_layers/{m + 1}": place for m, place in enumerate(places)}
 
-    def _tried(self, arms: Sequence[int]) -> tuple[list[float] | None, list[list[float] | None]]:
-        """Losses of the set on a round's batches, and what skipping each of these arms costs on them."""
+    def _tried(self, attentions: Sequence[int]) -> tuple[list[float] | None, list[list[float] | None]]:
+        """Losses of the set on a round's batches, and what skipping each of these attentions costs on them."""
         state, rounds = self.state, len(self.state.rounds)
         best = state.best()
         with self.scorer.aside(rounds):
             batches = self.held_out.batches(rounds, self._trained_on())
             whole = self._losses(best, batches)
             costs: list[list[float] | None] = []
-            for arm in arms:
-                layer = state.layers[arm]
+            for attention in attentions:
+                layer = state.layers[attention]
                 turned = [key for key in best if key != layer] if layer in best else [*best, layer]
                 sign = -1 if layer in best else 1
                 cost = [sign * (one - of_set) for one, of_set in zip(self._losses(turned, batches), whole, strict=True)]

@@ -22,7 +22,7 @@ from ..batches import (
     label_count,
 )
 from ..checks import choice
-from ..families import Arm, Layers, find_layers
+from ..families import Layers, Place, find_layers
 from ..stand_in import moments, replaced, watching
 
 
@@ -69,11 +69,11 @@ def _by_similarity(model: PreTrainedModel, layers: Layers, batches: Sequence[dic
         kept = kept_tokens(batch, model.device) if {"input_ids", "inputs_embeds"} & batch.keys() else None
 
         def see(
-            key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor, kept=kept
+            key: int | str, place: Place, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor, kept=kept
         ) -> None:
-            row, after = arm.row, before + added
+            row, after = place.row, before + added
             if row.residual_norm:
-                norm = model.get_submodule(f"{arm.attention}.{row.residual_norm}")
+                norm = model.get_submodule(f"{place.attention}.{row.residual_norm}")
                 before, after = norm.forward(before), norm.forward(after)  # without the hooks
             change = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
             if not row.answers and not row.context and kept is not None and kept.shape == change.shape:
@@ -97,8 +97,8 @@ def deviations(
     sums = dict.fromkeys(layers, torch.zeros(()))
     squares, streams, counts = (dict.fromkeys(layers, 0.0) for _ in range(3))
 
-    def see(key: int | str, arm: Arm, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor) -> None:
-        kept = counted_tokens(seen, arm.row, added.shape[:-1], added.device)
+    def see(key: int | str, place: Place, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor) -> None:
+        kept = counted_tokens(seen, place.row, added.shape[:-1], added.device)
         adds, stream = added[kept].double(), before.expand_as(added)[kept].double()
         sums[key] = sums[key] + adds.sum(dim=0).cpu()
         squares[key] += adds.square().sum().item()

@@ -144,10 +144,10 @@ def skipped(model: PreTrainedModel) -> list[int | str]:
     """Every second attention, the first among them; where layers have two, there are layers without the one, without
     the other, and without both."""
     layers = find_layers(model)
-    arms = {key: arm for key, arm in layers.items() if arm.is_skippable}
+    places = {key: place for key, place in layers.items() if place.is_skippable}
     if not layers.by_name:
-        return list(arms)[::2]
-    return [key for key, arm in arms.items() if arm.index in ((0, 2, 3) if arm.row.context else (0, 1, 3))]
+        return list(places)[::2]
+    return [key for key, place in places.items() if place.index in ((0, 2, 3) if place.row.context else (0, 1, 3))]
 
 
 def adapted(model_type: str, seed: int = 2, **settings) -> PeftModel:

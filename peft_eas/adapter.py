@@ -1,0 +1,98 @@
+"""The adapter: equation (1) of docs/method.md, and what becomes of it when it is folded."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import pia
+from .config import EASConfig
+
+
+class Dense(NamedTuple):
+    """An adapter as `z + (z down^T + down_bias) up^T + up_bias`: groups are block-diagonal matrices here, the branches
+    are added up, and the scaling is in."""
+
+    down: torch.Tensor  # (r, d)
+    down_bias: torch.Tensor | None  # (r,)
+    up: torch.Tensor  # (d, r)
+    up_bias: torch.Tensor | None  # (d,)
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter in front of the linears that read `z (B, T, d)`:
+
+        adapt(z) = z + s * sum_j alpha_j * ((z A^T + a) B_j^T + b_j)                    (1)
+
+    Its parameters are `down`, `A (r, d)`; `up`, `B (branches, g, d/g, r/g)` in `g` groups; with `use_bias`,
+    `down_bias`, `a (r,)`, and `up_bias`, `b (branches, d)`; with `router="static"`, which makes two branches, `router
+    (2,)`, whose softmax is `alpha`. A fresh one is an identity if `config.init_weights`.
+
+    Args:
+        config: Says groups, branches, biases, scaling and dropout.
+        size: `d`.
+        rank: `r`.
+        device: Of the parameters.
+        dtype: Likewise.
+    """
+
+    down: nn.Parameter
+    down_bias: nn.Parameter | None
+    up: nn.Parameter
+    up_bias: nn.Parameter | None
+    router: nn.Parameter | None
+
+    def __init__(
+        self,
+        config: EASConfig,
+        size: int,
+        rank: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        branches = 1 if config.router == "none" else 2
+        blocks = torch.zeros(branches, config.groups, size // config.groups, rank // config.groups)
+        if not config.init_weights:
+            nn.init.normal_(blocks, std=0.02)
+        elif branches == 2:  # which cancel out: two that are equal would stay equal, and the router would not learn
+            nn.init.normal_(blocks[0], std=0.02)
+            blocks[1] = -blocks[0]
+        values = {
+            "down": kaiming(rank, size),
+            "down_bias": torch.zeros(rank) if config.use_bias else None,
+            "up": blocks,
+            "up_bias": torch.zeros(branches, size) if config.use_bias else None,
+            "router": torch.zeros(2) if config.router == "static" else None,
+        }
+        for name, value in values.items():
+            self.register_parameter(name, None if value is None else nn.Parameter(value.to(device=device, dtype=dtype)))
+        self.scaling = config.scaling
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def dense(self) -> Dense:
+        """The adapter in the form that the mathematics has it."""
+        alpha = None if self.router is None else torch.softmax(self.router, dim=-1)
+        return Dense(
+            down=self.down,
+            down_bias=self.down_bias,
+            up=pia.mix(pia.dense_up(self.up), alpha) * self.scaling,
+            up_bias=None if self.up_bias is None else pia.mix(self.up_bias, alpha) * self.scaling,
+        )
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Equation (1): `(B, T, d) -> (B, T, d)`, of the dtype of `z`."""
+        down, down_bias, up, up_bias = self.dense()
+        hidden = F.linear(self.dropout(z.to(down.dtype)), down, down_bias)
+        return z + F.linear(hidden, up, up_bias).to(z.dtype)
+
+
+def kaiming(rows: int, columns: int) -> torch.Tensor:
+    """As PEFT's LoRA and `nn.Linear` initialise a projection."""
+    weight = torch.empty(rows, columns)
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    return weight
