@@ -452,10 +452,12 @@ MAIN = {
     "drop, LoRA": Method("similarity", "LoRA", {"stand_in": "zero"}),
     "drop, means, LoRA": Method("similarity", "LoRA", {"stand_in": "mean"}),
     "0.1.0": Method("search", "0.1.0", version="0.1."),
-    GIVEN: Method("deviation"),
+    GIVEN: Method("growth"),
     "EAS": Method("search"),
 }
+# those that are about a part have the sets of `"deviation"`, and are to be compared with these
 ABLATIONS = {
+    "set by deviation": Method("deviation"),
     "mean stand-in": Method("deviation", settings={"stand_in": "mean"}),
     "zero stand-in": Method("deviation", settings={"stand_in": "zero"}),
     "deepest": Method("depth"),

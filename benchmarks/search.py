@@ -124,11 +124,11 @@ def all_runs() -> list[Run]:
     """Most important first."""
     runs = [Run("sets", "LoRA", 0)]
     for count in COUNTS:
-        methods = (*SEARCHES, "deviation", "kl", "similarity", "deepest", "loss")
+        methods = (*SEARCHES, "growth", "deviation", "kl", "similarity", "deepest", "loss")
         runs += [Run("sets", method, count) for method in methods]
         runs += [Run("sets", "random", count, draw=draw) for draw in range(3)]
     for seed in (1, 2):
-        runs += [Run("sets", method, 8, seed) for method in (*SEARCHES, "deviation", "kl", "deepest")]
+        runs += [Run("sets", method, 8, seed) for method in (*SEARCHES, "growth", "deviation", "kl", "deepest")]
         runs.append(Run("sets", "LoRA", 0, seed))
     return runs
 

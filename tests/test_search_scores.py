@@ -9,6 +9,7 @@ from peft_eas import EASConfig, initialize_eas_weights, score_attentions
 from peft_eas.families import find_layers
 from peft_eas.families.spec import POST
 from peft_eas.search import budget
+from peft_eas.search.scores import METHODS
 
 
 def batches(family):
@@ -136,13 +137,19 @@ def test_divergence_and_deviation_with_the_mean_in_place(family):
         assert by_kl[i] == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["kl", "deviation", "similarity", "loss"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_model_is_left_as_it_was(method):
     model = tiny.model("llama").train()
     model.model.layers[2].eval()
+    model.model.layers[1].requires_grad_(False)
     modes = [m.training for m in model.modules()]
+    own = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    logits, attributes = model(**batches("llama")[0]).logits, set(vars(model))
     score_attentions(model, batches("llama"), method)
     assert [m.training for m in model.modules()] == modes
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == own
+    assert set(vars(model)) == attributes
+    torch.testing.assert_close(model(**batches("llama")[0]).logits, logits, rtol=0, atol=0)
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     with pytest.raises(ValueError, match="can't take such a batch"), torch.no_grad():
         score_attentions(model, [batches("llama")[0] | {"input_ids": torch.tensor([[1.5]])}], method)
@@ -152,9 +159,9 @@ def test_the_model_is_left_as_it_was(method):
 
 def test_what_can_not_be_scored_is_said():
     model = tiny.model("llama")
-    with pytest.raises(ValueError, match="'kl', 'deviation', 'loss', 'similarity'"):
+    with pytest.raises(ValueError, match="'growth', 'kl', 'deviation', 'loss', 'similarity'"):
         score_attentions(model, [], method="gradient")
-    for method in ("kl", "deviation", "similarity", "loss"):
+    for method in METHODS:
         with pytest.raises(ValueError, match="gave no"):
             score_attentions(model, [], method=method)
     with pytest.raises(ValueError, match="needs batches with `labels`"):
@@ -166,7 +173,7 @@ def test_what_can_not_be_scored_is_said():
     with pytest.raises(ValueError, match=r"attentions \[3, 4, 5\] read or add is not finite"):
         score_attentions(model, batches("llama"))
     with pytest.raises(ValueError, match=r"gives no `logits`"):
-        score_attentions(tiny.model("llama").model, batches("llama"))
+        score_attentions(tiny.model("llama").model, batches("llama"), "kl")
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
-from zoo import tiny
+from zoo import families, tiny
 
 from peft_eas import EASCallback, EASConfig, initialize_eas_weights
 from peft_eas.stand_in import fill_stand_ins
@@ -312,3 +312,20 @@ def test_measuring_ends_when_there_are_enough_tokens():
     # 4 rows of 8 tokens that count a batch; 3 tokens for each of 32 numbers are 96
     assert len(calls) == 3
     assert all(value.any() for value in stand_ins(model).values())
+
+
+def test_dropout_behind_a_constant_takes_each_token_by_itself():
+    """In training the constant has as many rows as there are tokens; a broadcast one would lose the same numbers in
+    all of them."""
+    model = families.adapted("bart", stand_in="mean", propagation="none", skip_layers=["encoder.1.self"]).train()
+    layer = model.get_base_model().model.encoder.layers[1]
+    layer.dropout, given = 0.5, []
+    layer.self_attn_layer_norm.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    layer.self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    model(**families.tiny_inputs("bart"))
+    before, after = given
+    lost = (after - before).abs() < 1e-6
+    assert 0.3 < lost.float().mean() < 0.7
+    assert (lost != lost[:, :1]).any()

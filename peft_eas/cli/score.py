@@ -21,7 +21,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub name or folder of a causal language model")
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
-    parser.add_argument("--method", choices=list(METHODS), default="kl", help="default: kl")
+    parser.add_argument("--method", choices=list(METHODS), default="growth", help="default: growth")
     parser.add_argument("--examples", type=positive, default=64, help="how many examples to look at (default: 64)")
     parser.add_argument("--batch-size", type=positive, default=8, help="default: 8")
     parser.add_argument("--max-length", type=positive, default=512, help="longest example, in tokens (default: 512)")

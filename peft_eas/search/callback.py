@@ -17,6 +17,7 @@ from ..model import EASModel
 from ..stand_in import ENOUGH, are_zero, eas_model, fill_stand_ins
 from .held_out import MEASURED, HeldOut
 from .run import Search
+from .scores import METHODS
 from .trainer import Scorer, trainer_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ STATE_KEY = "eas_search"
 MOST_STEPS = 10**9
 """No training has more."""
 
-WARM_STARTS = ("deviation", "kl", "similarity", "depth")
+WARM_STARTS = (*(method for method in METHODS if method != "loss"), "depth")
 
 
 class EASCallback(TrainerCallback):
@@ -54,9 +55,9 @@ class EASCallback(TrainerCallback):
         search_steps: Optimizer steps, or fraction of all of them, from the end of the warm-up to the choice.
         interval: Optimizer steps from one round to the next.
         num_candidates: Attentions that are tried in a round.
-        warm_start: What the first set goes by: scores of the base model (see `score_attentions`), `"deviation"`,
-            `"kl"` or `"similarity"`; `"depth"`, the deeper the better; or scores by layer index, low for redundant.
-            `None`: all alike, so the deepest.
+        warm_start: What the first set goes by: scores (see `score_attentions`), `"growth"`, `"deviation"`, `"kl"` or
+            `"similarity"`; `"depth"`, the deeper the better; or scores by layer index, low for redundant. `None`: all
+            alike, so the deepest.
 
     Raises:
         ValueError: for a wrong value; when training begins, for a model without an EAS adapter, a dataset that can't be
@@ -74,7 +75,7 @@ class EASCallback(TrainerCallback):
         search_steps: float = 0.3,
         interval: int = 20,
         num_candidates: int = 4,
-        warm_start: str | Mapping[int | str, float] | None = "deviation",
+        warm_start: str | Mapping[int | str, float] | None = "growth",
     ) -> None:
         steps = f"a number of steps from 0 to {MOST_STEPS}, or a fraction below 1"
         warmup_steps, search_steps = (

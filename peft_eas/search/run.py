@@ -21,10 +21,12 @@ from transformers import TrainingArguments
 from ..families import find_layers
 from ..model import EASModel
 from . import budget, exchange
-from .held_out import COMPARED, fingerprints, means_over_processes
+from .exchange import Cost
+from .growth import Change, grow
+from .held_out import COMPARED, GROWN, fingerprints, means_over_processes
 from .report import write_report
 from .schedule import Schedule
-from .scores import deviations, score_attentions
+from .scores import cost_by_gates, deviations, score_attentions
 from .state import SearchState
 from .trainer import Scorer
 
@@ -75,7 +77,7 @@ class Search:
         if saved is None:
             count, about = self._count()
             schedule = Schedule.of(settings.warmup_steps, settings.search_steps, settings.interval, max_steps)
-            layers, scores = self.gates.layers, self._scores()
+            layers, scores = self.gates.layers, self._scores(count)
             start = exchange.start(scores or [0.0] * len(layers))
             self.state = SearchState(
                 layers, count, **asdict(schedule), start=start, order=start, scores=scores, budget=about
@@ -203,7 +205,8 @@ class Search:
         attentions = exchange.to_try(state.order, state.count, known, self.settings.num_candidates, failed, fits)
         if not attentions:
             return
-        losses, costs = self._tried(attentions)
+        is_last = step == state.settle
+        losses, costs = self._tried(attentions, is_last)
         ignored = sum(cost is None for cost in costs)
         state.ignored += ignored
         if ignored:
@@ -223,6 +226,8 @@ class Search:
         before = state.best()
         known = exchange.costs(state.tries())
         state.order, exchanged = exchange.exchange(state.order, state.count, known)
+        if is_last:
+            exchanged += self.decide(known)
         best = state.best()
         entry["exchanged"] = [[state.layers[attention] for attention in pair] for pair in exchanged]
         entry["skip_layers"] = best
@@ -242,12 +247,34 @@ class Search:
             places = [key if isinstance(key, int) else state.layers.index(key) for key in best]
             self.metrics |= {f"eas/skip_layers/{m + 1}": place for m, place in enumerate(places)}
 
-    def _tried(self, attentions: Sequence[int]) -> tuple[list[float] | None, list[list[float] | None]]:
+    def decide(self, known: Mapping[int, Cost]) -> list[tuple[int, int]]:
+        """Try exchanges that may save something, which the costs of their attentions leave open; do those that do."""
+        state, done = self.state, []
+        tried: set[tuple[int, int]] = set()
+        if exchange.clearest(state.order, state.count, known)[0] is None:
+            return []
+        with self.scorer.aside(len(state.rounds)):
+            batches = self.held_out.batches(len(state.rounds), self._trained_on(), is_last=True)
+            before = self._losses(state.best(), batches)
+            for _ in range(self.settings.num_candidates):
+                pair, _ = exchange.clearest(state.order, state.count, known, tried)
+                if pair is None:
+                    break
+                tried.add(pair)
+                order = exchange.exchanged(state.order, pair)
+                after = self._losses(state.to_layers(order[: state.count]), batches)
+                saved = exchange.costs([(0, [b - a for b, a in zip(before, after, strict=True)])])[0]
+                if saved.mean > exchange.CLEAR * saved.error:
+                    state.order, before = order, after
+                    done.append(pair)
+        return done
+
+    def _tried(self, attentions: Sequence[int], is_last: bool) -> tuple[list[float] | None, list[list[float] | None]]:
         """Losses of the set on a round's batches, and what skipping each of these attentions costs on them."""
         state, rounds = self.state, len(self.state.rounds)
         best = state.best()
         with self.scorer.aside(rounds):
-            batches = self.held_out.batches(rounds, self._trained_on())
+            batches = self.held_out.batches(rounds, self._trained_on(), is_last)
             whole = self._losses(best, batches)
             costs: list[list[float] | None] = []
             for attention in attentions:
@@ -270,8 +297,12 @@ class Search:
         """Fingerprints of the rows of the optimizer step just done, in all processes; none if there is a dataset."""
         return set(gather_object(list(self.seen))) if self.settings.search_dataset is None else set()
 
-    def _scores(self) -> list[float] | None:
-        """The score of each attention that the search starts from, if any."""
+    def _scores(self, count: int) -> list[float] | None:
+        """The score of each attention that the search starts from, if any.
+
+        Args:
+            count: How many are to be skipped.
+        """
         given, layers = self.settings.warm_start, self.gates.layers
         if given is None:
             return None
@@ -280,6 +311,12 @@ class Search:
         if given == "depth":
             found = find_layers(self.tuner.model)
             return [-float(found[key].depth) for key in layers]
+        if given == "growth":
+            with self.scorer.aside():
+                self.gates.set([])
+                change = Change(self.tuner.model, self.held_out.first(GROWN), self.scorer.loss, self.tuner)
+                largest = len(layers) // 2 if self.config.max_loss_increase is not None else count
+                return grow(cost_by_gates(self.gates, change), len(layers), largest)
         with self.scorer.aside(), self.tuner.without_adapters():
             batches = self.scorer.sample()
             if given == "deviation":
