@@ -77,7 +77,7 @@ def test_score(base, data, capsys):
     assert cli.main(["score", str(base), str(data)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
-    assert lines[0].split()[:2] == ["layer", "kl"]
+    assert lines[0].split()[:2] == ["layer", "growth"]
 
 
 def test_train_searches_and_saves_an_adapter(base, adapter):
