@@ -1,8 +1,17 @@
 """A site: the place in front of an attention or a FFN, with the adapters that it has.
 
-Unmerged, a site holds an adapter (1) of docs/method.md, which changes what the module reads. Folded (`merge_adapter`)
-or merged (`merge_and_unload`), it holds what folding has left: nothing, or a `Shift`. What an attention leaves where it
-is skipped is the same module in all three: a `StandIn` (2).
+Unmerged, a site holds an adapter, which changes what the module reads (numbers are those of docs/method.md):
+
+    adapt(z) = z + s sum_j alpha_j ((z A^T + a) B_j^T + b_j) = R z + t                  (1), an `Adapter`
+
+Folded (`merge_adapter`) or merged (`merge_and_unload`), it holds what folding has left. That is nothing where the
+linears `y = W z + w` that read the input have biases, and a shift where they have none:
+
+    y = (W R) z + (w + W t),    or    y = (W R) (z + v) + w  with  v = R^-1 t          (10), a `Shift`
+
+Where an attention is skipped, the same module adds the same to the residual stream in all three cases:
+
+    x <- x + k + z E^T F^T + p D^T                                                      (2), a `StandIn`
 """
 
 from __future__ import annotations
