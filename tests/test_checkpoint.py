@@ -17,6 +17,7 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -444,3 +445,14 @@ def test_loading_quantised(merged, tmp_path, how, unpacked):
     if not tolerance:  # a token that is read alone is quantised otherwise than among others
         generated = loaded.generate(**inputs, max_new_tokens=5, pad_token_id=0, use_cache=False)
         assert torch.equal(loaded.generate(**inputs, max_new_tokens=5, pad_token_id=0), generated)
+
+
+@pytest.mark.parametrize("layers", [10_001, 10**400], ids=["many", "400 digits"])
+def test_more_layers_than_any_model_has_are_refused_at_once(tmp_path, layers):
+    """transformers would make lists of them."""
+    adapted().merge_and_unload().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changed in (config | {"num_hidden_layers": layers}, config | {"text_config": {"num_hidden_layers": layers}}):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"`num_hidden_layers` in config\.json must be at most 10000, got 1"):
+            AutoConfig.from_pretrained(tmp_path)

@@ -197,6 +197,18 @@ class Record:
         return not any(shape.reads for kind in self.attentions for shape in kind.stand_ins)
 
 
+def check_layers(config: dict) -> None:
+    """Refuse a config.json with more layers than any model has: transformers makes lists of them, for minutes.
+
+    Raises:
+        ValueError: says how many there are.
+    """
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        layers = part.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > MOST:
+            raise ValueError(f"`num_hidden_layers` in config.json must be at most {MOST}, got {_short(layers)}.")
+
+
 def _checksum(eas: dict) -> str:
     content = json.dumps({key: value for key, value in eas.items() if key != "checksum"}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -29,7 +29,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, mo
 from .eas_files import CHECKSUMS, SCRATCH, clear, install
 from .eas_files import verify as verify_files
 from .eas_propagation import UNREADABLE
-from .eas_record import Record
+from .eas_record import Record, check_layers
 from .eas_structure import restructure
 
 
@@ -209,6 +209,7 @@ class EASConfigMixin(_Mixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
+        check_layers(config_dict)
         register_models(cls)
         of_its_own = {key: value for key, value in config_dict.items() if key != CHECKSUMS}
         return super().from_dict(of_its_own, **kwargs)
