@@ -249,7 +249,8 @@ def reloading(model_type: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(tiny_model(model_type), folder).eval()
-        close(logits(loaded, model_type), expected, tolerance=1e-6)
+        # tensors that were loaded are aligned in another way, for which some kernels add up in another order
+        close(logits(loaded, model_type), expected, tolerance=1e-5)
     merged = model.merge_and_unload()
     expected = logits(merged, model_type)
     loaded = reloaded(merged, model_type)
