@@ -71,7 +71,7 @@ def test_two_processes_search_as_one(tmp_path, name, alone):
     )
     assert report["rounds"][0]["tried"] == alone["rounds"][0]["tried"]
     for found, expected in zip(report["rounds"], alone["rounds"], strict=True):
-        assert len(found["losses"]) == 4 or found["step"] == 10  # the last round has more
+        assert len(found["losses"]) == 4
         # the mean of means over tokens, which are not as many
         if found["skip_layers"] == expected["skip_layers"]:
             assert statistics.fmean(found["losses"]) == pytest.approx(statistics.fmean(expected["losses"]), rel=0.02)

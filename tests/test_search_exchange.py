@@ -88,14 +88,3 @@ def test_rounds_come_closer_to_the_best_set_and_noise_does_not_lead_away():
     assert regret(4, 0.01) < 0.5 * start
     assert regret(10, 0.01) < 0.3 * start
     assert regret(8, 0.2) < 1.25 * start  # noise that is ten times the costs
-
-
-def test_the_clearest_exchange_and_those_that_are_not_meant():
-    """Of saving pairs, that of the largest difference in units of its error: (0.5 - 0.1) / 0.05, (0.5 - 0.2) / 0.01."""
-    known = {0: Cost(0.5, 0.0, 8), 1: Cost(0.0, 0.0, 8), 2: Cost(0.1, 0.05, 8), 3: Cost(0.2, 0.01, 8)}
-    pair, clearness = exchange.clearest([0, 1, 2, 3], 2, known)
-    assert (pair, clearness) == ((0, 3), pytest.approx(30))
-    pair, clearness = exchange.clearest([0, 1, 2, 3], 2, known, {(0, 3)})
-    assert (pair, clearness) == ((0, 2), pytest.approx(8))
-    assert exchange.clearest([0, 1, 2, 3], 2, known, {(0, 3), (0, 2)}) == (None, 0.0)
-    assert exchange.exchanged([4, 0, 2, 3], (0, 3)) == [4, 3, 2, 0]

@@ -17,7 +17,7 @@ from zoo.training import collate, dataset, parameters, trainer
 from peft_eas import EASCallback, EASConfig, score_attentions
 from peft_eas.layer import EASLayer
 from peft_eas.search import exchange
-from peft_eas.search.held_out import LAST_PARTS, PARTS, HeldOut
+from peft_eas.search.held_out import PARTS, HeldOut
 from peft_eas.search.report import reasons
 from peft_eas.search.run import Search
 
@@ -63,9 +63,8 @@ def test_costs_are_differences_of_the_loss_with_one_attention_turned(tmp_path, f
     model, held_out, expected = fresh(family, dropout=0.3), dataset(12), []
 
     def watched(self, step):
-        is_last = step == self.state.settle
-        batches = self.held_out.batches(len(self.state.rounds), is_last=is_last)
-        assert len(batches) == (12 if is_last else PARTS)
+        batches = self.held_out.batches(len(self.state.rounds))
+        assert len(batches) == PARTS
         copied, best = copy.deepcopy(self.model).eval(), self.state.best()
 
         def losses(skip_layers):
@@ -86,7 +85,6 @@ def test_costs_are_differences_of_the_loss_with_one_attention_turned(tmp_path, f
 
     original = Search.round
     monkeypatch.setattr(Search, "round", watched)
-    monkeypatch.setattr(Search, "decide", lambda self, known: [])
     _, search = run(tmp_path, model, dict(search_dataset=held_out), save_strategy="no", max_steps=12)
     assert len(expected) == 12
     for actual, right in expected:
@@ -337,30 +335,6 @@ def test_losses_that_are_not_finite_are_ignored_counted_and_reported(tmp_path, c
     assert 3 not in report["skip_layers"]
     assert "not finite; they are ignored" in caplog.text
     assert max(entry.get("eas/ignored_candidates", 0) for entry in made.state.log_history) == 1
-
-
-def test_the_last_round_tries_exchanges_themselves(tmp_path, monkeypatch):
-    """What single costs leave open, here all, is decided by the loss of the exchanged set on more examples."""
-    model, sizes = fresh(), []
-    charge(model, 0.5, (1, 2, 3, 4, 5))  # all but the first
-    monkeypatch.setattr(exchange, "exchange", lambda order, count, known: (list(order), []))
-    plain = HeldOut.batches
-
-    def counted(self, *args, **kwargs):
-        made = plain(self, *args, **kwargs)
-        sizes.append(len(made))
-        return made
-
-    monkeypatch.setattr(HeldOut, "batches", counted)
-    _, search = run(tmp_path, model, dict(search_dataset=dataset(64)), save_strategy="no")
-    *earlier, last = search.report["rounds"]
-    assert not any(entry["exchanged"] for entry in earlier)
-    assert last["step"] == search.report["settle"]
-    assert [enters for _, enters in last["exchanged"]] == [0]
-    assert len(last["losses"]) == LAST_PARTS > len(earlier[0]["losses"]) == PARTS
-    assert set(sizes) == {PARTS, LAST_PARTS}
-    assert search.report["comparison"]["kept"] == "found"
-    assert 0 in model.skip_layers
 
 
 def test_a_search_that_exchanges_nothing_learns_what_the_given_set_learns(tmp_path):

@@ -95,31 +95,6 @@ def to_try(
     return [order[place] for place in places[:number]]
 
 
-def clearest(
-    order: Sequence[int], count: int, known: Mapping[int, Cost], without: Collection[tuple[int, int]] = ()
-) -> tuple[tuple[int, int] | None, float]:
-    """The exchange that most clearly saves something, and by how many standard errors; `None` if none saves anything.
-
-    Args:
-        order: All attentions, the set first.
-        count: Size of the set.
-        known: Costs.
-        without: Pairs that are not meant.
-
-    Returns:
-        An attention of the set and one outside, and the difference of their costs in units of its standard error.
-    """
-
-    def clearness(pair: tuple[int, int]) -> float:
-        leaves, enters = (known[i] for i in pair)
-        return (leaves.mean - enters.mean) / max(math.hypot(leaves.error, enters.error), 1e-30)
-
-    pairs = [(i, j) for i in order[:count] if i in known for j in order[count:] if j in known]
-    saving = [(i, j) for i, j in pairs if known[i].mean > known[j].mean and (i, j) not in without]
-    best = max(saving, key=clearness, default=None)
-    return best, 0.0 if best is None else clearness(best)
-
-
 def exchange(order: Sequence[int], count: int, known: Mapping[int, Cost]) -> tuple[list[int], list[tuple[int, int]]]:
     """Exchange attentions of the set for cheaper ones outside, the clearest pair first, as long as a pair is clear.
 
@@ -128,18 +103,20 @@ def exchange(order: Sequence[int], count: int, known: Mapping[int, Cost]) -> tup
     """
     order = list(order)
     done: list[tuple[int, int]] = []
+
+    def clearness(out: int, enters: int) -> float:
+        error = math.hypot(known[out].error, known[enters].error)
+        saved = known[out].mean - known[enters].mean
+        return saved / max(error, 1e-30) if saved > 0 else 0.0
+
     while True:
-        best, clearness = clearest(order, count, known)
-        if best is None or clearness <= CLEAR:
+        pairs = [(i, j) for i in order[:count] if i in known for j in order[count:] if j in known]
+        best = max(pairs, key=lambda pair: clearness(*pair), default=None)
+        if best is None or clearness(*best) <= CLEAR:
             return order, done
-        order = exchanged(order, best)
+        i, j = (order.index(attention) for attention in best)
+        order[i], order[j] = order[j], order[i]
         done.append(best)
-
-
-def exchanged(order: Sequence[int], pair: tuple[int, int]) -> list[int]:
-    """The order with the places of two attentions exchanged."""
-    i, j = pair
-    return [j if each == i else i if each == j else each for each in order]
 
 
 def ranked(order: Sequence[int], count: int, known: Mapping[int, Cost]) -> list[int]:

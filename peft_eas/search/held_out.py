@@ -21,12 +21,6 @@ SAMPLE = 32
 MEASURED = 2048
 """At most how many stand-ins are measured with, if their tokens are not enough before."""
 
-LAST = 8
-"""How many times as many examples the last round has, which decides what is not clear yet."""
-
-LAST_PARTS = 16
-"""Its batches, at least."""
-
 GROWN = 16
 """At most how many the first set is grown on: it is what takes time when a search begins."""
 
@@ -78,23 +72,19 @@ class HeldOut:
         self.order = list(range(len(dataset)))
         random.Random(f"{seed} held out").shuffle(self.order)
 
-    def batches(self, round_number: int, avoid: Set[int] = frozenset(), is_last: bool = False) -> list[dict[str, Any]]:
+    def batches(self, round_number: int, avoid: Set[int] = frozenset()) -> list[dict[str, Any]]:
         """The batches of this process in a round: at least `PARTS`, and as many in each process.
 
         Args:
             round_number: 0, 1, ...
             avoid: `fingerprints` of rows that must not be among them.
-            is_last: Whether there are `LAST` times as many, or all there are.
 
         Raises:
             ValueError: if that leaves no example, or the collator's batches are no mappings.
         """
-        wanted, parts = self.examples, PARTS
-        if is_last:
-            wanted = max(wanted, min(LAST * wanted, len(self.order) // self.world_size))
-            parts = LAST_PARTS
+        wanted = self.examples
         first = (round_number * self.world_size + self.rank) * wanted
-        return self._collated(self._taken(first, wanted, avoid), min(self.batch_size, math.ceil(wanted / parts)))
+        return self._collated(self._taken(first, wanted, avoid), min(self.batch_size, math.ceil(wanted / PARTS)))
 
     def first(self, number: int, avoid: Set[int] = frozenset()) -> list[dict[str, Any]]:
         """This process's batches of the first `number` examples of the order, or of all there are; none twice."""

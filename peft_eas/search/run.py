@@ -21,7 +21,6 @@ from transformers import TrainingArguments
 from ..families import find_layers
 from ..model import EASModel
 from . import budget, exchange
-from .exchange import Cost
 from .growth import Change, grow
 from .held_out import COMPARED, GROWN, fingerprints, means_over_processes
 from .report import write_report
@@ -205,8 +204,7 @@ class Search:
         attentions = exchange.to_try(state.order, state.count, known, self.settings.num_candidates, failed, fits)
         if not attentions:
             return
-        is_last = step == state.settle
-        losses, costs = self._tried(attentions, is_last)
+        losses, costs = self._tried(attentions)
         ignored = sum(cost is None for cost in costs)
         state.ignored += ignored
         if ignored:
@@ -226,8 +224,6 @@ class Search:
         before = state.best()
         known = exchange.costs(state.tries())
         state.order, exchanged = exchange.exchange(state.order, state.count, known)
-        if is_last:
-            exchanged += self.decide(known)
         best = state.best()
         entry["exchanged"] = [[state.layers[attention] for attention in pair] for pair in exchanged]
         entry["skip_layers"] = best
@@ -247,34 +243,12 @@ class Search:
             places = [key if isinstance(key, int) else state.layers.index(key) for key in best]
             self.metrics |= {f"eas/skip_layers/{m + 1}": place for m, place in enumerate(places)}
 
-    def decide(self, known: Mapping[int, Cost]) -> list[tuple[int, int]]:
-        """Try exchanges that may save something, which the costs of their attentions leave open; do those that do."""
-        state, done = self.state, []
-        tried: set[tuple[int, int]] = set()
-        if exchange.clearest(state.order, state.count, known)[0] is None:
-            return []
-        with self.scorer.aside(len(state.rounds)):
-            batches = self.held_out.batches(len(state.rounds), self._trained_on(), is_last=True)
-            before = self._losses(state.best(), batches)
-            for _ in range(self.settings.num_candidates):
-                pair, _ = exchange.clearest(state.order, state.count, known, tried)
-                if pair is None:
-                    break
-                tried.add(pair)
-                order = exchange.exchanged(state.order, pair)
-                after = self._losses(state.to_layers(order[: state.count]), batches)
-                saved = exchange.costs([(0, [b - a for b, a in zip(before, after, strict=True)])])[0]
-                if saved.mean > exchange.CLEAR * saved.error:
-                    state.order, before = order, after
-                    done.append(pair)
-        return done
-
-    def _tried(self, attentions: Sequence[int], is_last: bool) -> tuple[list[float] | None, list[list[float] | None]]:
+    def _tried(self, attentions: Sequence[int]) -> tuple[list[float] | None, list[list[float] | None]]:
         """Losses of the set on a round's batches, and what skipping each of these attentions costs on them."""
         state, rounds = self.state, len(self.state.rounds)
         best = state.best()
         with self.scorer.aside(rounds):
-            batches = self.held_out.batches(rounds, self._trained_on(), is_last)
+            batches = self.held_out.batches(rounds, self._trained_on())
             whole = self._losses(best, batches)
             costs: list[list[float] | None] = []
             for attention in attentions:
