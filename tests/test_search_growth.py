@@ -57,6 +57,8 @@ def test_costs_that_fall_and_costs_that_are_not_finite():
     assert sorted(range(3), key=lambda i: scores[i])[2] == 2
     assert sorted(scores)[:2] == pytest.approx([0.2, 0.2])
     assert growth.grow(lambda numbers: float(numbers[0]), 3, 0) == [0.0, 1.0, 2.0]
+    infinite = growth.grow(lambda numbers: float("inf") if {1, 2} & set(numbers) else 0.5, 3, 2)
+    assert infinite == [0.5, float("inf"), float("inf")]
 
 
 def classifier():

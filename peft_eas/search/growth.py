@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,7 +43,8 @@ def grow(cost_of: Callable[[list[int]], float], number: int, count: int) -> list
         others = [i for i in range(number) if i not in joined]
         # of equal ones the later: the paper's sets are deep
         while (best := min(others, key=lambda i: (added[i], -i))) not in tried:
-            added[best] = cost_of([*joined, best]) - total
+            more = cost_of([*joined, best]) - total
+            added[best] = math.inf if math.isnan(more) else more  # of a set that costs infinitely much already
             tried.add(best)
         joined.append(best)
         total += added[best]
