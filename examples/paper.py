@@ -7,6 +7,7 @@ row, and what was expected.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import string
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 
 class DataError(ValueError):
@@ -300,17 +301,15 @@ def _wait() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Made examples
+# Command lines
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def drawing(color: str, shape: str, size: int = 64) -> Image.Image:
-    """A `"circle"`, `"rectangle"` or `"triangle"` on white, as in easy-VQA."""
-    image = Image.new("RGB", (size, size), "white")
-    draw = ImageDraw.Draw(image)
-    low, high = size // 6, size - size // 6
-    if shape == "triangle":
-        draw.polygon([(size // 2, low), (low, high), (high, high)], fill=color)
-    else:
-        {"circle": draw.ellipse, "rectangle": draw.rectangle}[shape]([low, low, high, high], fill=color)
-    return image
+def parse(options: argparse.ArgumentParser, small: dict[str, Any], tiny: dict[str, Any]) -> argparse.Namespace:
+    """The command line, with `--small` and `--tiny` besides, which come with other defaults."""
+    size = options.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_true", help="a model and questions that arrive in packages")
+    size.add_argument("--tiny", action="store_true", help="a random model and a few made questions")
+    chosen = options.parse_known_args()[0]
+    options.set_defaults(**small if chosen.small else tiny if chosen.tiny else {})
+    return options.parse_args()

@@ -175,17 +175,20 @@ def put_together(
 
 
 class ImagesToWords(nn.Module):
-    """Vision tower and projector of a LLaVA, to be trained so that an image's tokens say in turn what is in it.
+    """What a vision-language model sees with, to be trained so that an image's tokens say in turn what is in it.
 
     Args:
-        model: The LLaVA.
+        model: A LLaVA, or a model that is built as one.
+        see: Makes tokens of images: `(images, 3, height, width)` to `(images, tokens, hidden_size)`.
         words: Ids of the tokens of all words, colours and shapes: `(words,)`.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, words: torch.Tensor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, see: Callable[[torch.Tensor], torch.Tensor], words: torch.Tensor
+    ) -> None:
         super().__init__()
-        self.tower = model.model.vision_tower
-        self.projector = model.get_submodule(f"model.{PROJECTOR}")
+        self.parts = nn.ModuleList(part for name, part in model.model.named_children() if name != "language_model")
+        self.see = see
         self.register_buffer("words", model.get_input_embeddings().weight.detach()[words].clone())
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -193,20 +196,27 @@ class ImagesToWords(nn.Module):
 
         It draws each token towards the embedding of its word, and makes that the nearest one of all.
         """
-        tokens = self.projector(self.tower(pixel_values).last_hidden_state[:, 1:])
+        tokens = self.see(pixel_values)
         distances = (tokens[:, :, None] - self.words).square().sum(-1)  # (images, tokens, words)
         labels = labels[:, torch.arange(tokens.shape[1]) % 2]  # colour, shape, colour, ...
         own = distances.gather(-1, labels[..., None]).mean() / self.words.square().sum(-1).mean()
         return {"loss": own + F.cross_entropy(-distances.flatten(0, 1), labels.flatten())}
 
 
+def patch_tokens(model: LlavaForConditionalGeneration) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How a LLaVA sees: each patch of an image becomes a token."""
+    tower, projector = model.model.vision_tower, model.get_submodule(f"model.{PROJECTOR}")
+    return lambda pixel_values: projector(tower(pixel_values).last_hidden_state[:, 1:])
+
+
 def learn_to_see(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
+    see: Callable[[torch.Tensor], torch.Tensor],
     processor: LlavaProcessor,
     described: Sequence[tuple[Image.Image, tuple[str, str]]],
     args: argparse.Namespace,
 ) -> None:
-    """Train vision tower and projector on images and the words for what is in them; the language model is not used."""
+    """Train what `ImagesToWords` has, on images and the words for what is in them; the language model is not used."""
     words = COLORS + SHAPES
     pixels = processor.image_processor([image for image, _ in described], return_tensors="pt")["pixel_values"]
     rows = [
@@ -214,7 +224,7 @@ def learn_to_see(
         for image, (_, named) in zip(pixels, described, strict=True)
         for view in (image, image.flip(-1))  # shapes keep their names in a mirror
     ]
-    learner = ImagesToWords(model, first_tokens(words, processor.tokenizer))
+    learner = ImagesToWords(model, see, first_tokens(words, processor.tokenizer))
     fit(learner, rows, None, args, learning_rate=1e-3, batch_size=64, epochs=args.image_epochs / 2)
 
 
@@ -232,7 +242,7 @@ def make_llava(questions: Sequence[VisualQuestion], args: argparse.Namespace, ta
         patch_size=PATCH_SIZE,
     )
     model, processor = put_together(CLIPVisionModel(vision), load_model(), load_tokenizer())
-    learn_to_see(model, processor, described, args)
+    learn_to_see(model, patch_tokens(model), processor, described, args)
     model.save_pretrained(target)
     processor.save_pretrained(target)
 

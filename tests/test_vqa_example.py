@@ -213,7 +213,7 @@ def test_tower_and_projector_learn_to_turn_images_into_words(tmp_path):
     before = {name: value.clone() for name, value in model.model.language_model.state_dict().items()}
     described = [(drawing(*words), words) for words in itertools.product(COLORS[1:5], SHAPES)]
     args = argparse.Namespace(output=tmp_path, seed=0, image_epochs=400)
-    vqa.learn_to_see(model, processor, described, args)
+    vqa.learn_to_see(model, vqa.patch_tokens(model), processor, described, args)
     for name, value in model.model.language_model.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -240,7 +240,7 @@ def test_images_to_words_loss(llava):
     pixels = pixels["pixel_values"]
     labels = torch.tensor([[COLORS.index("red"), 8], [COLORS.index("teal"), 10]])
     with torch.no_grad():
-        loss = vqa.ImagesToWords(model, words)(pixels, labels)["loss"].item()
+        loss = vqa.ImagesToWords(model, vqa.patch_tokens(model), words)(pixels, labels)["loss"].item()
         tokens = model.model.multi_modal_projector(model.model.vision_tower(pixels).last_hidden_state[:, 1:])
         embeddings = model.get_input_embeddings().weight[words]
     expected = 0.0
