@@ -98,9 +98,7 @@ def main() -> None:
     with step("Fine-tuning EAS, and searching"):
         config = EASConfig(num_skip=args.num_skip, **common)
         eas = fine_tune(copy.deepcopy(base), config, train, processor, args, [EASCallback(search)])
-        print(
-            f"EAS skips the attentions of layers {eas.skip_layers}, out of {base.config.text_config.num_hidden_layers}"
-        )
+        print(f"EAS skips {eas.skip_layers}, out of {base.config.text_config.num_hidden_layers} attentions")
 
     with step("Merging, testing and timing"):
         merged = copy.deepcopy(eas).merge_and_unload()  # merging works in place
