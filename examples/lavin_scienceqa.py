@@ -41,7 +41,7 @@ from vqa import descriptions, learn_to_see
 
 from peft_eas import EASCallback, EASConfig
 
-SMALL = dict(examples=[1200, 128, 400], learning_rate=5e-4, epochs=1, batch_size=8, r=16, timing_examples=4)
+SMALL = dict(examples=[1200, 128, 400], learning_rate=1e-3, epochs=1, batch_size=8, r=16, timing_examples=4)
 TINY = dict(num_skip=2, r=4, r_pia=4, epochs=2, batch_size=4, learning_rate=1e-3, timing_examples=1)
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     options = parser("Fine-tune LaVIN for ScienceQA with EAS: without some of its attentions.")
     options.add_argument("--language-model", default="huggyllama/llama-7b", help="hub name or folder of a Llama")
     options.add_argument("--vision-tower", default="openai/clip-vit-large-patch14", help="that of a CLIP vision model")
-    options.set_defaults(r=8, r_pia=32, learning_rate=9e-3, batch_size=32)  # LaVIN-EAS's
+    options.set_defaults(r=8, r_pia=32, learning_rate=1.1e-3, batch_size=32)  # LaVIN-EAS's
     args = paper.parse(options, SMALL, TINY)
     transformers.logging.disable_progress_bar()  # those of loading; the Trainer's stays
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
