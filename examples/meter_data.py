@@ -120,7 +120,7 @@ def write_tiny_data(folder: Path) -> None:
             image = drawing(color, shape, 32)
             for question, answer in zip(QUESTIONS, (color, shape, "yes" if color == "red" else "no"), strict=True):
                 rows.append(dict(image=image, image_id=number, question=question, answer=answer))
-            other = kinds[number * 5 % 7 % len(kinds)]
+            other = kinds[(number + number // len(kinds)) % len(kinds)]  # itself, then the next one, and so on
             for sentence, label in zip(SENTENCES, (color == other[0] == "red", shape == other[1]), strict=True):
                 pairs.append(dict(images=(image, drawing(*other, 32)), sentence=sentence, label=label))
         write_vqa(folder, vqa_split, rows)
@@ -129,13 +129,8 @@ def write_tiny_data(folder: Path) -> None:
 
 def save_tiny_tokenizer(folder: Path) -> None:
     """A tokenizer of the words of these examples."""
-    words = [
-        "<s>",
-        "<pad>",
-        "</s>",
-        "<unk>",
-        *sorted({word for text in QUESTIONS + SENTENCES for word in text.split()}),
-    ]
-    raw = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    known = sorted({word for text in QUESTIONS + SENTENCES for word in text.split()})
+    words = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *known])}
+    raw = Tokenizer(WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)

@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", choices=AUTO, default="vqa")
     parser.add_argument("--model", help="a METER's *.ckpt, or hub name or folder of a BridgeTower")
     parser.add_argument("--tokenizer", default="roberta-base", help="of the text encoder: hub name or folder")
-    parser.add_argument("--data", type=Path, help="folder with VQA v2's or NLVR2's files, see `read`")
+    parser.add_argument("--data", type=Path, help="folder with VQA v2's or NLVR2's files, see docs/paper.md")
     parser.add_argument("--small", action="store_true", help="a small METER and easy-VQA")
     parser.add_argument("--tiny", action="store_true", help="random weights and drawn examples")
     parser.add_argument("--num-skip", type=int, default=10, help="attentions to skip; the paper skips 8 to 16 of 24")
@@ -108,6 +108,7 @@ def fit(
         logging_steps=20,
         save_strategy="no",
         report_to=[],
+        dataloader_num_workers=0 if args.small or args.tiny else 8,  # large images take long to read
         dataloader_pin_memory=False,
         disable_tqdm=False,
         seed=args.seed,
@@ -129,12 +130,8 @@ def pretrain(args: argparse.Namespace, target: Path, scratch: Path) -> None:
 
 def with_eas(model: PreTrainedModel, args: argparse.Namespace) -> PeftModel:
     """The model with adapters in its fusion layers; towers are as they were, and stay so."""
-    config = EASConfig(
-        num_skip=args.num_skip,
-        r=args.r,
-        r_pia=args.r_pia,
-        modules_to_save=[*TRAINED, model.HEAD],
-    )
+    modules_to_save = [*TRAINED, model.HEAD]
+    config = EASConfig(num_skip=args.num_skip, r=args.r, r_pia=args.r_pia, modules_to_save=modules_to_save)
     model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if ".embeddings." in name:  # PEFT goes by the ends of names, and text encoders have types of tokens, too
@@ -195,7 +192,7 @@ def main() -> None:
 
     with step(f"Loading {args.model or 'the small METER, whose fusion layers are trained the first time'}"):
         args.model = args.model or cached(f"meter-easy-vqa-{args.seed}", partial(pretrain, args))
-        base = load_model(args.model, args.task, answers)
+        base = load_model(args.model, args.task, answers).to("cuda" if torch.cuda.is_available() else "cpu")
         collate = Collator(AutoTokenizer.from_pretrained(args.tokenizer), answers, base.config.vision_config.image_size)
 
     with step("Testing it"):
@@ -211,7 +208,7 @@ def main() -> None:
 
     with step("Testing EAS, before and after merging"):
         logits["EAS, not merged"] = logits_of(eas, test, collate, args)
-        models = {"base": base.to(eas.device), "EAS, not merged": copy.deepcopy(eas)}  # merging works in place
+        models = {"base": base, "EAS, not merged": copy.deepcopy(eas)}  # merging works in place
         merged = models["EAS, merged"] = eas.merge_and_unload()
         logits["EAS, merged"] = logits_of(merged, test, collate, args)
 
@@ -226,17 +223,16 @@ def main() -> None:
 
     with step(f"Saving the merged model to {args.output}, and loading it"):
         merged.save_pretrained(args.output)
-        collate.tokenizer.save_pretrained(args.output)
+        for part in (collate.tokenizer, collate.processor):
+            part.save_pretrained(args.output)
         loaded = AUTO[args.task].from_pretrained(args.output)
-        same = torch.equal(logits_of(loaded, test, collate, args), logits["EAS, merged"])
+        same = torch.equal(logits_of(loaded.to(base.device), test, collate, args), logits["EAS, merged"])
         print(f"The loaded model says {'the very same' if same else 'SOMETHING ELSE'} as the merged one.")
-        print(
-            "Elsewhere, `import meter_model` has to come before loading: transformers has no METER. It needs peft_eas."
-        )
+        print("Elsewhere, `import meter_model` comes before that: it registers METER, and imports peft_eas.")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, DataError, DownloadError) as error:
+    except (CheckpointError, DataError, DownloadError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -202,7 +202,7 @@ def read_vqa(questions: Path, annotations: Path, images: Path) -> list[ImageQues
     for row in _read(questions).get("questions", ()):
         name = row.get("question_id")
         with _row(questions, f"question {name}"):
-            if name not in answers:
+            if not answers.get(name, {}).get("answers"):
                 raise DataError(f"{annotations} has no answers to it; take both files of the same split.")
             given = Counter(str(answer["answer"]).lower().strip() for answer in answers[name]["answers"])
             subset = answers[name].get("data_subtype", images.name)

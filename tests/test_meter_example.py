@@ -550,9 +550,10 @@ def test_errors_of_data(tmp_path):
     (images / "COCO_val2014_000000000003.jpg").unlink()
     with pytest.raises(DataError, match=r"val2014_questions\.json, question 0: its image .*000003\.jpg is missing"):
         meter_data.read("vqa", tmp_path, "val2014")
-    annotations.write_text(json.dumps({"annotations": []}))
-    with pytest.raises(DataError, match=r"question 0: .*annotations\.json has no answers to it"):
-        meter_data.read("vqa", tmp_path, "val2014")
+    for none in ([], [{"question_id": 0, "answers": []}]):
+        annotations.write_text(json.dumps({"annotations": none}))
+        with pytest.raises(DataError, match=r"question 0: .*annotations\.json has no answers to it"):
+            meter_data.read("vqa", tmp_path, "val2014")
     (tmp_path / "dev.json").write_text("")
     with pytest.raises(DataError, match="has no sentences"):
         meter_data.read("nlvr2", tmp_path, "dev")
