@@ -203,7 +203,7 @@ def read_vqa(questions: Path, annotations: Path, images: Path) -> list[ImageQues
     for row in _read(questions).get("questions", ()):
         name = row.get("question_id")
         with _row(questions, f"question {name}"):
-            if name not in answers:
+            if not answers.get(name, {}).get("answers"):
                 raise DataError(f"{annotations} has no answers to it; take both files of the same split.")
             given = Counter(str(answer["answer"]).lower().strip() for answer in answers[name]["answers"])
             subset = answers[name].get("data_subtype", images.name)
@@ -235,9 +235,56 @@ def read_nlvr2(sentences: Path, images: Path) -> list[ImageQuestion]:
             if label not in ("True", "False"):
                 raise DataError(f"`label` is {label!r}, not True or False.")
             pair = row["identifier"].rsplit("-", 1)[0]
-            both = tuple(_image(images / f"{pair}-img{side}.png") for side in (0, 1))
+            place = images / str(row.get("directory", ""))  # the images of the training set lie in a hundred folders
+            both = tuple(_image(place / f"{pair}-img{side}.png") for side in (0, 1))
             read.append(ImageQuestion(row["identifier"], row["sentence"], both, {label: 1.0}))
+    if not read:
+        raise DataError(f"{sentences} has no sentences: download it again.")
     return read
+
+
+def write_vqa(folder: Path, split: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write questions in VQA v2's format, the images in `folder / split`.
+
+    Args:
+        folder: Where to.
+        split: What stands for `train2014` in all names.
+        rows: `image` (of PIL), `image_id`, `question` and `answer`, which all ten people give.
+    """
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    questions, annotations = [], []
+    for number, row in enumerate(rows):
+        path = folder / split / f"COCO_{split}_{row['image_id']:012}.jpg"
+        if not path.exists():
+            row["image"].save(path, quality=95)
+        both = {"question_id": number, "image_id": row["image_id"]}
+        questions.append({**both, "question": row["question"]})
+        answers = [{"answer_id": i, "answer": row["answer"], "answer_confidence": "yes"} for i in range(1, 11)]
+        annotations.append({**both, "data_subtype": split, "answers": answers})
+    for name, content in (
+        (f"v2_OpenEnded_mscoco_{split}_questions.json", {"questions": questions}),
+        (f"v2_mscoco_{split}_annotations.json", {"annotations": annotations}),
+    ):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_nlvr2(folder: Path, split: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write sentences in NLVR2's format: `folder / "dev.json"`, the images in `folder / "images" / "dev"`.
+
+    Args:
+        folder: Where to.
+        split: What stands for `dev`.
+        rows: `images` (two of PIL), `sentence` and `label`, which is true or false.
+    """
+    images = folder / "images" / split
+    images.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, row in enumerate(rows):
+        for side, image in enumerate(row["images"]):
+            image.save(images / f"{split}-{number}-0-img{side}.png")
+        name = f"{split}-{number}-0-0"
+        lines.append(json.dumps({"identifier": name, "sentence": row["sentence"], "label": str(row["label"])}))
+    (folder / f"{split}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def frequent_answers(questions: Iterable[ImageQuestion], least: int = 9) -> list[str]:

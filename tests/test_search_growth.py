@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import get_peft_model
 from searches import SEARCH, run
-from transformers import BertForSequenceClassification
-from zoo import families, tiny
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from zoo import families, sizes, tiny
 from zoo.training import dataset
 
 from peft_eas import EASConfig, initialize_eas_weights, score_attentions
@@ -145,6 +146,27 @@ def test_what_is_compared_is_bounded(monkeypatch):
         change = growth.Change(model, [inputs], lambda batch: model(**batch))
         assert sum(given.numel() for of_batch in change.first for given in of_batch) <= growth.LARGEST
         assert change() == (0.0, -(-inputs["input_ids"].numel() // change.step))
+
+
+def test_a_head_without_a_body_of_its_own():
+    """What a model says that is called as a whole, and gives no hidden states."""
+
+    class Whole(BertModel):
+        def forward(self, input_ids, attention_mask):
+            pooled = super().forward(input_ids, attention_mask).pooler_output
+            return SequenceClassifierOutput(logits=pooled[:, :5])
+
+    torch.manual_seed(0)
+    model = Whole(BertConfig(**sizes.TEXT)).eval()
+    inputs = tiny.inputs("llama", padding=None)
+    with torch.no_grad():
+        change = growth.Change(model, [inputs], lambda batch: model(**batch))
+        before = model(**inputs).logits
+        torch.testing.assert_close(change.first, [[before]])
+        assert change() == (0.0, before.double().square().sum().item())
+        model.pooler.dense.weight.mul_(2)
+        expected = (model(**inputs).logits - before).double().square().sum().item()
+        assert change()[0] == pytest.approx(expected)
 
 
 def test_a_model_that_gives_nothing_to_compare_is_refused():

@@ -59,6 +59,7 @@ class Change:
 
     A language model: by the divergence of its predictions, in nats a token. Of another one the head is mostly new, so
     what counts is what a head reads, the body's last hidden state: the mean square of its change, relative to its own.
+    Where a model with a head has no body of its own that gives one, its `logits` say it, likewise.
 
     Args:
         model: A transformers model.
@@ -81,9 +82,13 @@ class Change:
         self.called = list(dict.fromkeys([model, caller or model]))
         self.step = 1
         self.is_predicted = model.can_generate() or model.get_output_embeddings() is not None
+        self.is_answered = False
         found = [self._given(batch) for batch in self.batches]
         if self.is_predicted and not any(found):  # a loss that makes no logits
             self.is_predicted = False
+            found = [self._given(batch) for batch in self.batches]
+        if not any(found):  # a head that is part of its body
+            self.is_answered = True
             found = [self._given(batch) for batch in self.batches]
         numbers = sum(given.numel() for of_batch in found for given in of_batch)
         if not numbers:
@@ -105,21 +110,25 @@ class Change:
         return change, size
 
     def _given(self, batch: Any) -> list[torch.Tensor]:
-        """For each forward of the model, `(tokens, size)`: log-probabilities or hidden states, without padding."""
+        """For each forward of the model, `(tokens, size)`: log-probabilities or hidden states, without padding; or
+        `(rows, labels)`."""
         given: list[torch.Tensor] = []
 
         def see(module: nn.Module, args: tuple, output: Any) -> None:
-            if self.is_predicted:
+            if self.is_predicted or self.is_answered:
                 values = getattr(output, "logits", None)
             else:
                 values = output if isinstance(output, torch.Tensor) else output[0]
-            if isinstance(values, torch.Tensor) and values.dim() == 3:
+            if self.is_answered and isinstance(values, torch.Tensor):
+                given.append(values[:: self.step].flatten(1).float())
+            elif isinstance(values, torch.Tensor) and values.dim() == 3:
                 kept = self._kept(values, arguments).float()
                 given.append(kept.log_softmax(-1) if self.is_predicted else kept)
 
         body: Any = self.model.base_model
         with arguments_seen(*self.called) as arguments, hooks() as handles:
-            for watched in self.called if self.is_predicted or body is self.model else [body]:
+            is_whole = self.is_predicted or self.is_answered or body is self.model
+            for watched in self.called if is_whole else [body]:
                 handles.append(watched.register_forward_hook(see))
             self.forward(batch)
         return given
