@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import tempfile
 import traceback
@@ -313,6 +314,7 @@ def images(model_type: str) -> None:
 TEXTS = torch.randint(3, 90, (3, 2, 10), generator=torch.Generator().manual_seed(5))
 
 
+@functools.lru_cache(maxsize=1)  # of three checks
 def decoded(model_type: str) -> list[nn.Module]:
     """An adapted decoder, with and without propagation, as it is and merged; none for other models."""
     if model_type in EXAMPLES:

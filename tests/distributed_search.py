@@ -1,6 +1,6 @@
-"""One process of a distributed training with a search; started by `test_distributed.py`.
+"""One process of distributed trainings with searches, one after another; started by `test_distributed.py`.
 
-torchrun --nproc-per-node 2 distributed_search.py OUT '{"gradient_checkpointing": true}'
+torchrun --nproc-per-node 2 distributed_search.py OUT '{"NAME": {"gradient_checkpointing": true}}'
 """
 
 import json
@@ -65,21 +65,21 @@ def train(out: Path, batch_size: int, options: dict) -> tuple:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
-    made, search = train(out, 3, json.loads(sys.argv[2]))
-    rank = made.args.process_index
-    evaluated = made.evaluate()["eval_loss"]
-    (out / f"rank{rank}.json").write_text(
-        json.dumps(
-            {
-                "report": search.report,
-                "skip_layers": made.model.skip_layers,
-                "eval_loss": evaluated,
-                "sharded": isinstance(made.model, FSDPModule),
-            }
+    for name, options in json.loads(sys.argv[2]).items():
+        out = Path(sys.argv[1]) / name
+        made, search = train(out, 3, options)
+        evaluated = made.evaluate()["eval_loss"]
+        (out / f"rank{made.args.process_index}.json").write_text(
+            json.dumps(
+                {
+                    "report": search.report,
+                    "skip_layers": made.model.skip_layers,
+                    "eval_loss": evaluated,
+                    "sharded": isinstance(made.model, FSDPModule),
+                }
+            )
         )
-    )
-    distributed.barrier()
+        distributed.barrier()
     os._exit(0)  # taking gloo's threads down in order hangs now and then
 
 

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 from zoo import families, tiny
 
-from peft_eas import EASConfig, card, model_card
+from peft_eas import EASConfig, card, model_card, work
 from peft_eas.card import layer_picture, write_card
 from peft_eas.checks import shown
 from peft_eas.work import base_of, count, on_meta
@@ -71,6 +71,22 @@ def test_operations_are_those_of_the_formula(family, skip):
         counted = count(on_meta(model)).prefill[tokens]
         assert counted == pytest.approx(expected, rel=1e-3)  # rotations are matrix products, too
     assert count(base_of(merged)).prefill == count(on_meta(tiny.model(family))).prefill
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text"])
+def test_layers_that_are_alike_are_counted_once(family, monkeypatch):
+    """With the same sums as when all run, as they have to in Gemma 4, where they hand keys on to one another."""
+    model = on_meta(merge(families.tiny_model(family), [1]))
+    (layer,) = {type(layer) for layer in model.get_decoder().layers}
+    forward, runs = layer.forward, []
+    monkeypatch.setattr(layer, "forward", lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs))
+    counted, ran = count(model), len(runs)
+    monkeypatch.setattr(work, "_each_kind_once", work._each)
+    assert count(model) == counted
+    assert counted.prefill
+    layers = 2 * len(model.get_decoder().layers)  # one reads a text, and one fills a cache
+    assert len(runs) - ran == layers
+    assert ran > layers if family == "gemma4_text" else ran == 4  # of two kinds
 
 
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "gpt2", "olmo2", "minicpm3"])

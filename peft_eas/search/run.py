@@ -67,6 +67,7 @@ class Search:
                 "never made: begin with a fresh adapter, `get_peft_model(model, EASConfig(num_skip=...))`."
             )
         self.metrics: dict[str, float] = {}
+        self.written: dict[str, Any] = {}  # the last report
         self.seen: set[int] = set()
         self.hook: RemovableHandle | None = None
         if isinstance(settings.warm_start, Mapping) and (
@@ -403,5 +404,7 @@ class Search:
             tqdm.write(f"EAS: {line}")
 
     def _write_report(self) -> None:
-        if self.args.process_index == 0:
-            write_report(self.report(), Path(self.args.output_dir))
+        report = self.report()
+        if self.args.process_index == 0 and report != self.written:  # drawing takes half a second
+            write_report(report, Path(self.args.output_dir))
+            self.written = report
