@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 import vqa
-from paper import ImageQuestion, drawing, load_image, read_nlvr2, read_vqa, write_nlvr2, write_vqa
+from made import drawing
+from paper import ImageQuestion, load_image, read_nlvr2, read_vqa, write_nlvr2, write_vqa
 from real_data import SHAPES, VisualQuestion, cached, visual_questions
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -99,7 +99,7 @@ def model_card(
     text = [
         f"# {name}",
         _summary(record, base_model),
-        _how_to_load(auto, repo_id),
+        _how_to_load(auto, repo_id, type(model).__bases__[1]),
         _costs(model, count(base_of(model)), count(on_meta(model)), measured),
         _results(eval_results),
         _how_made(record.config),
@@ -232,21 +232,30 @@ def _summary(record: Record, base_model: str | None) -> str:
     )
 
 
-def _how_to_load(auto: str, repo_id: str | None) -> str:
+TRUSTED = """\
+`trust_remote_code=True` lets transformers run `modeling_eas.py` and the files beside it, which need only torch and
+transformers. Where `peft_eas` is installed, `import peft_eas` takes its place."""
+OUTSIDE = """\
+{} is no class of transformers: `peft_eas` has to be installed, and the module imported that registers this class with
+transformers and its row with `peft_eas`."""
+
+
+def _how_to_load(auto: str, repo_id: str | None, base_class: type) -> str:
     reader = "AutoProcessor" if auto == "AutoModelForImageTextToText" else "AutoTokenizer"
+    is_stock = base_class.__module__.startswith("transformers.")
+    first = "" if is_stock else f"import {base_class.__module__}\n"
     return f"""\
 ## Loading
 
 ```python
-from transformers import {auto}, {reader}
+{first}from transformers import {auto}, {reader}
 
 name = "{repo_id or "..."}"{"" if repo_id else "  # this repository, or a folder with its files"}
-model = {auto}.from_pretrained(name, trust_remote_code=True)
+model = {auto}.from_pretrained(name{", trust_remote_code=True" if is_stock else ""})
 {"processor" if reader == "AutoProcessor" else "tokenizer"} = {reader}.from_pretrained(name)
 ```
 
-`trust_remote_code=True` lets transformers run `modeling_eas.py` and the files beside it, which need only torch and
-transformers. Where `peft_eas` is installed, `import peft_eas` takes its place."""
+{TRUSTED if is_stock else OUTSIDE.format(base_class.__name__)}"""
 
 
 def _costs(model: PreTrainedModel, base: Work, merged: Work, measured: Mapping[str, float] | None) -> str:

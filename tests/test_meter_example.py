@@ -14,8 +14,9 @@ import meter_small
 import meter_vqa
 import pytest
 import torch
+from made import drawing
 from meter_model import CheckpointError, MeterConfig
-from paper import DataError, drawing, read_vqa, write_vqa
+from paper import DataError, read_vqa, write_vqa
 from peft import get_peft_model
 from real_data import COLORS, SHAPES
 from torch.nn import functional as F

@@ -57,12 +57,19 @@ def ran(request, tmp_path_factory):
 
 
 def test_what_is_merged_saved_and_loaded_says_what_was_trained(ran):
-    _, printed, out = ran
+    name, printed, out = ran
     for what in ("merging", "saving and loading"):
         assert float(re.search(rf"Largest difference that {what} makes to a logit.*: (\S+)", printed)[1]) < 1e-4
     skipped = json.loads(re.search(r"EAS skips (\[.*\]), out of 6", printed)[1])
     report = json.loads((out / "report.json").read_text())
     config = json.loads((out / "config.json").read_text())
+    card = (out / "README.md").read_text()
+    assert (
+        ("import lavin_model\n" in card)
+        == ("LavinForConditionalGeneration is no class of" in card)
+        == (name == "lavin")
+    )
+    assert ("trust_remote_code=True" in card) == (name == "llava")
     assert len(skipped) == 2
     assert report["skip_layers"] == config["eas"]["attentions"][0]["skip"] == skipped
 
