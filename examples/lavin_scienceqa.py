@@ -70,6 +70,8 @@ def pretrained(args: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorMixi
     if args.small:
         folder = cached(f"smollm2-lavin-{args.seed}", lambda *folders: make_small(*folders, args.seed))
         return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    paper.check_type(args.vision_tower, "clip", "clip_vision_model")
+    paper.check_type(args.language_model, "llama")
     tower = CLIPVisionModel.from_pretrained(args.vision_tower)
     every_fourth = tuple(range(4, tower.config.num_hidden_layers + 1, 4))
     language_model = AutoModelForCausalLM.from_pretrained(args.language_model)
@@ -122,5 +124,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (paper.DataError, DownloadError) as error:
+    except (paper.DataError, DownloadError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

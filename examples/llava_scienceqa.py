@@ -207,6 +207,7 @@ def pretrained(args: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorMixi
     if args.small:
         start = argparse.Namespace(image_epochs=20, seed=args.seed, output=args.output)
         args.model = vqa.starting_point(vqa.visual_questions("train"), start)
+    paper.check_type(args.model, "llava")
     return AutoModelForImageTextToText.from_pretrained(args.model), AutoProcessor.from_pretrained(args.model)
 
 
@@ -242,5 +243,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (paper.DataError, DownloadError) as error:
+    except (paper.DataError, DownloadError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import AutoConfig
 
 
 class DataError(ValueError):
@@ -348,8 +349,19 @@ def _wait() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command lines
+# Models and command lines
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_type(name: str | Path, *model_types: str) -> None:
+    """Refuse a checkpoint of another model, most of whose weights transformers would make anew.
+
+    Raises:
+        DataError: if it is not of one of these types.
+    """
+    found = AutoConfig.from_pretrained(name).model_type
+    if found not in model_types:
+        raise DataError(f"{name} is a model of the type {found!r}; {' or '.join(map(repr, model_types))} is needed.")
 
 
 def parse(options: argparse.ArgumentParser, small: dict[str, Any], tiny: dict[str, Any]) -> argparse.Namespace:

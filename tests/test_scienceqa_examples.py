@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import lavin_model
 import lavin_scienceqa
@@ -102,6 +103,36 @@ def test_what_is_wrong_with_the_data_is_said_before_training(name, monkeypatch, 
     )
     with pytest.raises(paper.DataError, match=r"pid_splits.json has no split 'val'; it has train, minival, test\."):
         SCRIPTS[name].main()
+
+
+def test_a_checkpoint_of_another_model_is_refused(monkeypatch, tmp_path, folder):
+    tower, llama = str(tmp_path / "tower"), str(tmp_path / "llama")
+    made.tiny_tower().save_pretrained(tower)
+    made.tiny_language_model(made.tiny_tokenizer()).save_pretrained(llama)
+    for name, options, message in (
+        ("llava", ["--model", llama], r"llama is a model of the type 'llama'; 'llava' is needed"),
+        ("lavin", ["--vision-tower", llama], r"llama is .* 'llama'; 'clip' or 'clip_vision_model' is needed"),
+        ("lavin", ["--vision-tower", tower, "--language-model", tower], r"'clip_vision_model'; 'llama' is needed"),
+    ):
+        monkeypatch.setattr("sys.argv", ["script.py", "--data", str(folder), "--output", str(tmp_path), *options])
+        with pytest.raises(paper.DataError, match=message):
+            SCRIPTS[name].main()
+
+
+def test_parts_that_exist_are_put_together(tmp_path):
+    """As the default of LaVIN: a tower, and a language model, each with its weights; every fourth layer is seen."""
+    tower, llama = made.tiny_tower(8), made.tiny_language_model(made.tiny_tokenizer())
+    tower.save_pretrained(tmp_path / "tower")
+    llama.save_pretrained(tmp_path / "llama")
+    made.tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    args = SimpleNamespace(
+        tiny=False, small=False, seed=0, vision_tower=tmp_path / "tower", language_model=tmp_path / "llama"
+    )
+    model, _ = lavin_scienceqa.pretrained(args)
+    assert model.config.vision_layers == (4, 8)
+    for part, original in ((model.model.vision_tower, tower), (model.model.language_model, llama.model)):
+        for name, value in original.state_dict().items():
+            assert torch.equal(part.state_dict()[name][: len(value)] if value.dim() else value, value), name
 
 
 # ScienceQA ------------------------------------------------------------------------------------------------------------
