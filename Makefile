@@ -12,11 +12,11 @@ demo: $(VENV)/ready
 test test-min: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/ready
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 # the same tests on the lowest versions that setup.cfg admits
 test-min: .venv-min/ready
-	.venv-min/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	.venv-min/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # PEFT's own tests, unmodified, against EAS
 test-peft: $(VENV)/ready

@@ -60,6 +60,8 @@ def _tried(counting: Callable[..., int], model: PreTrainedModel, *args: int) -> 
             return counting(running, model, *args)
         except Exception as error:  # whatever a family does with values that are not there
             logger.info("The work of %s can't be counted: %s", type(model).__name__, error)
+            if isinstance(error, RuntimeError):  # torch's, of the meta device
+                break
     return None
 
 

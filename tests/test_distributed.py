@@ -18,7 +18,6 @@ from zoo.training import collate, dataset
 
 from peft_eas.search import held_out
 
-pytestmark = pytest.mark.xdist_group("distributed")  # what is launched once is for the tests of one worker
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 LAUNCHES = {

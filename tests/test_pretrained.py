@@ -64,10 +64,11 @@ def test_merging_saving_and_loading_in_a_new_process(trained, smollm2):
     merged = copy.deepcopy(model).merge_and_unload()
     error = (merged(**prompts).logits - logits)[kept].abs().max()
     double = copy.deepcopy(model).double()  # layer 0 is skipped without a measured stand-in, which enlarges rounding
-    exact = double(**prompts).logits[kept]
-    assert error <= 5 * (logits[kept] - exact).abs().max()
+    some = {name: value[:3] for name, value in prompts.items()}  # doubles take long
+    exact = double(**some).logits[kept[:3]]
+    assert error <= 5 * (logits[:3][kept[:3]] - exact).abs().max()
     assert error <= 1e-3 * logits[kept].abs().max()
-    assert (double.merge_and_unload()(**prompts).logits[kept] - exact).abs().max() <= 1e-6 * exact.abs().max()
+    assert (double.merge_and_unload()(**some).logits[kept[:3]] - exact).abs().max() <= 1e-6 * exact.abs().max()
     del double
     assert torch.equal(merged.generate(**prompts, max_new_tokens=8, do_sample=False), tokens)
     # 8 of 30 attentions and as many norms fewer, biases of attentions and FFNs and stand-ins more

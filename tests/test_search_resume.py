@@ -161,12 +161,17 @@ searches.run(sys.argv[1], searches.fresh(), others=[Kill()], save_steps=2)
 """
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was not interrupted."""
+    return run(tmp_path_factory.mktemp("whole"), fresh(), save_strategy="no")
+
+
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, phase, exact_resume):
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, phase, exact_resume, whole):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(PHASES[phase] + 1)]
     killed = subprocess.run(command, check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not (tmp_path / "killed" / f"checkpoint-{STEPS}").exists()
-    whole, whole_search = run(tmp_path / "whole", fresh(), save_strategy="no")
     resumed, search = run(tmp_path / "killed", fresh(seed=4), resume=True, save_steps=2)
-    same_run(resumed, whole, search, whole_search)
+    same_run(resumed, whole[0], search, whole[1])
