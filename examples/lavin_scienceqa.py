@@ -99,7 +99,9 @@ def main() -> None:
 
     with step("Fine-tuning EAS, and searching"):
         config = EASConfig(num_skip=args.num_skip, **common)
-        eas = fine_tune(copy.deepcopy(base), config, train, processor, args, [EASCallback(search)])
+        # from the deepest, as the authors' sets are: before it has learned the task, the model says little of its needs
+        finder = EASCallback(search, warm_start="depth")
+        eas = fine_tune(copy.deepcopy(base), config, train, processor, args, [finder])
         print(f"EAS skips {eas.skip_layers}, out of {base.config.text_config.num_hidden_layers} attentions")
 
     with step("Merging, testing and timing"):

@@ -48,7 +48,7 @@ from transformers import (
 from peft_eas import EASCallback, EASConfig
 
 PROJECTOR = "multi_modal_projector"
-SMALL = dict(examples=[1200, 128, 400], learning_rate=5e-4, epochs=1, batch_size=8, r=16, r_pia=32, timing_examples=4)
+SMALL = dict(examples=[1200, 128, 400], learning_rate=1e-3, epochs=1, batch_size=8, r=16, r_pia=32, timing_examples=4)
 TINY = dict(num_skip=2, r=4, r_pia=4, epochs=2, batch_size=4, learning_rate=1e-3, timing_examples=1)
 
 
@@ -225,7 +225,9 @@ def main() -> None:
     with step("Fine-tuning EAS and the projector, and searching"):
         ranks = dict(r=args.r, r_pia=args.r_pia)
         config = EASConfig(num_skip=args.num_skip, **ranks, modules_to_save=[PROJECTOR], task_type="CAUSAL_LM")
-        eas = fine_tune(copy.deepcopy(base), config, train, processor, args, [EASCallback(search)])
+        # from the deepest, as the authors' sets are: before it has learned the task, the model says little of its needs
+        finder = EASCallback(search, warm_start="depth")
+        eas = fine_tune(copy.deepcopy(base), config, train, processor, args, [finder])
         print(f"EAS skips {eas.skip_layers}, out of {base.config.text_config.num_hidden_layers} attentions")
 
     with step("Merging, testing and timing"):
