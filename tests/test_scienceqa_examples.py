@@ -228,6 +228,19 @@ def test_batches_are_prompts_images_and_labels_for_the_responses(folder, name):
     assert "pixel_values" not in llava_scienceqa.collate(texts, processor)
 
 
+def test_the_answer_is_the_likeliest_letter_of_the_choices(folder):
+    tokenizer = made.tiny_tokenizer()
+    problems = [problem for problem in paper.read_scienceqa(folder, "train") if len(problem.choices) == 3][:4]
+    logits = torch.zeros(4, len(tokenizer))
+    said = [(problem.answer + off) % 3 for problem, off in zip(problems, (0, 1, 0, 2), strict=True)]
+    for row, letter in enumerate(said):
+        logits[row, tokenizer.convert_tokens_to_ids("ABC"[letter])] = 1
+        logits[row, tokenizer.convert_tokens_to_ids("D")] = 2  # there is no such choice
+        logits[row, tokenizer.convert_tokens_to_ids("shape")] = 3
+    right = llava_scienceqa.right_answers(logits, problems, SimpleNamespace(tokenizer=tokenizer))
+    assert right.tolist() == [True, False, True, False]
+
+
 def test_times_are_ratios_of_the_same_round(monkeypatch):
     clock = iter([0, 9, 0, 9, 0, 2, 0, 1, 0, 4, 0, 4, 0, 6, 0, 2])  # one round to warm up, and three
     monkeypatch.setattr(paper.time, "perf_counter", lambda: next(clock))

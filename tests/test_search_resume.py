@@ -124,6 +124,7 @@ def test_the_best_checkpoint_keeps_the_set_that_made_it_the_best(tmp_path, caplo
     torch.testing.assert_close(model.eval()(**inputs).logits, best.eval()(**inputs).logits)
     chosen = search.report["rounds"][-1]["skip_layers"]
     assert chosen != model.skip_layers
+    assert json.loads((tmp_path / "report.json").read_text()) == search.report  # written again
     assert "was saved before the search ended" in caplog.text
 
 
