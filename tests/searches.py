@@ -1,6 +1,9 @@
 """Searches in the stock Trainer, and what they do."""
 
 from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
 
 import torch
 from peft import get_peft_model
@@ -66,10 +69,18 @@ class Watch(TrainerCallback):
         self.evaluated.append(self.skipped(training=False))
 
 
+@contextmanager
+def unrendered():
+    """Inside, pictures are drawn but not rendered, which takes as long as a search of a tiny model."""
+    with mock.patch("matplotlib.figure.Figure.savefig", lambda self, file, **kwargs: Path(file).write_bytes(b"drawn")):
+        yield
+
+
 def run(path, model, settings=None, others=(), resume=None, **kwargs):
     search = EASCallback(**SEARCH | (settings or {}))
     made = trainer(path, model, callbacks=[search, *others], **dict(max_steps=STEPS, save_steps=1) | kwargs)
-    made.train(resume_from_checkpoint=resume)
+    with unrendered():
+        made.train(resume_from_checkpoint=resume)
     return made, search
 
 

@@ -4,7 +4,7 @@ import json
 
 import attacks
 import pytest
-from searches import SEARCH, STEPS, fresh, run
+from searches import SEARCH, STEPS, fresh, run, unrendered
 from transformers import TrainerCallback
 from zoo.training import trainer
 
@@ -61,6 +61,7 @@ def test_reporters_see_the_metrics_and_files_are_left(tmp_path):
         plot_search({"layers": [1]})
 
 
+@unrendered()
 def test_a_full_disk_leaves_the_report_and_the_picture_that_were_there(tmp_path):
     run(tmp_path / "run", fresh(), save_strategy="no")
     before, report = attacks.contents(tmp_path), json.loads((tmp_path / "run" / "report.json").read_text())
