@@ -9,7 +9,7 @@ What it does, with `python examples/lavin_scienceqa.py --data FOLDER`, where Sci
 5. saves the merged model with its processor, loads both, and answers the questions again.
 
 `--small` does it with what arrives in packages: SmolLM2-135M, a small tower that first learns to see, and easy-VQA in
-ScienceQA's format; in about 25 minutes on two CPU cores. `--tiny` is for trying it: a random model and made questions.
+ScienceQA's format; in about 25 minutes of one CPU core. `--tiny` is for trying it: a random model and made questions.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ What it does, with `python examples/llava_scienceqa.py --data FOLDER`, where Sci
 4. saves the merged model with its processor, and lets a new process, without peft_eas, answer the questions again.
 
 `--small` does it with what arrives in packages: the LLaVA that `examples/vqa.py` makes, and easy-VQA in ScienceQA's
-format; in about 15 minutes on two CPU cores. `--tiny` is for trying it: a random model and a few made questions.
+format; in about 20 minutes of one CPU core. `--tiny` is for trying it: a random model and a few made questions.
 """
 
 from __future__ import annotations
