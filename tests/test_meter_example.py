@@ -589,3 +589,18 @@ def test_options_that_do_not_go_together(options, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         meter_vqa.parse_args()
     assert message in capsys.readouterr().err
+
+
+def test_an_answer_is_worth_what_vqa_v2_says(tmp_path):
+    """By how many of ten people gave it: 0.3, 0.6, 0.9, and 1 from four on."""
+    row = dict(image=drawing(COLORS[1], SHAPES[0], 16), image_id=3, question="what?", answer="circle")
+    write_vqa(tmp_path, "val2014", [row])
+    questions, annotations = (tmp_path / f"v2_{name}_val2014_{kind}.json" for name, kind in (
+        ("OpenEnded_mscoco", "questions"), ("mscoco", "annotations")
+    ))  # fmt: skip
+    told = json.loads(annotations.read_text())
+    people = ["Circle"] * 4 + ["ball"] * 3 + ["ring"] * 2 + ["dot"]
+    told["annotations"][0]["answers"] = [{"answer": answer} for answer in people]
+    annotations.write_text(json.dumps(told))
+    (question,) = read_vqa(questions, annotations, tmp_path / "val2014")
+    assert question.scores == {"circle": 1.0, "ball": 0.9, "ring": 0.6, "dot": 0.3}
