@@ -8,6 +8,7 @@ from peft.utils import constants
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .card import model_card
+from .checkpoint import merge_checkpoint
 from .config import EASConfig, EASType
 from .export import export
 from .families import FAMILIES, Attentions, Family, register_family
@@ -27,6 +28,7 @@ __all__ = [
     "Family",
     "export",
     "initialize_eas_weights",
+    "merge_checkpoint",
     "model_card",
     "plot_search",
     "register_family",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .runtime.eas_files import SCRATCH
 
@@ -21,16 +24,50 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
     Raises:
         ValueError: if `target` is something else.
     """
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists already and is not an empty folder: name another one.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = _free(target)
     # beside the target, so that the last step is one renaming
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         folder = Path(scratch) / "new"
         folder.mkdir()
         yield folder
         folder.replace(target)
+
+
+@contextlib.contextmanager
+def kept_folder(target: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
+    """As `new_folder`, with another folder beside it: what is put there is still there the next time, if the `with` was
+    interrupted or the process killed. A `ValueError` would come again, and leaves nothing.
+
+    Returns:
+        The folder whose content is kept, and the one to fill.
+
+    Raises:
+        ValueError: as `new_folder`; and if another process has them.
+    """
+    target = _free(target)
+    scratch = target.parent / f".{target.name}.merging"
+    kept, folder = scratch / "kept", scratch / "new"
+    kept.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(scratch / "lock", timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            yield kept, folder
+            folder.replace(target)
+    except Timeout:
+        raise ValueError(f"Another process is writing {target}: wait for it, or name another folder.") from None
+    except ValueError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _free(target: str | os.PathLike) -> Path:
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists already and is not an empty folder: name another one.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 @contextlib.contextmanager

@@ -10,7 +10,10 @@ of a FFN is (numbers of equations are those of docs/method.md)
 from __future__ import annotations
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
+WORKSPACE = 3 << 26
+"""Bytes that `fold` needs beside what it is given and what it returns, at most, where one row of all experts is less."""
 LARGEST_AMPLIFICATION = 1e3
 """How many times as large as what it is the inverse of an `input_shift` may be; in trained models it is about 1."""
 
@@ -50,16 +53,26 @@ def fold(
         `(o, d)` folded weight and `(o,)` folded bias, or `None` if there is none; computed in float32 or wider and
         rounded once, to the dtype of `weight`.
     """
+    if has_torch_function((weight,)):
+        return handle_torch_function(fold, (weight,), weight, bias, down, down_bias, up, up_bias)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    wide = weight.to(dtype)
-    projected = wide @ up.to(dtype)
-    shift = None if bias is None else bias.to(dtype)
-    if down_bias is not None:
-        shift = _add(shift, projected @ down_bias.to(dtype))
-    if up_bias is not None:
-        shift = _add(shift, wide @ up_bias.to(dtype))
-    folded = (projected @ down.to(dtype)).add_(wide)
-    return folded.to(weight.dtype), None if shift is None else shift.to(weight.dtype)
+    down, up = down.to(dtype), up.to(dtype)
+    folded, shifts = torch.empty_like(weight), []
+    # a part of the rows at a time, since they are wider here
+    count = max(1, WORKSPACE // (3 * dtype.itemsize * max(1, weight[..., :1, :].numel())))
+    for start in range(0, weight.shape[-2], count):
+        rows = slice(start, start + count)
+        wide = weight[..., rows, :].to(dtype)
+        projected = wide @ up
+        shift = None if bias is None else bias[rows].to(dtype)
+        if down_bias is not None:
+            shift = _add(shift, projected @ down_bias.to(dtype))
+        if up_bias is not None:
+            shift = _add(shift, wide @ up_bias.to(dtype))
+        folded[..., rows, :] = (projected @ down).add_(wide)
+        if shift is not None:
+            shifts.append(shift.to(weight.dtype))
+    return folded, torch.cat(shifts, -1) if shifts else None
 
 
 def input_shift(

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .unread import Unread
+
 Linear = Any
 """A linear of whatever library: with attributes that `nn.Module` does not tell the types of."""
 
@@ -32,7 +34,7 @@ def check_foldable(linear: nn.Module | nn.Parameter) -> None:
         ValueError: if they are quantised in an unknown way, or in one that can't be undone.
     """
     weight: Any = linear if isinstance(linear, nn.Parameter) else getattr(linear, "weight", None)
-    is_plain = type(weight).__module__.startswith("torch.") or type(weight) is torch.Tensor
+    is_plain = type(weight).__module__.startswith("torch.") or type(weight) in (torch.Tensor, Unread)
     if not (is_quantised(weight) or (is_plain and weight.dtype in _FLOATING)):
         kind = type(linear)
         raise ValueError(

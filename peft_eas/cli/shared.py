@@ -7,22 +7,13 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
-import transformers
-from peft import PeftConfig, TaskType
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto import modeling_auto
+from peft import PeftConfig
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoint import model_class_of
 from ..checks import one_line
 from ..config import EASConfig, EASType
 
@@ -61,26 +52,9 @@ def device() -> torch.device:
 
 
 def load_model(name: str, dtype: str | None = None, adapter: PeftConfig | None = None) -> PreTrainedModel:
-    """A model that generates text; or the one that `adapter` was trained with, if that says so."""
-    own = None if adapter is None else _model_class(adapter.auto_mapping)
-    if own is None and adapter is not None and adapter.task_type == TaskType.SEQ_2_SEQ_LM:
-        own = AutoModelForSeq2SeqLM
+    """A model that generates text; or one of the kind that `adapter` was trained with, if that says so."""
     with reading(name):
-        if own is None:
-            model_type = AutoConfig.from_pretrained(name).model_type
-            reads_images = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-            is_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-            own = AutoModelForImageTextToText if reads_images and not is_causal else AutoModelForCausalLM
-        return own.from_pretrained(name, dtype=dtype or "auto")
-
-
-def _model_class(auto_mapping: Any) -> type[PreTrainedModel] | None:
-    """The class that an adapter was trained with; saved where there is no type of the task."""
-    name = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
-    own = getattr(transformers, name, None) if isinstance(name, str) else None
-    if own is not None and not (isinstance(own, type) and issubclass(own, PreTrainedModel)):
-        raise UsageError(f"adapter_config.json names {name!r} as its `base_model_class`, which is no class of models.")
-    return own
+        return model_class_of(name, adapter).from_pretrained(name, dtype=dtype or "auto")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
