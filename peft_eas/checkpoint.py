@@ -8,11 +8,11 @@ have the very bytes of those that `save_pretrained` writes.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,7 @@ import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftConfig, PeftModel, TaskType
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.auto import modeling_auto
@@ -34,10 +31,12 @@ from transformers.utils.logging import tqdm
 from .config import EASType
 from .folders import kept_folder
 from .runtime.eas_files import CONFIG, install
+from .shards import Shard, bytes_of, check_finite, sources_of, tensors_in
 from .unread import Recipe, Unread, shape_of
 
-MAX_SHARD_SIZE = "50GB"  # that of `save_pretrained`
-_DTYPES = modeling_utils.str_to_torch_dtype
+MAX_SHARD_SIZE = "50GB"
+"""As in `save_pretrained`."""
+
 WAY_OUT = (
     "Way out: load the model as a whole, put the adapter on it with `PeftModel.from_pretrained(model, adapter)`, and "
     "save what `merge_and_unload()` returns."
@@ -49,6 +48,11 @@ _TASKS = {
     TaskType.SEQ_2_SEQ_LM: modeling_auto.AutoModelForSeq2SeqLM,
     TaskType.FEATURE_EXTRACTION: modeling_auto.AutoModel,
 }
+_GENERATE = (
+    (modeling_auto.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (modeling_auto.AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    (modeling_auto.AutoModelForMultimodalLM, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+)
 
 
 def merge_checkpoint(
@@ -61,9 +65,9 @@ def merge_checkpoint(
 ) -> None:
     """Merge an adapter into a base model, both in files, without having the model in memory.
 
-    The files are those of `merge_and_unload().save_pretrained(out, max_shard_size=max_shard_size)`, byte for byte. In
-    memory there is one tensor at a time. A merge that was killed goes on where it was, when it is called again with the
-    same adapter and base; until all is written there is no `out`, but a folder `.OUT.merging` beside it.
+    The files are those of `merge_and_unload().save_pretrained(out, max_shard_size=max_shard_size)`, byte for byte. One
+    tensor at a time is in memory. A merge that was killed goes on where it was, when it is called again with the same
+    base and adapter; until all is written there is no `out`, but a folder `.OUT.merging` beside it.
 
     Args:
         base: The base model, a folder or a name on the Hub.
@@ -73,31 +77,11 @@ def merge_checkpoint(
         max_shard_size: Of a file of weights, as in `save_pretrained`.
 
     Raises:
-        ValueError: for an adapter of another kind, a base model that is quantised, has no safetensors, or lacks weights,
-            and for an `out` that is something else; for NaN in folded weights. There is no `out` then.
+        ValueError: for an adapter of another kind, and a base model that is quantised, has no safetensors, or lacks
+            weights; for an `out` that is something else; for NaN in folded weights. There is no `out` then.
         OSError: for files that are not there, or can't be read.
     """
     plan_checkpoint(base, adapter, dtype=dtype, max_shard_size=max_shard_size).write(out)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of weights to be.
-
-    Attributes:
-        name: Of the file.
-        header: What it begins with.
-        tensors: What follows, by name.
-    """
-
-    name: str
-    header: bytes
-    tensors: Mapping[str, torch.Tensor]
-
-    @property
-    def size(self) -> int:
-        """Of the file, in bytes."""
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -109,8 +93,8 @@ class CheckpointPlan:
         skipped: The attentions that it does without.
         shards: Its files of weights.
         index: What says where each weight is, if there are several files.
-        sources: The files that the base model's weights are read from; none if there are none, and shapes are those that
-            its configuration gives.
+        sources: The files that the base model's weights are read from. If there are none, shapes are those that its
+            configuration gives.
     """
 
     model: PreTrainedModel
@@ -128,7 +112,7 @@ class CheckpointPlan:
     def peak(self) -> int:
         """How many bytes of tensors there are in memory at most: what the adapter has, and what one tensor takes."""
         tensors = [tensor for shard in self.shards for tensor in shard.tensors.values()]
-        held = {id(source): source for tensor in tensors for source in _sources(tensor)}
+        held = {id(source): source for tensor in tensors for source in sources_of(tensor)}
         of_adapter = sum(source.nbytes for source in held.values() if isinstance(source, torch.Tensor))
         return of_adapter + max(tensor.recipe.peak() for tensor in tensors if isinstance(tensor, Unread))
 
@@ -138,9 +122,12 @@ class CheckpointPlan:
         Args:
             out: As in `merge_checkpoint`.
             finish: Puts more files into the folder of the merged model.
+
+        Raises:
+            ValueError: as `merge_checkpoint`.
         """
         if not self.sources:
-            raise ValueError(f"{self.model.name_or_path} has no weights to merge into: there is just its configuration.")
+            raise ValueError(f"{self.model.name_or_path} has no weights to merge into, only a configuration.")
         with kept_folder(out) as (kept, folder):
             weights, made_of = kept / "weights", kept / "made_of"
             fingerprint = self._fingerprint()
@@ -150,12 +137,13 @@ class CheckpointPlan:
                 made_of.write_text(fingerprint)
             with tqdm(total=self.size, unit="B", unit_scale=True, desc="Merging") as progress:
                 for shard in self.shards:
-                    _write_shard(shard, weights, progress.update)
+                    shard.write(weights, progress.update)
             if self.index is not None:
                 text = json.dumps(self.index, indent=2, sort_keys=True) + "\n"
                 (weights / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
             self.model.save_pretrained(folder, state_dict={})  # all but the weights
             finish(folder)
+            # the last that can fail is behind, and the weights may leave where they are kept
             if hasattr(self.model.config, "eas"):
                 (folder / CONFIG).replace(weights / CONFIG)
                 install(weights, folder)
@@ -172,8 +160,8 @@ class CheckpointPlan:
         for shard in self.shards:
             digest.update(shard.name.encode() + shard.header)
             for tensor in shard.tensors.values():
-                for source in _sources(tensor):
-                    digest.update(repr(source.args).encode() if isinstance(source, Recipe) else _bytes_of(source))
+                for source in sources_of(tensor):
+                    digest.update(repr(source.args).encode() if isinstance(source, Recipe) else bytes_of(source))
         return digest.hexdigest()
 
 
@@ -189,36 +177,35 @@ def plan_checkpoint(
     config = PeftConfig.from_pretrained(adapter)
     if config.peft_type != EASType.EAS:
         raise ValueError(f"{adapter} is an adapter of type {config.peft_type!s}, not an EAS adapter.")
-    model_class = model_class_of(base, config)
-    sources, base_model, missing = _load(base, model_class, dtype or "auto")
+    sources, base_model, missing = _load(base, model_class_of(base, config), dtype or "auto")
+    class_name = type(base_model).__name__
     model = PeftModel.from_pretrained(base_model, adapter, config=config)
-    for parameter in model.parameters():  # what is folded is looked at when it is written
-        if not isinstance(parameter, Unread):
-            _check_finite(parameter)
+    for parameter in model.parameters():
+        if not isinstance(parameter, Unread):  # these are looked at when they are written
+            check_finite(parameter)
     skipped = model.skip_layers
     merged = model.merge_and_unload()
     tensors = _saved(merged)
     lacking = [name for name, tensor in tensors.items() if any(tensor is one for one in missing)]
     if lacking:
         raise ValueError(
-            f"{base} lacks {len(lacking)} weights of a {model_class.__name__}, such as {lacking[0]}, and the adapter does "
-            "not have them: is it the base model that the adapter was trained with?"
+            f"{base} lacks {len(lacking)} weights of a {class_name}, such as {lacking[0]}, which the adapter does not "
+            "have: is it the base model that the adapter was trained with?"
         )
-    shapes = {name: shape_of(tensor) for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(
-        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        _storages(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     index = None
     if split.is_sharded:
         metadata = {"total_parameters": merged.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-    shards = [_shard(name, {key: tensors[key] for key in keys}) for name, keys in split.filename_to_tensors.items()]
+    shards = [Shard.of(name, {key: tensors[key] for key in keys}) for name, keys in split.filename_to_tensors.items()]
     return CheckpointPlan(merged, skipped, tuple(shards), index, sources)
 
 
 def model_class_of(base: str, adapter: PeftConfig | None = None) -> Any:
-    """What loads a model: the class that an adapter was trained with, or the auto class of its task; else that of models
-    that generate text.
+    """What loads a model: the class that an adapter was trained with, or the auto class of its task; else that of
+    models that generate text.
 
     Raises:
         ValueError: if the adapter names something else than a class of models.
@@ -228,46 +215,42 @@ def model_class_of(base: str, adapter: PeftConfig | None = None) -> Any:
     own = getattr(transformers, name, None) if isinstance(name, str) else None
     if own is not None:
         if not (isinstance(own, type) and issubclass(own, PreTrainedModel)):
-            raise ValueError(f"adapter_config.json names {name!r} as its `base_model_class`, which is no class of models.")
+            raise ValueError(
+                f"adapter_config.json names {name!r} as its `base_model_class`, which is no class of models."
+            )
         return own
     if adapter is not None and adapter.task_type in _TASKS:
         return _TASKS[adapter.task_type]
     model_type = AutoConfig.from_pretrained(base).model_type
-    reads_images = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    is_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return modeling_auto.AutoModelForImageTextToText if reads_images and not is_causal else modeling_auto.AutoModelForCausalLM
+    return next((auto for auto, names in _GENERATE if model_type in names), modeling_auto.AutoModelForCausalLM)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The base model
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _load(base: str, model_class: Any, dtype: Any) -> tuple[tuple[str, ...], PreTrainedModel, list[nn.Parameter]]:
-    """The base model, unread: the files of its weights, the model, and those of its parameters that they lack."""
+def _load(base: str, model_class: Any, dtype: Any) -> tuple[tuple[str, ...], PreTrainedModel, list[torch.Tensor]]:
+    """The files of a model's weights, the model, unread, and those of its tensors that the files lack."""
     config = getattr(model_class, "config_class", AutoConfig).from_pretrained(base)
     parts = [config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))]
     if any(getattr(part, "quantization_config", None) for part in parts):
         raise ValueError(
             f"{base} is quantised, and a merge from files to files does not dequantise. {WAY_OUT} That dequantises; or "
-            "merge into the float model that it was made from, see \"Quantised bases\" in docs/usage.md."
+            "merge into the float model that it was made from (`--base`)."
         )
     make = getattr(model_class, "from_config", None) or model_class._from_config
     with torch.device("meta"):
         skeleton = make(config, dtype=config.dtype if dtype == "auto" else dtype)
-    model_class = type(skeleton)  # of auto classes, the one that they take
-    if not isinstance(skeleton.config, type(config)):  # of a model of text in one of images, too
+    if not isinstance(skeleton.config, type(config)):  # a model of text alone, of a checkpoint of text and images
         config = config.get_text_config()
     files = _files(base, getattr(config, "transformers_weights", None))
-    state = {key: value for file in files for key, value in _tensors(file)}
+    state = {key: value for file in files for key, value in tensors_in(file)}
     if not files:
         state = {key: Unread(Recipe(value, torch.empty)) for key, value in skeleton.state_dict().items()}
     try:
-        model, info = model_class.from_pretrained(
+        model, info = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
     except NotImplementedError as error:
-        raise ValueError(f"{base} has to be converted when it is loaded, which takes its values ({error}). {WAY_OUT}") from error
+        raise ValueError(
+            f"{base} has to be converted when it is loaded, which takes its values ({error}). {WAY_OUT}"
+        ) from error
     model.name_or_path = model.config.name_or_path = base  # what `from_pretrained(base)` knows besides
     if model.can_generate():
         try:
@@ -300,29 +283,6 @@ def _found(base: str, name: str) -> str | None:
         return None
 
 
-def _tensors(file: str) -> Iterator[tuple[str, Unread]]:
-    """Those of a safetensors file."""
-    try:
-        with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(key)
-                dtype = _DTYPES[part.get_dtype()]
-                like = torch.empty(part.get_shape(), dtype=dtype, device="meta")
-                yield key, Unread(Recipe(like, _read, (file, key)))
-    except (SafetensorError, KeyError) as error:
-        raise OSError(f"{file} can't be read ({error}): is it truncated or corrupt? Download it again.") from error
-
-
-def _read(file: str, key: str) -> torch.Tensor:
-    with safe_open(file, "pt") as opened:  # each time anew, so that no more of the file stays mapped into memory
-        return opened.get_tensor(key)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The merged model
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def _saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors that `save_pretrained` would write, in its order."""
     ignored = model._keys_to_ignore_on_save or ()
@@ -332,54 +292,12 @@ def _saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return tensors if hasattr(model.config, "eas") else revert_weight_conversion(model, tensors)
 
 
-def _sources(tensor: torch.Tensor) -> Iterator[Recipe | torch.Tensor]:
-    return tensor.recipe.sources() if isinstance(tensor, Unread) else iter((tensor,))
-
-
-def _check_finite(tensor: torch.Tensor) -> None:
-    if not torch.isfinite(tensor).all():
-        raise ValueError("NaNs detected in the merged weights. The adapter default seems to be broken")
-
-
-def _shard(name: str, tensors: Mapping[str, torch.Tensor]) -> Shard:
-    """A file as safetensors would write it: the order is its, which it has for tensors without any values, too."""
-    blank = save({key: torch.empty(0, dtype=tensor.dtype) for key, tensor in tensors.items()}, {"format": "pt"})
-    entries = json.loads(blank[8 : 8 + int.from_bytes(blank[:8], "little")])
-    order, end = [key for key in entries if key != "__metadata__"], 0
-    for key in order:
-        start, end = end, end + tensors[key].nbytes
-        entries[key] |= {"shape": list(tensors[key].shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return Shard(name, len(text).to_bytes(8, "little") + text, {key: tensors[key] for key in order})
-
-
-def _write_shard(shard: Shard, folder: Path, progress: Callable[[int], object]) -> None:
-    """Write a file, or what is lacking of it; by another name until it is whole."""
-    file, part = folder / shard.name, folder / f"{shard.name}.part"
-    if file.exists():
-        progress(shard.size)
-        return
-    pieces: list[bytes | torch.Tensor] = [shard.header, *shard.tensors.values()]
-    ends = list(itertools.accumulate(len(piece) if isinstance(piece, bytes) else piece.nbytes for piece in pieces))
-    size = part.stat().st_size if part.exists() else 0
-    whole = max((end for end in ends if end <= size), default=0)
-    with open(part, "ab") as target:
-        target.truncate(whole)
-        for piece, start, end in zip(pieces, [0, *ends], ends, strict=False):
-            if end > whole:
-                target.write(piece if isinstance(piece, bytes) else _bytes_of(piece))
-            progress(end - start)
-        target.flush()
-        os.fsync(target.fileno())
-    part.replace(file)
-
-
-def _bytes_of(tensor: torch.Tensor) -> Any:
-    """Its values as safetensors has them, checked if something of the adapter is in them."""
-    if isinstance(tensor, Unread):
-        is_changed = any(isinstance(source, torch.Tensor) for source in tensor.recipe.sources())
-        tensor = tensor.recipe.read()
-        if is_changed:
-            _check_finite(tensor)
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+def _storages(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors on the meta device whose storages are as large as those that `save_pretrained` counts: of views of one
+    storage it makes copies, and a view that is left alone it takes for all of its storage."""
+    shapes = {name: shape_of(tensor) for name, tensor in tensors.items()}
+    views = Counter(shape.untyped_storage()._cdata for shape in shapes.values())
+    return {
+        name: shape if views[shape.untyped_storage()._cdata] == 1 else torch.empty_like(shape)
+        for name, shape in shapes.items()
+    }

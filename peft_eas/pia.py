@@ -13,7 +13,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 WORKSPACE = 3 << 26
-"""Bytes that `fold` needs beside what it is given and what it returns, at most, where one row of all experts is less."""
+"""Bytes that `fold` takes beside what it is given and returns; more only where one row of all experts is more."""
 LARGEST_AMPLIFICATION = 1e3
 """How many times as large as what it is the inverse of an `input_shift` may be; in trained models it is about 1."""
 

@@ -103,7 +103,7 @@ class Unread(torch.Tensor):
     def recipe(self) -> Recipe:
         return self.cell.recipe
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's has no types
         return f"Unread({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
@@ -114,7 +114,9 @@ class Unread(torch.Tensor):
             return func(*args, **kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares the one that is none
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs, first = kwargs or {}, args[0]
         if func in (_aten.detach.default, _aten.alias.default):  # another name for the same
             return Unread(first.cell)
@@ -140,11 +142,14 @@ def _later(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What `function` gives, unread."""
     on_meta = tree_map_only(torch.Tensor, shape_of, (tuple(args), dict(kwargs)))
     on_meta = tree_map_only(torch.device, lambda _: torch.device("meta"), on_meta)
-    given = tree_map_only(Unread, lambda tensor: tensor.recipe, (tuple(args), dict(kwargs)))
+    given: Any = tree_map_only(Unread, lambda tensor: tensor.recipe, (tuple(args), dict(kwargs)))
     like = function(*on_meta[0], **on_meta[1])
     if isinstance(like, torch.Tensor):
         return Unread(Recipe(like, function, *given))
-    made = (None if one is None else Unread(Recipe(one, function, *given, part)) for part, one in enumerate(like))
+    made = (
+        None if one is None else Unread(Recipe(one, function, given[0], given[1], part))
+        for part, one in enumerate(like)
+    )
     return type(like)(made)
 
 

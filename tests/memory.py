@@ -5,6 +5,8 @@ import weakref
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_eas.unread import Unread
+
 
 class AllocatedBytes(TorchDispatchMode):
     """Largest number of bytes that tensors made inside had more than those of `model` that were freed meanwhile."""
@@ -30,7 +32,8 @@ class AllocatedBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+            is_there = isinstance(tensor, torch.Tensor) and not isinstance(tensor, Unread)
+            if is_there and tensor.device.type == "cpu":
                 self.now += self._watch(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
         return result

@@ -67,7 +67,9 @@ def _told(plan: CheckpointPlan) -> str:
     lines.append(f"{plan.size:>17,} bytes of weights in all, a {type(plan.model).__name__}")
     lines.append(f"{plan.peak:>17,} bytes in memory at most, and what Python and its libraries take")
     if not plan.sources:
-        lines.append(f"There are no weights in {plan.model.name_or_path}: these are the shapes that its config.json gives.")
+        lines.append(
+            f"There are no weights in {plan.model.name_or_path}: these are the shapes that its config.json gives."
+        )
     return "\n".join(lines)
 
 
