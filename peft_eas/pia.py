@@ -14,6 +14,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 WORKSPACE = 3 << 26
 """Bytes that `fold` takes beside what it is given and returns; more only where one row of all experts is more."""
+_WIDE = 3
+"""How many wider copies of some rows `fold` has at once."""
 LARGEST_AMPLIFICATION = 1e3
 """How many times as large as what it is the inverse of an `input_shift` may be; in trained models it is about 1."""
 
@@ -59,7 +61,7 @@ def fold(
     down, up = down.to(dtype), up.to(dtype)
     folded, shifts = torch.empty_like(weight), []
     # a part of the rows at a time, since they are wider here
-    count = max(1, WORKSPACE // (3 * dtype.itemsize * max(1, weight[..., :1, :].numel())))
+    count = max(1, WORKSPACE // (_WIDE * dtype.itemsize * max(1, weight[..., :1, :].numel())))
     for start in range(0, weight.shape[-2], count):
         rows = slice(start, start + count)
         wide = weight[..., rows, :].to(dtype)
@@ -73,6 +75,16 @@ def fold(
         if shift is not None:
             shifts.append(shift.to(weight.dtype))
     return folded, torch.cat(shifts, -1) if shifts else None
+
+
+def workspace(weight: torch.Tensor) -> int:
+    """How many bytes folding into `weight` takes, beside what is given and returned."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return (
+        _WIDE
+        * dtype.itemsize
+        * min(weight.numel(), max(WORKSPACE // (_WIDE * dtype.itemsize), weight[..., :1, :].numel()))
+    )
 
 
 def input_shift(

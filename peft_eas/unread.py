@@ -64,7 +64,7 @@ class Recipe:
         """How many bytes there are at most while it is read, its own included."""
         inputs = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Recipe)]
         sizes = [recipe.like.nbytes for recipe in inputs]
-        extra = pia.WORKSPACE if self.function in _WHOLE else 0
+        extra = pia.workspace(self.args[0].like) if self.function is pia.fold else 0
         return max(sum(sizes) + self.like.nbytes + extra, *(sum(sizes[:n]) + r.peak() for n, r in enumerate(inputs)), 0)
 
 

@@ -18,7 +18,7 @@ from ..folders import new_folder
 from .data import read_examples
 from .shared import UsageError, adapter_config, device, load_model, reading, say, tokenizers, with_padding
 
-HELP = "fold an adapter into its base model, and save the merged model and its tokenizer"
+HELP = "fold an adapter into its base model, a tensor at a time, and save the merged model and its tokenizer"
 EXAMPLES = """\
   peft-eas merge out merged
   peft-eas merge out merged --base ./my-model --dtype bfloat16
