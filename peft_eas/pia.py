@@ -79,12 +79,8 @@ def fold(
 
 def workspace(weight: torch.Tensor) -> int:
     """How many bytes folding into `weight` takes, beside what is given and returned."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return (
-        _WIDE
-        * dtype.itemsize
-        * min(weight.numel(), max(WORKSPACE // (_WIDE * dtype.itemsize), weight[..., :1, :].numel()))
-    )
+    a_number = _WIDE * torch.promote_types(weight.dtype, torch.float32).itemsize
+    return min(a_number * weight.numel(), max(WORKSPACE, a_number * weight[..., :1, :].numel()))
 
 
 def input_shift(

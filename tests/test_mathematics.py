@@ -121,6 +121,24 @@ def test_fold_against_float64(dtype, with_bias):
     assert ((actual - expected).abs() <= scale * torch.finfo(dtype).eps * 2).all()
 
 
+@pytest.mark.parametrize("form", ["matrix", "transposed", "stacked"])
+def test_a_fold_in_parts_is_that_of_the_whole(form, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"matrix": (20, 12), "transposed": (12, 20), "stacked": (3, 20, 12)}[form]
+    weight, bias, down, up, down_bias, up_bias = (
+        torch.randn(size, generator=generator) for size in (sizes, (20,), (4, 12), (12, 4), (4,), (12,))
+    )
+    weight = weight.mT if form == "transposed" else weight
+    given = (weight, None, down, None, up, None)
+    given = given if form == "stacked" else (weight, bias, down, down_bias, up, up_bias)
+    whole = pia.fold(*given)
+    monkeypatch.setattr(pia, "WORKSPACE", 3 * 4 * 7 * 12)  # 7 rows, or 2 of each of 3 experts
+    parts = pia.fold(*given)
+    torch.testing.assert_close(parts, whole)
+    assert parts[0].stride() == weight.stride()
+    assert pia.workspace(weight) == pia.WORKSPACE < 3 * weight.nbytes
+
+
 @pytest.mark.parametrize("biases", ["down", "up", "both"])
 def test_biases_are_a_shift_of_the_input(biases):
     """W (z + (z D^T + e) U^T + u) + w0, unfolded, against folded weights that read a shifted input; in float64."""
