@@ -265,22 +265,16 @@ def _load(base: str, model_class: Any, dtype: Any) -> tuple[tuple[str, ...], Pre
 def _files(base: str, named: str | None) -> tuple[str, ...]:
     """The safetensors files of a model, on this machine; none if it has no weights at all."""
     for name in [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]:
-        file = _found(base, name)
+        file = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
         if file is not None and name.endswith(".json"):
             index = json.loads(Path(file).read_text(encoding="utf-8"))
             return tuple(cached_file(base, part) for part in sorted(set(index["weight_map"].values())))
         if file is not None:
             return (file,)
-    if any(_found(base, name) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+    others = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    if any(cached_file(base, name, _raise_exceptions_for_missing_entries=False) for name in others):
         raise ValueError(f"{base} has its weights in PyTorch's format, not in safetensors. {WAY_OUT}")
     return ()
-
-
-def _found(base: str, name: str) -> str | None:
-    try:
-        return cached_file(base, name)
-    except OSError:
-        return None
 
 
 def _saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
