@@ -31,7 +31,7 @@ from transformers.utils.logging import tqdm
 from .config import EASType
 from .folders import kept_folder
 from .runtime.eas_files import CONFIG, install
-from .shards import Shard, bytes_of, check_finite, sources_of, tensors_in
+from .tensor_files import Shard, bytes_of, check_finite, sources_of, tensors_in
 from .unread import Recipe, Unread, shape_of
 
 MAX_SHARD_SIZE = "50GB"

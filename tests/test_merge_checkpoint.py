@@ -26,7 +26,7 @@ from transformers import (
 from zoo import tiny
 from zoo.families import adapted, auto_class, tiny_model, whole_models
 
-from peft_eas import EASConfig, cli, merge_checkpoint, shards
+from peft_eas import EASConfig, cli, merge_checkpoint, tensor_files
 from peft_eas.checkpoint import plan_checkpoint
 
 SMALL = 20_000
@@ -146,15 +146,15 @@ def test_a_trained_head_takes_the_place_of_the_base_model_s(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from peft_eas import merge_checkpoint, shards
-values, left = shards.values_of, int(sys.argv[4])
+from peft_eas import merge_checkpoint, tensor_files
+values, left = tensor_files.values_of, int(sys.argv[4])
 def counted(tensor):
     global left
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
     return values(tensor)
-shards.values_of = counted
+tensor_files.values_of = counted
 merge_checkpoint(*sys.argv[1:4], max_shard_size=20_000)
 """
 
@@ -174,10 +174,10 @@ def test_goes_on_after_it_was_killed(tmp_path):
     assert part.stat().st_size > 4000
     with open(part, "ab") as file:  # a tensor that was cut
         file.write(b"\1" * 17)
-    counted, values = [], shards.values_of
+    counted, values = [], tensor_files.values_of
     plan = plan_checkpoint(base, adapter, max_shard_size=SMALL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "values_of", lambda tensor: counted.append(1) or values(tensor))
+        patch.setattr(tensor_files, "values_of", lambda tensor: counted.append(1) or values(tensor))
         plan.write(tmp_path / "merged")
     spared = sum(len(shard.tensors) for shard in plan.shards) - len(counted)
     assert 25 < spared < 30  # but for what had not left the process
@@ -188,7 +188,7 @@ def test_goes_on_after_it_was_killed(tmp_path):
 
 def interrupt(plan, out, at=20):
     """Write some tensors of a plan, and then nothing more."""
-    values, count = shards.values_of, itertools.count(1)
+    values, count = tensor_files.values_of, itertools.count(1)
 
     def counted(tensor):
         if next(count) == at:
@@ -196,7 +196,7 @@ def interrupt(plan, out, at=20):
         return values(tensor)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "values_of", counted)
+        patch.setattr(tensor_files, "values_of", counted)
         with pytest.raises(KeyboardInterrupt):
             plan.write(out)
     assert not out.exists()
@@ -228,7 +228,7 @@ def test_interrupted_before_the_weights_come_in(tmp_path):
         plan_checkpoint(base, adapter, max_shard_size=SMALL).write(tmp_path / "merged", fail)
     assert not (tmp_path / "merged").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "values_of", None)  # nothing is read any more
+        patch.setattr(tensor_files, "values_of", None)  # nothing is read any more
         merge_checkpoint(base, adapter, tmp_path / "merged", max_shard_size=SMALL)
     merged_in_memory(base, adapter).save_pretrained(tmp_path / "expected", max_shard_size=SMALL)
     assert digests(tmp_path / "merged") == digests(tmp_path / "expected")
@@ -317,9 +317,9 @@ def large(folder):
 def test_there_is_one_tensor_at_a_time(tmp_path, monkeypatch):
     base, adapter = large(tmp_path)
     monkeypatch.setattr("peft_eas.pia.WORKSPACE", 10**6)
-    read = shards._read
+    read = tensor_files._read
     # in memory of its own, so that it is counted
-    monkeypatch.setattr(shards, "_read", lambda file, key: read(file, key).clone())
+    monkeypatch.setattr(tensor_files, "_read", lambda file, key: read(file, key).clone())
     with AllocatedBytes(torch.nn.Module()) as planning:
         plan = plan_checkpoint(base, adapter)
     held = (adapter / "adapter_model.safetensors").stat().st_size
