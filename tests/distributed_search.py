@@ -12,13 +12,15 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import get_peft_model
+from searches import charge
 from torch import distributed
-from torch.distributed.fsdp import FSDPModule
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from zoo import tiny
-from zoo.training import dataset, trainer
+from zoo.training import collate, dataset, trainer
 
 from peft_eas import EASCallback, EASConfig
+from peft_eas.shards import is_shared_out
 
 STEPS, SAVE = 14, 8  # at the end of an epoch: not every version of the Trainer resumes exactly within one
 
@@ -44,7 +46,14 @@ def allow_fsdp_on_cpus() -> None:
     AcceleratorState.__init__ = patched
 
 
+def allow_deepspeed_on_cpus() -> None:
+    """DeepSpeed trains on CPUs, too; accelerate only lets accelerators do it in several processes."""
+    prepare = PartialState._prepare_backend
+    PartialState._prepare_backend = lambda self, cpu=False, *args: prepare(self, True, *args)
+
+
 def train(out: Path, batch_size: int, options: dict) -> tuple:
+    unset_hf_deepspeed_config()  # that of the training before
     torch.manual_seed(0)
     model = get_peft_model(tiny.model("llama"), EASConfig(num_skip=2, **options.pop("config", {})))
     tiny.shake(model, scale=0.05)
@@ -52,16 +61,35 @@ def train(out: Path, batch_size: int, options: dict) -> tuple:
         model.enable_input_require_grads()
     if options.get("fsdp"):
         allow_fsdp_on_cpus()
+    if options.get("deepspeed"):
+        allow_deepspeed_on_cpus()
     callbacks = [Fail()] if options.pop("fail", False) else []
     resume = options.pop("resume", None)
-    search = EASCallback(dataset(20), warmup_steps=2, search_steps=8, interval=2)
+    if charged := options.pop("charge", None):
+        charge(model, 1.0, charged)
+    settings = dict(warmup_steps=2, search_steps=8, interval=2) | options.pop("search", {})
+    search = EASCallback(dataset(20), **settings)
+    momentum = options.pop("momentum", None)
     made = trainer(
         out, model, callbacks=[search, *callbacks], per_device_train_batch_size=batch_size, max_steps=STEPS,
-        **dict(save_strategy="steps", save_steps=SAVE) | options,
+        **dict(save_strategy="steps", save_steps=SAVE, logging_strategy="steps", logging_steps=1) | options,
     )  # fmt: skip
+    if momentum is not None:
+        made.optimizer_cls_and_kwargs = torch.optim.SGD, dict(lr=0.5, momentum=momentum, weight_decay=0.05)
     made.train(resume_from_checkpoint=resume)
     made.save_model(str(out / "final"))
     return made, search
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """What a model says to a batch, the same one in all processes."""
+    return model.eval()(**collate(list(dataset(8)))).logits
+
+
+def losses(made: Trainer) -> list[float]:
+    """Those of the optimizer steps."""
+    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 
 
 def main() -> None:
@@ -75,7 +103,9 @@ def main() -> None:
                     "report": search.report,
                     "skip_layers": made.model.skip_layers,
                     "eval_loss": evaluated,
-                    "sharded": isinstance(made.model, FSDPModule),
+                    "losses": losses(made),
+                    "logits": logits(made.model).tolist(),
+                    "sharded": any(is_shared_out(p) for p in made.model.parameters()),
                 }
             )
         )
