@@ -57,14 +57,19 @@ def check_shards(trainer: Trainer) -> None:
     deepspeed, fsdp = (getattr(trainer.accelerator.state, f"{kind}_plugin", None) for kind in ("deepspeed", "fsdp"))
     if deepspeed is not None and deepspeed.zero_stage != 3:
         raise ValueError(
-            f"DeepSpeed is set to ZeRO stage {deepspeed.zero_stage}, whose optimizer would undo what `EASCallback` does "
-            'with parameters: take stage 3, `{"zero_optimization": {"stage": 3}}`, or train without DeepSpeed. What '
+            f"DeepSpeed is at ZeRO stage {deepspeed.zero_stage}, whose optimizer would undo what `EASCallback` does: "
+            'take stage 3, `{"zero_optimization": {"stage": 3}}`, or train without DeepSpeed. What '
             "stages 1 and 2 share out are gradients and optimizer states, and small adapters have few of them."
         )
     if fsdp is not None and getattr(fsdp, "fsdp_version", 1) != 2:
         raise ValueError(
             "FSDP version 1 keeps parameters in flat tensors that `EASCallback` can't work with: take version 2, "
             '`fsdp_config={"version": 2}`, or `fsdp_version: 2` in a file of `accelerate`.'
+        )
+    if fsdp is not None and fsdp.cpu_ram_efficient_loading:
+        raise ValueError(
+            "`fsdp_cpu_ram_efficient_loading` hands out parameters alone, and gates of adapters are buffers: set it to "
+            "false, in a file of `accelerate`, or `cpu_ram_efficient_loading` in `fsdp_config`."
         )
 
 
