@@ -170,7 +170,7 @@ class EASAttention(EASLayer):
             return
         self.measured.add(adapter_name)
         constant = self.stand_in(adapter_name).constant
-        if constant is not None and not constant.any():
+        if constant is not None and constant.numel() and not constant.any():  # none: ZeRO-3 has it elsewhere
             warnings.warn(
                 f"The stand-ins of adapter {adapter_name!r} start at zero: skipped attentions leave nothing at first. "
                 "Call `peft_eas.initialize_eas_weights(model, dataloader)` before training, or give the Trainer an "

@@ -20,6 +20,7 @@ from .runtime import modeling_eas
 from .runtime.eas_attention import Shift, StandIn, put_in_front
 from .runtime.eas_record import Form, Record, Stripped
 from .runtime.eas_structure import forget_ties, strip_attentions
+from .shards import is_shared_out
 from .site import EASLayer
 
 
@@ -41,11 +42,18 @@ class MergePlan:
 
 
 def check_in_memory(model: nn.Module) -> None:
-    """Refuse to fold weights, or to put them back, where some are on the meta device, as offloaded ones are.
+    """Refuse to fold weights, or to put them back, where some are on the meta device, as offloaded ones are, or shared
+    out among processes.
 
     Raises:
         ValueError: names one of them.
     """
+    if any(map(is_shared_out, model.parameters())):
+        raise ValueError(
+            "The weights are shared out among processes, by FSDP or DeepSpeed. Save the adapter in all of them, by "
+            "`trainer.save_model(folder)`; then merge in one process of its own, "
+            "`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()`."
+        )
     tensors = (*model.named_parameters(), *model.named_buffers())
     elsewhere = [name for name, tensor in tensors if tensor.device.type == "meta"]
     if elsewhere:

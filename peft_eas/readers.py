@@ -15,6 +15,7 @@ from . import pia
 from .adapter import Dense
 from .families import Place
 from .quantized import Dequantiser, Linear, is_quantised, weight_of
+from .shards import shape_of
 
 
 def readers_of(module: nn.Module, place: Place, is_ffn: bool) -> tuple[tuple[str, ...], int]:
@@ -69,10 +70,10 @@ def _is_transposed(linear: nn.Module) -> bool:
 
 def _in_features(linear: Linear, stacked_axis: int) -> int:
     if isinstance(linear, nn.Parameter):
-        return linear.shape[stacked_axis]
+        return shape_of(linear)[stacked_axis]
     if hasattr(linear, "in_features"):
         return linear.in_features
-    return linear.weight.shape[0 if _is_transposed(linear) else -1]
+    return shape_of(linear.weight)[0 if _is_transposed(linear) else -1]
 
 
 def folded(

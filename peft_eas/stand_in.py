@@ -25,6 +25,7 @@ from .layer import EASAttention
 from .model import EASModel
 from .runtime.eas_attention import StandIn
 from .runtime.eas_convention import BY_NAME
+from .shards import fill, wholes
 from .site import EASLayer
 
 ENOUGH = 32
@@ -140,7 +141,7 @@ def fill_stand_ins(
         down, up = fit.maps or (None, None)
         for name, value in (("constant", fit.constant), ("down", down), ("up", up)):
             if value is not None:
-                _fill(getattr(stand_in, name), value)
+                fill(getattr(stand_in, name), value)
     for module in tuner.modules():
         if isinstance(module, EASAttention):
             module.measured.add(adapter_name)
@@ -148,9 +149,8 @@ def fill_stand_ins(
 
 def are_zero(stand_ins: Iterable[StandIn]) -> bool:
     """Whether the constants of all of these are zero, as they are before they are measured or trained."""
-    constants = (stand_in.constant.detach() for stand_in in stand_ins if stand_in.constant is not None)
-    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in constants)
-    return not sum(int(stand_in.any()) for stand_in in whole)  # looks at all: processes have to gather alike
+    constants = [stand_in.constant for stand_in in stand_ins if stand_in.constant is not None]
+    return not any(bool(constant.any()) for constant in wholes(constants))
 
 
 def moments(
@@ -307,12 +307,3 @@ def eas_model(model: nn.Module) -> EASModel:
         f"This needs a model with an EAS adapter, and got a {type(model).__name__} without one: make it with "
         "`get_peft_model(model, EASConfig(...))`."
     )
-
-
-def _fill(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    value = value.to(device=parameter.device, dtype=parameter.dtype)
-    if hasattr(parameter, "device_mesh") and hasattr(parameter, "placements"):  # sharded by FSDP2
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)

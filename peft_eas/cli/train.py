@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
         callbacks=[EASCallback(data.get("search_data"), **search)],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if trainer.is_fsdp_enabled:  # whose other kind of files has no adapter in it
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"{training.output_dir}: adapter that skips the attentions of layers {model.skip_layers}")

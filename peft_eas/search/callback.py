@@ -18,7 +18,7 @@ from ..stand_in import ENOUGH, are_zero, eas_model, fill_stand_ins
 from .held_out import MEASURED, HeldOut
 from .run import Search
 from .scores import METHODS
-from .trainer import Scorer, trainer_of
+from .trainer import Scorer, check_shards, trainer_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -107,6 +107,7 @@ class EASCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         eas_model(model)
+        check_shards(trainer_of(self, inspect.currentframe()))
 
     def on_train_begin(
         self,
@@ -118,6 +119,7 @@ class EASCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         trainer = trainer_of(self, inspect.currentframe())
+        check_shards(trainer)  # for callbacks that are added to a Trainer later
         _log_before_others(self, trainer)
         if self._search is not None:  # of a training that did not end
             self._search.release()

@@ -27,7 +27,7 @@ from .report import write_report
 from .schedule import Schedule
 from .scores import cost_by_gates, deviations, score_attentions
 from .state import SearchState
-from .trainer import Scorer
+from .trainer import Scorer, kept_by
 
 if TYPE_CHECKING:
     from .callback import EASCallback
@@ -58,6 +58,9 @@ class Search:
     ) -> None:
         self.settings, self.args, self.scorer, self.tuner = settings, args, scorer, tuner
         self.model, self.held_out = scorer.model, scorer.held_out
+        self.is_fsdp, self.kept = scorer.trainer.is_fsdp_enabled, kept_by(scorer.trainer)
+        self.kept_with: list[int | str] | None = None
+        self.idle_before: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.gates = tuner.skip_gates()
         self.config = tuner.peft_config[self.gates.adapter_name]
         next(iter(self.gates.wrappers.values()))[0].searched.add(self.gates.adapter_name)
@@ -93,7 +96,7 @@ class Search:
                     f"The checkpoint's search was over the attentions of layers {self.state.layers}, but this adapter "
                     f"has those of {self.gates.layers}."
                 )
-        self.gates.touch_idle(args.world_size > 1)
+        self.gates.touch_idle(args.world_size > 1 and self.kept is None)
         if self.state.settled is None:
             self.gates.set(self.state.best())
         else:
@@ -107,24 +110,29 @@ class Search:
         self.seen.clear()
         if self.settings.search_dataset is None and self.state.settled is None:
             self.hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        if self.kept is not None and self.kept_with != self.gates.skipped:
+            self.kept_with = self.gates.skipped
+            self.kept.keep(self.gates.idle_parameters())
 
     def forget_idle_gradients(self, step: int) -> None:
         """Idle adapters must not move; a gradient of zero would let the optimizer's momentum and decay act on them."""
-        if self.args.world_size == 1:
+        if self.args.world_size == 1 or self.kept is not None:
             return  # they have none
-        if self.args.fsdp and step == 0:
-            return  # see `rewind_idle_state`
+        if self.is_fsdp and step == 0:  # see `rewind_idle_state`
+            self.idle_before = [(parameter, parameter.detach().clone()) for parameter in self.gates.idle_parameters()]
+            return
         for parameter in self.gates.idle_parameters():
             parameter.grad = None
 
     def rewind_idle_state(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """A checkpoint of FSDP needs the optimizer's state of every parameter: the first step makes it for idle ones,
         too, by gradients of zero, and must not count."""
-        if self.args.fsdp and step == 0:
-            for parameter in self.gates.idle_parameters():
-                state = optimizer.state.get(parameter, {})
-                if "step" in state:
-                    state["step"] = state["step"] * 0
+        for parameter, before in self.idle_before:
+            parameter.detach().copy_(before)  # weight decay has changed it
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"] * 0
+        self.idle_before = []
 
     def after_step(self, step: int) -> None:
         self.release()
@@ -159,7 +167,9 @@ class Search:
                 loss = self.scorer.mean(self.scorer.sample())
             self.state.budget["measured_loss"] = loss if math.isfinite(loss) else None
         self.gates.touch_idle(False)
-        if not self.args.fsdp:  # which would bring them back
+        if self.kept is not None:
+            self.kept.release()
+        if not self.is_fsdp and self.kept is None:  # which hold on to them
             self.gates.drop_idle()
         self._write_report()
 

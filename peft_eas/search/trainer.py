@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from ..batches import evaluating, label_count
+from ..shards import Kept
 from .held_out import SAMPLE, HeldOut, means_over_processes
 
 if TYPE_CHECKING:
@@ -45,6 +46,39 @@ def trainer_of(callback: TrainerCallback, frame: FrameType | None) -> Trainer:
         f"`{type(callback).__name__}` scores with the loss of the Trainer that it is a callback of, and was called by "
         "something else: give it to a `transformers.Trainer`, or a subclass of it, as one of its `callbacks`."
     )
+
+
+def check_shards(trainer: Trainer) -> None:
+    """Refuse ways to share out a training with which a search would go wrong.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
+    deepspeed, fsdp = (getattr(trainer.accelerator.state, f"{kind}_plugin", None) for kind in ("deepspeed", "fsdp"))
+    if deepspeed is not None and deepspeed.zero_stage != 3:
+        raise ValueError(
+            f"DeepSpeed is at ZeRO stage {deepspeed.zero_stage}, whose optimizer would undo what `EASCallback` does: "
+            'take stage 3, `{"zero_optimization": {"stage": 3}}`, or train without DeepSpeed. What '
+            "stages 1 and 2 share out are gradients and optimizer states, and small adapters have few of them."
+        )
+    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) != 2:
+        raise ValueError(
+            "FSDP version 1 keeps parameters in flat tensors that `EASCallback` can't work with: take version 2, "
+            '`fsdp_config={"version": 2}`, or `fsdp_version: 2` in a file of `accelerate`.'
+        )
+    if fsdp is not None and fsdp.cpu_ram_efficient_loading:
+        raise ValueError(
+            "`fsdp_cpu_ram_efficient_loading` hands out parameters alone, and gates of adapters are buffers: set it to "
+            "false, in a file of `accelerate`, or `cpu_ram_efficient_loading` in `fsdp_config`."
+        )
+
+
+def kept_by(trainer: Trainer) -> Kept | None:
+    """What keeps idle parameters as they are where the optimizer is that of ZeRO-3, and steps through all of them."""
+    if not trainer.is_deepspeed_enabled:
+        return None
+    sharded: Any = trainer.optimizer.optimizer  # in accelerate's
+    return Kept(sharded.optimizer)
 
 
 @contextmanager
