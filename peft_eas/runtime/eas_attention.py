@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .eas_cache import Remembered
 from .eas_convention import BY_NAME, change_input, hidden_states_of
@@ -136,6 +137,15 @@ class Skip:
         return causal_mean(values[:, :length]) if is_causal and length > 1 else uniform_attention(values, None)
 
 
+LOOKED_FOR = False
+"""vLLM's Transformers backend runs no layer without an attention. It knows one by what stands behind this in `forward`,
+whose source it reads, and hangs an attention of its own on the module, which asks for room for keys and values."""
+
+
+def keeps_nothing(*_: object) -> None:
+    """What an attention of vLLM says that keeps no keys and values."""
+
+
 class SkippedAttention(nn.Module):
     """Stands where an attention was.
 
@@ -161,7 +171,16 @@ class SkippedAttention(nn.Module):
             module.add_module(leaf, attention.get_submodule(form.residual_norm))
 
     def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
+        if LOOKED_FOR:
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            attend(self)
         return self.skip(self.stand_in, self, args, kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(value, "get_kv_cache_spec"):  # vLLM's attention, for a layer that needs none: see `LOOKED_FOR`
+            value.get_kv_cache_spec = keeps_nothing
+            return
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"layer_idx={self.layer_idx}"

@@ -67,5 +67,7 @@ def check_readable(mask: object, config: PreTrainedConfig | None) -> None:
         ValueError: if the mask is no tensor, or the attention of this configuration is one that takes another form.
     """
     kind = getattr(config, "_attn_implementation", None) or ""
-    if not isinstance(mask, (torch.Tensor, type(None))) or any(name in kind for name in ("flash", "flex", "paged")):
+    if not isinstance(mask, (torch.Tensor, type(None))) or any(
+        name in kind for name in ("flash", "flex", "paged", "vllm")
+    ):
         raise ValueError(UNREADABLE.format(repr(kind)))
