@@ -48,7 +48,7 @@ from measure import (
     synchronised,
     table,
 )
-from transformers import CompileConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import CompileConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 import peft_eas
 
@@ -117,9 +117,11 @@ class InLlamaCpp:
 
     Attributes:
         dtype: Of the file's matrices. Keys and values are float16.
+        tokenizer: Loads the model's tokenizer. `None`: SmolLM2's.
     """
 
     dtype: str
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 
     devices = ("cpu",)  # what the wheel is built for
     merged = ("none",)  # nothing else fits in the file
@@ -131,7 +133,8 @@ class InLlamaCpp:
         from real_data import load_tokenizer
 
         (prompt,) = ids.tolist()
-        peft_eas.export(model, folder, "gguf", tokenizer=load_tokenizer(), dtype=self.dtype)
+        tokenizer = (self.tokenizer or load_tokenizer)()
+        peft_eas.export(model, folder, "gguf", tokenizer=tokenizer, dtype=self.dtype)
         file = str(folder / "model.gguf")
         params = xllamacpp.CommonParams()
         params.model.path, params.port, params.verbosity, params.n_parallel = file, 0, -1, 1

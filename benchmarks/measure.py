@@ -207,15 +207,18 @@ def decode(model: Callable, ids: torch.Tensor, steps: int, cache: Cache) -> Work
     return work
 
 
-def side_by_side(works: dict[str, Work], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def side_by_side(
+    works: dict[str, Work], rounds: int, clock: Callable[[], float], warm_up: bool = True
+) -> dict[str, list[float]]:
     """Ratios to the first work of `works`, one a round, for each of the others.
 
     In each round all works run once, in an order drawn anew, so that neither a machine that gets slower in the meantime
-    nor what ran just before favours any of them. A round before the first warms up and is not counted.
+    nor what ran just before favours any of them. A round before the first warms up and is not counted; works of minutes
+    may do without.
     """
     names, rng = list(works), random.Random(0)
     ratios: dict[str, list[float]] = {name: [] for name in names[1:]}
-    for round_ in range(-1, rounds):
+    for round_ in range(-1 if warm_up else 0, rounds):
         seconds = {name: works[name](clock) for name in rng.sample(names, len(names))}
         if round_ >= 0:
             for name in ratios:

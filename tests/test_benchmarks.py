@@ -11,8 +11,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import engines
+import long_contexts
 import measure
 import planted
+import serving
 
 LAYERS, TOKENS = 10, 12
 
@@ -193,3 +195,35 @@ def test_the_search_finds_what_is_planted():
         row = planted.search(kind, 100, seed)
         assert row["found"] == row["planted"]
         assert (row["start"] == row["planted"]) == (kind != "noise")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("static", [None, TOKENS + 3])
+def test_a_drawn_cache_is_like_one_that_was_filled(static, base, ids):
+    for model in (base, measure.merge(base, [2, 5, 7], "none")):
+        cache = long_contexts.drawn(model, *ids.shape, static)
+        like = StaticCache(config=model.config, max_cache_len=static) if static else None
+        assert measure.kv_bytes(cache) == measure.kv_bytes(measure.filled(model, ids, like))
+        measure.decode(model, ids, 3, cache)(lambda: 0.0)
+        assert cache.get_seq_length(0) == TOKENS
+
+
+def test_long_contexts_are_measured_once_each():
+    keys = [tuple(case.key) for case in long_contexts.CASES]
+    assert len(set(keys)) == len(keys)
+    rows = [dict(zip(("engine", "phase", "batch", "tokens"), key, strict=True)) for key in keys[1:]]
+    assert [tuple(case.key) for case in long_contexts.wanted(long_contexts.parse([]), rows)] == keys[:1]
+    assert list(long_contexts.wanted(long_contexts.parse(["--only", "llama"]), rows)) == []
+    assert len(list(long_contexts.wanted(long_contexts.parse(["--again", "--tokens", "2048"]), rows))) == sum(
+        case.tokens == 2048 for case in long_contexts.CASES
+    )
+
+
+def test_all_served_models_have_the_same_memory():
+    """Whole blocks of it, for the base model and the merged one, so that nothing is lost to rounding."""
+    sizes = serving.SIZES
+    width = 2 * sizes["num_key_value_heads"] * sizes["head_dim"] * 4
+    blocks = [serving.KV_BYTES / (serving.BLOCK * width * layers) for layers in (10, 10 - serving.SKIPPED)]
+    assert blocks == [30, 50]
+    assert serving.draw_requests(5, 7) == serving.draw_requests(5, 7)
+    assert all(256 <= len(prompt) <= 768 and new == 7 for prompt, new in serving.draw_requests(50, 7))
