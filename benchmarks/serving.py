@@ -54,6 +54,8 @@ BLOCK = 128
 """Tokens of a block of vLLM's KV cache on a CPU."""
 KV_BYTES = 30 * BLOCK * LAYERS * 2 * 2 * 64 * 4
 """Of the KV cache, for every model: 30 blocks of the base model's, which are 50 of the merged one's."""
+FEW = 4
+"""Requests at once that there is room for in every model, to tell what more room brings from what else does."""
 
 SERVER = """
 import json, os, sys, time
@@ -73,9 +75,12 @@ def count(*args, **kwargs):
 
 scheduler._preempt_request = count
 
-def load(requests):
+most = scheduler.max_num_active_reqs
+
+def load(requests, at_once):
     global preempted
     preempted, running, made = 0, [], 0
+    scheduler.max_num_active_reqs = at_once or most
     for number, (ids, new) in enumerate(requests):
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         engine.add_request(f"{time.time()}-{number}", {"prompt_token_ids": ids}, params)
@@ -91,15 +96,15 @@ def load(requests):
         preempted=preempted,
     )
 
-load(requests[:2])
+load(requests[:2], 0)
 facts = dict(
     blocks=kv.num_blocks,
     kv_bytes=sum(tensor.size for tensor in kv.kv_cache_tensors),
     layers=sum(len(group.layer_names) for group in kv.kv_cache_groups),
 )
 print("ANSWER" + json.dumps(facts), flush=True)
-for _ in sys.stdin:
-    print("ANSWER" + json.dumps(load(requests)), flush=True)
+for line in sys.stdin:
+    print("ANSWER" + json.dumps(load(requests, int(line))), flush=True)
 os._exit(0)
 """
 
@@ -137,10 +142,10 @@ class Served:
         self.log.seek(0)
         raise RuntimeError(f"vLLM stopped:\n{self.log.read()[-3000:]}")
 
-    def load(self) -> dict:
-        """Have it do all requests, and say how it went."""
+    def load(self, at_once: int = 0) -> dict:
+        """Have it do all requests, `at_once` at a time, or as many as there is room for, and say how it went."""
         assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
+        print(at_once, file=self.process.stdin, flush=True)
         return self.answer()
 
     def stop(self) -> None:
@@ -191,11 +196,13 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict:
     served = {key: Served(args.python, folder / where, requests, settings) for key, where in folders.items()}
     facts = {key: server.facts for key, server in served.items()}
     assert (facts["base"]["layers"], facts["merged"]["layers"]) == (LAYERS, LAYERS - SKIPPED), facts
-    runs: dict[str, list[dict]] = {key: [] for key in served}
+    loads = {key: (key, 0) for key in served} | {f"{key}, few": (key, FEW) for key in ("base", "merged")}
+    runs: dict[str, list[dict]] = {key: [] for key in loads}
     rng = random.Random(0)
     for _ in range(args.rounds):
-        for key in rng.sample(list(served), len(served)):
-            runs[key].append(served[key].load())
+        for key in rng.sample(list(loads), len(loads)):
+            which, at_once = loads[key]
+            runs[key].append(served[which].load(at_once))
             print(name, key, runs[key][-1], flush=True)
     for server in served.values():
         server.stop()
@@ -203,8 +210,8 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict:
     def rates(key: str, clock: str) -> list[float]:
         return [run["tokens"] / run[clock] for run in runs[key]]
 
-    def ratios(key: str, clock: str) -> list[float]:
-        return [a / b for a, b in zip(rates(key, clock), rates("base", clock), strict=True)]
+    def ratios(key: str, clock: str, to: str = "base") -> list[float]:
+        return [a / b for a, b in zip(rates(key, clock), rates(to, clock), strict=True)]
 
     def middle(key: str, fact: str) -> float:
         return statistics.median(run[fact] for run in runs[key])
@@ -213,6 +220,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict:
         "model": name,
         **summary(ratios("merged", args.clock)),
         "control": summary(ratios("control", args.clock))["median"],
+        f"{FEW} at once": summary(ratios("merged, few", args.clock, "base, few"))["median"],
         "tokens/s": statistics.median(rates("base", args.clock)),
         "tokens/s, merged": statistics.median(rates("merged", args.clock)),
         "KV MB": facts["base"]["kv_bytes"] / 1e6,
@@ -232,7 +240,10 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict:
     }
 
 
-COLUMNS = ["model", "median", "q1", "q3", "rounds", "control", "tokens/s", "tokens/s, merged", "KV MB", "KV MB, merged"]
+COLUMNS = [
+    "model", "median", "q1", "q3", "rounds", "control", f"{FEW} at once", "tokens/s", "tokens/s, merged", "KV MB",
+    "KV MB, merged",
+]  # fmt: skip
 MORE = [
     "model", "tokens that fit", "merged: fit", "at once", "at once, merged", "at once, most", "most, merged", "steps",
     "steps, merged", "preempted", "preempted, merged",
@@ -241,9 +252,10 @@ MORE = [
 NOTE = """\
 Tokens generated in a second, merged over base: medians and quartiles (q1, q3) of paired rounds by the {clock} clock
 ('cpu': the process's own time, for a machine that others use), and the medians of the rates. 'Control': the base model
-in a process of its own. {requests} requests of 256 to 768 tokens, all there from the start, {new} tokens generated for
-each; 'at once': requests that run in a step, in the mean and at most. Random weights, {layers} layers, width {width},
-float32, no compilation, one thread; prefix caching off."""
+in a process of its own. '{few} at once': the same with no more requests at once than fit in both, so that only work is
+saved; the rest is what more room brings. {requests} requests of 256 to 768 tokens, all there from the start, {new}
+tokens generated for each; 'at once': requests that run in a step, in the mean and at most. Random weights, {layers}
+layers, width {width}, float32, no compilation, one thread; prefix caching off."""
 
 
 def markdown(result: dict) -> str:
@@ -251,7 +263,7 @@ def markdown(result: dict) -> str:
     title = (
         f"vLLM under continuous load, with the same memory for the KV cache ({SKIPPED} of {LAYERS} attentions skipped)"
     )
-    note = NOTE.format(**result, width=SIZES["hidden_size"], layers=LAYERS)
+    note = NOTE.format(**result, few=FEW, width=SIZES["hidden_size"], layers=LAYERS)
     tables = [table(columns, result["rows"]) for columns in (COLUMNS, MORE)]
     return "\n\n".join([f"# {title}", *tables, note, f"- {result['date']}, `{result['command']}`\n- {about}"]) + "\n"
 
