@@ -22,12 +22,12 @@ LARGEST_AMPLIFICATION = 1e3
 
 def dense_up(blocks: torch.Tensor) -> torch.Tensor:
     """Grouped up-projections as matrices: `(branches, g, d/g, r/g) -> (branches, d, r)`, block-diagonal."""
-    return blocks[:, 0] if blocks.shape[1] == 1 else torch.stack([torch.block_diag(*branch) for branch in blocks])
+    return blocks.squeeze(1) if blocks.shape[1] == 1 else torch.stack([torch.block_diag(*branch) for branch in blocks])
 
 
 def mix(per_branch: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
     """Sum of the branches weighted by `alpha (2,)`, or the only one: `(branches, ...) -> (...)`."""
-    return per_branch[0] if alpha is None else torch.tensordot(alpha, per_branch, dims=1)
+    return per_branch.squeeze(0) if alpha is None else torch.tensordot(alpha, per_branch, dims=1)
 
 
 def fold(
