@@ -77,6 +77,35 @@ def fold(
     return folded, torch.cat(shifts, -1) if shifts else None
 
 
+def largest(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+) -> float:
+    """What no number that `fold` makes of these exceeds, on the way or in the end, found without folding.
+
+    Not a number, or infinite, if one of these is.
+    """
+    sums = up.double().abs().sum(dim=0)  # (r,), by which the largest of `weight up` exceed those of `weight`
+    shift = sums.new_zeros(())
+    if down_bias is not None:
+        shift = shift + sums @ down_bias.double().abs()
+    if up_bias is not None:
+        shift = shift + up_bias.double().abs().sum()
+    added = sums @ down.double().abs().amax(dim=1)
+    factors = torch.stack([1 + added, sums.amax(), shift])
+    return float((_size(weight) * factors + (0 if bias is None else _size(bias))).amax())
+
+
+def _size(tensor: torch.Tensor) -> float:
+    """The largest absolute value; not a number if there is one that isn't."""
+    ends = torch.stack(torch.aminmax(tensor.detach())) if tensor.numel() else torch.zeros(2)  # takes no memory
+    return float(ends.double().abs().amax())
+
+
 def workspace(weight: torch.Tensor) -> int:
     """How many bytes folding into `weight` takes, beside what is given and returned."""
     a_number = _WIDE * torch.promote_types(weight.dtype, torch.float32).itemsize
