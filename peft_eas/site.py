@@ -68,6 +68,9 @@ class EASLayer(nn.Module, BaseTunerLayer):
         self._shift: tuple[Shift, ...] = ()  # in a tuple, so that it is none of this module's parameters
 
     def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # what forwards ask for, several times in each
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:  # model code reads attributes of its attentions
