@@ -139,6 +139,31 @@ def draw(parts: dict[str, list[dict]], file: Path) -> None:
     plt.close(fig)
 
 
+def markdown(parts: dict[str, list[dict]]) -> str:
+    tables = [table(["layers", "width", *STEPS], with_powers(rows, size)) for size, rows in parts.items()]
+    about = "; ".join(f"{key}: {value}" for key, value in machine().items())
+    note = (
+        "Seconds of CPU time with one thread, and in brackets the power of the layers, or of the width, by which they "
+        "grew since the row before: linear in the weights is 1 for layers, and 2 for widths. A quarter of the "
+        f"attentions is skipped; one batch of {TOKENS} tokens; Llamas with random weights in float32. {EXPLAINED}"
+    )
+    said = f"- {time.strftime('%Y-%m-%d')}, `{command()}`\n- {about}\n"
+    return "\n\n".join(["# Growth", *tables, note, said])
+
+
+def command() -> str:
+    return shlex.join(["python", "benchmarks/growth.py", *sys.argv[1:]])
+
+
+def write(parts: dict[str, list[dict]], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "growth.md").write_text(markdown(parts))
+    result = {"parts": parts, "command": command(), "machine": machine()}
+    (folder / "growth.json").write_text(json.dumps(result, indent=1) + "\n")
+    if all(parts.values()):
+        draw(parts, folder / "growth.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -157,24 +182,9 @@ def main() -> None:
         seconds = measure_all(layers, width, 1 if width >= 2048 else args.repeats)
         parts[size].append({"layers": layers, "width": width, **seconds})
         print(parts[size][-1], flush=True)
-    about = "; ".join(f"{key}: {value}" for key, value in machine().items())
-    command = shlex.join(["python", "benchmarks/growth.py", *sys.argv[1:]])
-    columns = ["layers", "width", *STEPS]
-    text = "# Growth\n\n" + "\n\n".join(table(columns, with_powers(rows, size)) for size, rows in parts.items())
-    text += (
-        "\n\nSeconds of CPU time with one thread, and in brackets the power of the layers, or of the width, by which "
-        "they grew since the row before: linear in the weights is 1 for layers, and 2 for widths. A quarter of the "
-        f"attentions is skipped; one batch of {TOKENS} tokens; Llamas with random weights in float32. {EXPLAINED}\n\n"
-        f"- {time.strftime('%Y-%m-%d')}, `{command}`\n- {about}\n"
-    )
-    print(text)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "growth.md").write_text(text)
-        (out / "growth.json").write_text(
-            json.dumps({"parts": parts, "command": command, "machine": machine()}, indent=1)
-        )
-        draw(parts, out / "growth.png")
+        if out is not None:
+            write(parts, out)
+    print(markdown(parts))
 
 
 if __name__ == "__main__":
