@@ -430,7 +430,7 @@ class Method:
 
     Attributes:
         chosen: How: `"nothing"` is skipped, by a `"search"` while training, by `"depth"`, at `"random"`, or by a score
-            of `score_attentions`.
+            of `score_attentions`, which is `"default"` or has a name.
         adapter: The kind of adapter, which says whose learning rate it is: a method that the rate is chosen with.
             `"LoRA"` learns on a model whose chosen attentions are gone.
         settings: Of the `EASConfig`.
@@ -452,7 +452,7 @@ MAIN = {
     "drop, LoRA": Method("similarity", "LoRA", {"stand_in": "zero"}),
     "drop, means, LoRA": Method("similarity", "LoRA", {"stand_in": "mean"}),
     "0.1.0": Method("search", "0.1.0", version="0.1."),
-    GIVEN: Method("growth"),
+    GIVEN: Method("default"),
     "EAS": Method("search"),
 }
 # those that are about a part have the sets of `"deviation"`, and are to be compared with these
@@ -534,7 +534,7 @@ def all_runs() -> list[Run]:
 def scores(task: Task, method: str, seed: int) -> dict[int | str, float]:
     """Scores of the attentions of the pretrained model; the seed is that of a fresh head."""
     set_seed(seed)
-    return score_attentions(task.load(), task.scored_batches(), method=method)
+    return score_attentions(task.load(), task.scored_batches(), method=None if method == "default" else method)
 
 
 def set_of(run: Run) -> list[int | str] | None:

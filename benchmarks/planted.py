@@ -83,7 +83,7 @@ def search(kind: str, steps: int, seed: int) -> dict:
 def summarise(rows: list[dict]) -> str:
     lines = [
         "Two attentions of six were planted; a search with the default settings found just them (in brackets: the",
-        "start, which is grown by how far the predictions move):",
+        "start alone, which is grown when the warm-up ends):",
         "",
         "| planted attentions add | 100 steps | 200 steps |",
         "|---|---|---|",

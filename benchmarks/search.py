@@ -59,18 +59,18 @@ class Bandit(Search):
 
     LEARNING_RATE, CANDIDATES = 2.0, 3
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+    def begin(self, step: int) -> None:
+        super().begin(step)
         self.preferences = bandit.preferences_from_scores(self.state.scores, self.state.count)
 
     def before_step(self, step: int) -> None:
         super().before_step(step)
-        if self.state.settled is None:
+        if self.state.start and self.state.settled is None:
             arms = bandit.draw(self.preferences, self.state.count, random.Random(f"{self.args.seed} step {step}"))
             self.gates.set(self.state.to_layers(arms))
 
     def after_step(self, step: int) -> None:
-        if self.state.settled is None:
+        if self.state.start and self.state.settled is None:
             self.gates.set(self.state.best())
         super().after_step(step)
 

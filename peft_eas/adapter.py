@@ -72,23 +72,33 @@ class Adapter(nn.Module):
         for name, value in values.items():
             self.register_parameter(name, None if value is None else nn.Parameter(value.to(device=device, dtype=dtype)))
         self.scaling = config.scaling
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = config.dropout
 
     def dense(self) -> Dense:
         """The adapter in the form that the mathematics has it."""
-        alpha = None if self.router is None else torch.softmax(self.router, dim=-1)
+        up, up_bias = self._unscaled_up()
         return Dense(
             down=self.down,
             down_bias=self.down_bias,
-            up=pia.mix(pia.dense_up(self.up), alpha) * self.scaling,
-            up_bias=None if self.up_bias is None else pia.mix(self.up_bias, alpha) * self.scaling,
+            up=up * self.scaling,
+            up_bias=None if up_bias is None else up_bias * self.scaling,
         )
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Equation (1): `(B, T, d) -> (B, T, d)`, of the dtype of `z`."""
-        down, down_bias, up, up_bias = self.dense()
-        hidden = F.linear(self.dropout(z.to(down.dtype)), down, down_bias)
-        return z + F.linear(hidden, up, up_bias).to(z.dtype)
+        down = self.down
+        read = z.to(down.dtype)
+        if self.dropout:
+            read = F.dropout(read, self.dropout, self.training)
+        # not `dense()`, which scales matrices: this adds the scaled tokens up in one step
+        added = F.linear(F.linear(read, down, self.down_bias), *self._unscaled_up())
+        return torch.add(z, added, alpha=self.scaling).to(z.dtype)
+
+    def _unscaled_up(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The matrix `(d, r)` and the bias `(d,)` that the branches come to."""
+        up, up_bias, router = self.up, self.up_bias, self.router
+        alpha = None if router is None else torch.softmax(router, dim=-1)
+        return pia.mix(pia.dense_up(up), alpha), None if up_bias is None else pia.mix(up_bias, alpha)
 
 
 def kaiming(rows: int, columns: int) -> torch.Tensor:

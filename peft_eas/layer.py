@@ -131,7 +131,8 @@ class EASAttention(EASLayer):
                 return self.touched(name, output[0]), *output[1:]
             return self.touched(name, output)
         self.skip.remembered.retain(kwargs)
-        args, kwargs = change_input(args, kwargs, lambda z: self.touched(name, z))
+        if self.touch_idle:
+            args, kwargs = change_input(args, kwargs, lambda z: self.touched(name, z))
         if self.has_adapter(name) and not self.place.row.core:
             args, kwargs = self.through_front(name, args, kwargs)
         return self.base_layer(*args, **kwargs)
@@ -210,7 +211,8 @@ class EASFeedForward(EASLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = self.acting_adapter()
         if name is not None and self.has_adapter(name):
-            args, kwargs = change_input(args, kwargs, lambda z: self.touched(name, z))
+            if self.touch_idle:
+                args, kwargs = change_input(args, kwargs, lambda z: self.touched(name, z))
             args, kwargs = self.through_front(name, args, kwargs)
         return self.base_layer(*args, **kwargs)
 

@@ -22,12 +22,12 @@ LARGEST_AMPLIFICATION = 1e3
 
 def dense_up(blocks: torch.Tensor) -> torch.Tensor:
     """Grouped up-projections as matrices: `(branches, g, d/g, r/g) -> (branches, d, r)`, block-diagonal."""
-    return blocks[:, 0] if blocks.shape[1] == 1 else torch.stack([torch.block_diag(*branch) for branch in blocks])
+    return blocks.squeeze(1) if blocks.shape[1] == 1 else torch.stack([torch.block_diag(*branch) for branch in blocks])
 
 
 def mix(per_branch: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
     """Sum of the branches weighted by `alpha (2,)`, or the only one: `(branches, ...) -> (...)`."""
-    return per_branch[0] if alpha is None else torch.tensordot(alpha, per_branch, dims=1)
+    return per_branch.squeeze(0) if alpha is None else torch.tensordot(alpha, per_branch, dims=1)
 
 
 def fold(
@@ -75,6 +75,35 @@ def fold(
         if shift is not None:
             shifts.append(shift.to(weight.dtype))
     return folded, torch.cat(shifts, -1) if shifts else None
+
+
+def largest(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+) -> float:
+    """What no number that `fold` makes of these exceeds, on the way or in the end, found without folding.
+
+    Not a number, or infinite, if one of these is.
+    """
+    sums = up.double().abs().sum(dim=0)  # (r,), by which the largest of `weight up` exceed those of `weight`
+    shift = sums.new_zeros(())
+    if down_bias is not None:
+        shift = shift + sums @ down_bias.double().abs()
+    if up_bias is not None:
+        shift = shift + up_bias.double().abs().sum()
+    added = sums @ down.double().abs().amax(dim=1)
+    factors = torch.stack([1 + added, sums.amax(), shift])
+    return float((_size(weight) * factors + (0 if bias is None else _size(bias))).amax())
+
+
+def _size(tensor: torch.Tensor) -> float:
+    """The largest absolute value; not a number if there is one that isn't."""
+    ends = torch.stack(torch.aminmax(tensor.detach())) if tensor.numel() else torch.zeros(2)  # takes no memory
+    return float(ends.double().abs().amax())
 
 
 def workspace(weight: torch.Tensor) -> int:

@@ -90,7 +90,7 @@ def folded(
     """
     is_stacked = isinstance(linear, nn.Parameter)
     is_transposed = stacked_axis == -2 if is_stacked else _is_transposed(linear)
-    weight, bias = (linear, None) if is_stacked else (weight_of(linear), getattr(linear, "bias", None))
+    weight, bias = _weight_and_bias(linear)
     biases = (adapter.down_bias, adapter.up_bias) if has_biases else (None, None)
     matrix = weight.mT if is_transposed else weight
     new_matrix, new_bias = pia.fold(matrix, bias, adapter.down, biases[0], adapter.up, biases[1])
@@ -106,3 +106,21 @@ def folded(
     if new_bias is not None:
         new._parameters["bias"] = nn.Parameter(new_bias, requires_grad=weight.requires_grad)
     return new
+
+
+def folds_finitely(
+    linear: Linear, stacked_axis: int, adapter: Dense, has_biases: bool, unquantised: Dequantiser
+) -> bool:
+    """Whether all that `folded` returns of these is finite; folds only where sizes don't tell."""
+    weight, bias = _weight_and_bias(linear)
+    biases = (adapter.down_bias, adapter.up_bias) if has_biases else (None, None)
+    dtype = unquantised.dtype if is_quantised(getattr(linear, "weight", None)) else weight.dtype
+    # half of what there is room for, as sums are rounded
+    if pia.largest(weight, bias, adapter.down, biases[0], adapter.up, biases[1]) < torch.finfo(dtype).max / 2:
+        return True
+    made = folded(linear, stacked_axis, adapter, has_biases, unquantised)
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(made))
+
+
+def _weight_and_bias(linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return (linear, None) if isinstance(linear, nn.Parameter) else (weight_of(linear), getattr(linear, "bias", None))

@@ -25,11 +25,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from . import pia
-from .adapter import Adapter
+from .adapter import Adapter, Dense
 from .config import EASConfig
 from .families import Place
 from .quantized import Dequantiser, Linear, check_foldable, is_quantised
-from .readers import folded, reader, readers_of, tensors_of
+from .readers import folded, folds_finitely, reader, readers_of, tensors_of
 from .runtime.eas_attention import Shift
 from .runtime.eas_convention import change_input
 
@@ -68,6 +68,9 @@ class EASLayer(nn.Module, BaseTunerLayer):
         self._shift: tuple[Shift, ...] = ()  # in a tuple, so that it is none of this module's parameters
 
     def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # what forwards ask for, several times in each
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:  # model code reads attributes of its attentions
@@ -182,9 +185,9 @@ class EASLayer(nn.Module, BaseTunerLayer):
     def fold(self, adapter_name: str) -> dict[str, nn.Module | nn.Parameter]:
         """Put folded linears in place, and return those that were there, by name."""
         before = {}
-        for name, linear in self._folded(adapter_name):
-            before[name] = reader(self.base_layer, name)
-            self._put(name, linear)
+        for name, arguments in self._to_fold(adapter_name):
+            before[name] = arguments[0]
+            self._put(name, folded(*arguments))
         return before
 
     def _put(self, name: str, linear: Linear) -> None:
@@ -196,24 +199,25 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def check_finite(self, adapter_name: str) -> None:
-        """Refuse an adapter with NaN or infinite values, or one whose fold has some; changes nothing.
+        """Refuse an adapter with NaN or infinite values, or one whose fold has some; changes nothing, nor folds where
+        the sizes of the numbers tell.
 
         Raises:
             ValueError: in the words of PEFT's other tuners.
         """
-        tensors: list[torch.Tensor] = list(self.parameters_of(adapter_name))
-        if self.acts(adapter_name):
-            tensors += [t for _, linear in self._folded(adapter_name) for t in tensors_of(linear)]
-        if not all(torch.isfinite(t).all() for t in tensors):
+        is_finite = all(bool(torch.isfinite(p).all()) for p in self.parameters_of(adapter_name))
+        if is_finite and self.acts(adapter_name):
+            is_finite = all(folds_finitely(*arguments) for _, arguments in self._to_fold(adapter_name))
+        if not is_finite:
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
 
-    def _folded(self, adapter_name: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-        """What reads this module's input, one by one, with the adapter folded in."""
+    def _to_fold(self, adapter_name: str) -> Iterator[tuple[str, tuple[Linear, int, Dense, bool, Dequantiser]]]:
+        """What reads this module's input, one by one, each with the arguments of `folded`."""
         adapter, has_biases = self.adapter(adapter_name).dense(), not self.is_shifted(adapter_name)
         for name in self.readers:
             linear = reader(self.base_layer, name)
             check_foldable(linear)
-            yield name, folded(linear, self.place.row.stacked_axis, adapter, has_biases, self.unquantised)
+            yield name, (linear, self.place.row.stacked_axis, adapter, has_biases, self.unquantised)
 
     def check_foldable(self) -> None:
         """Refuse linears that nothing can be folded into, see `quantized.check_foldable`."""

@@ -128,13 +128,15 @@ def fill_stand_ins(
     batches: Iterable[Any],
     forward: Callable[[Any], Any],
     enough: float = math.inf,
+    is_adapted: bool = False,
 ) -> None:
     """Start the stand-ins of an adapter at what the attentions add in what `forward` computes of each batch; see
-    `moments`."""
+    `moments`. With nothing skipped: in the base model or, if `is_adapted`, in the one that the adapter makes of it."""
     config, stand_ins = tuner.peft_config[adapter_name], tuner.stand_ins(adapter_name)
     is_linear, all_layers = config.stand_in == "linear", find_layers(tuner.model)
     layers = {key: all_layers[key] for key in stand_ins}
-    with tuner.without_adapters(), evaluating(tuner):
+    whole = tuner.skip_gates(adapter_name).skipping([]) if is_adapted else tuner.without_adapters()
+    with whole, evaluating(tuner):
         found = moments(tuner.model, layers, batches, is_linear, forward, tuner, enough)
     for key in list(found):
         stand_in, fit = stand_ins[key], found.pop(key).fit(config.r_pia if is_linear else 0)

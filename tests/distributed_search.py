@@ -81,7 +81,7 @@ def train(out: Path, batch_size: int, options: dict) -> tuple[Trainer, EASCallba
     if options.pop("exchange", False):  # of 5, which the search starts with, for 3, the only one that is cheaper
         charge(model, 1000.0, [0, 1, 2])
         charge(model, 1.0, [5])
-        settings["warm_start"] = None
+        settings["warm_start"] = "depth"
     search = EASCallback(dataset(20), **settings)
     made = trainer(
         out, model, callbacks=[search, *callbacks], per_device_train_batch_size=batch_size, max_steps=STEPS,

@@ -15,7 +15,7 @@ from peft_eas import EASCallback, EASConfig
 from peft_eas.layer import EASAttention
 
 STEPS = 20
-SEARCH = dict(warmup_steps=3, search_steps=9, interval=3, warm_start=None)  # rounds after steps 6, 9 and 12
+SEARCH = dict(warmup_steps=3, search_steps=9, interval=3, warm_start="depth")  # rounds after steps 6, 9 and 12
 
 
 def fresh(family="llama", seed=0, **settings):

@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import engines
+import growth
 import long_contexts
 import measure
 import planted
@@ -166,6 +167,14 @@ def test_engines_are_compared_and_what_does_not_fit_is_left_out(base, monkeypatc
             assert sum(shares[part] for part in engines.PARTS) == pytest.approx(shares["sum"])
     assert (tmp_path / "engines.md").read_text().count("decode after 2 x 16") == 2 * (2 + 2)
     assert (tmp_path / "engines.png").stat().st_size > 0
+
+
+def test_by_which_power_times_grow():
+    steps = dict.fromkeys(growth.STEPS, 1.0) | {"score, grown": float("nan")}
+    rows = [{"layers": 8, "width": 64, **steps}, {"layers": 16, "width": 64, **steps, "merge": 2.0, "save": 4.0}]
+    first, second = growth.with_powers(rows, "layers")
+    assert (first["merge"], first["score, grown"]) == ("1", "-")
+    assert (second["merge"], second["save"], second["load"]) == ("2 (1.0)", "4 (2.0)", "1 (0.0)")
 
 
 def test_the_cpu_clock_is_refused_for_a_gpu(capsys):

@@ -121,6 +121,27 @@ def test_fold_against_float64(dtype, with_bias):
     assert ((actual - expected).abs() <= scale * torch.finfo(dtype).eps * 2).all()
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_no_number_of_a_fold_is_larger_than_what_is_said_of_it(with_bias, scale):
+    generator = torch.Generator().manual_seed(0)
+    for number in range(20):
+        weight, down, up, bias, down_bias, up_bias = (
+            scale * torch.randn(size, generator=generator) for size in ((20, 12), (4, 12), (12, 4), (20,), (4,), (12,))
+        )
+        if number % 2:  # all terms of one sign, so that the bound is close
+            weight, down, up, bias, down_bias, up_bias = (t.abs() for t in (weight, down, up, bias, down_bias, up_bias))
+        given = (weight, bias, down, down_bias, up, up_bias) if with_bias else (weight, None, down, None, up, None)
+        bound = pia.largest(*given)
+        made = [t for t in (*pia.fold(*given), weight @ up) if t is not None]
+        assert max(t.abs().max() for t in made) <= bound * (1 + 1e-5)
+        for i, tensor in enumerate(given):
+            for bad in (float("nan"), float("inf")) if tensor is not None else ():
+                broken = tensor.clone()
+                broken.view(-1)[0] = bad
+                assert not pia.largest(*given[:i], broken, *given[i + 1 :]) < float("inf")
+
+
 @pytest.mark.parametrize("form", ["matrix", "transposed", "stacked"])
 def test_a_fold_in_parts_is_that_of_the_whole(form, monkeypatch):
     generator = torch.Generator().manual_seed(0)

@@ -21,8 +21,9 @@ from zoo import tiny
 from zoo.families import tiny_model
 from zoo.tiny import adapted, auto
 
-from peft_eas import EASConfig
+from peft_eas import EASConfig, pia
 from peft_eas.layer import EASLayer
+from peft_eas.readers import reader
 from peft_eas.runtime.eas_record import Record
 
 SETTINGS = [
@@ -310,6 +311,40 @@ def test_safe_merge_refuses_nan(name, method):
     after = dict(model.named_parameters())
     for n, value in weights.items():  # the model is as it was
         torch.testing.assert_close(after[n], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_each_linear_is_folded_once(method, safe_merge, monkeypatch):
+    model, folds = adapted(), []
+    wrappers = [m for m in model.modules() if isinstance(m, EASLayer) and m.acts("default")]
+    fold = pia.fold
+    monkeypatch.setattr(pia, "fold", lambda *args: folds.append(args[0].data_ptr()) or fold(*args))
+    expected = [reader(wrapper.base_layer, name).weight.data_ptr() for wrapper in wrappers for name in wrapper.readers]
+    getattr(model, method)(safe_merge=safe_merge)
+    assert sorted(folds) == sorted(expected)
+    assert len(folds) == len(set(folds)) > 20
+
+
+@pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_safe_merge_folds_where_sizes_do_not_tell(method, is_finite):
+    """Numbers that may be too large for the dtype once they are added up: they cancel out, or they don't."""
+    model = adapted().half()
+    adapter = next(m for n, m in model.named_modules() if n.endswith("layers.3.mlp.eas_adapter.default"))
+    with torch.no_grad():
+        adapter.up_bias.zero_(), adapter.down_bias.zero_()
+        adapter.down[:2] = 1e4
+        adapter.up[..., 0], adapter.up[..., 1] = 1e4, -1e4 if is_finite else 1e4
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    if is_finite:
+        getattr(model, method)(safe_merge=True)
+    else:
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+            getattr(model, method)(safe_merge=True)
+        after = dict(model.named_parameters())
+        assert all(torch.equal(after[n], value) for n, value in weights.items())
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,14 +4,14 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from searches import SEARCH, run
-from transformers import BertConfig, BertForSequenceClassification, BertModel
-from transformers.modeling_outputs import SequenceClassifierOutput
-from zoo import families, sizes, tiny
-from zoo.training import dataset
+from transformers import BertForSequenceClassification, Trainer
+from zoo import families, tiny
+from zoo.training import collate, dataset, trainer
 
-from peft_eas import EASConfig, initialize_eas_weights, score_attentions
+from peft_eas import EASCallback, EASConfig, initialize_eas_weights, score_attentions
 from peft_eas.search import growth
 
 
@@ -62,24 +62,12 @@ def test_costs_that_fall_and_costs_that_are_not_finite():
     assert infinite == [0.5, float("inf"), float("inf")]
 
 
-def classifier():
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(families.tiny_model("bert").config).eval()
-    with torch.no_grad():
-        for layer in model.bert.encoder.layer:  # which do next to nothing as they come
-            for linear in (m for m in layer.modules() if isinstance(m, torch.nn.Linear)):
-                linear.weight.mul_(10)
-    return model
-
-
-def change_by_hand(model_type, make, inputs, data):
-    """Of a set with stand-ins, from the configuration's own skipping: the divergence, or that of the last state."""
+def cost_by_hand(make, inputs, data):
+    """Of a set with stand-ins, from the configuration's own skipping: the divergence."""
     kept = inputs["attention_mask"].bool()
 
     @torch.no_grad()
     def given(model):
-        if model_type == "bert":
-            return model(**inputs, output_hidden_states=True).hidden_states[-1][kept].double()
         return model(**inputs).logits[kept].double().log_softmax(-1)
 
     whole = given(make())
@@ -87,25 +75,17 @@ def change_by_hand(model_type, make, inputs, data):
     def cost_of(layers):
         skipping = get_peft_model(make(), EASConfig(skip_layers=[int(i) for i in layers], r_pia=32)).eval()
         initialize_eas_weights(skipping, data)
-        now = given(skipping)
-        if model_type == "bert":
-            return float((now - whole).square().sum() / whole.square().sum())
-        return float((whole.exp() * (whole - now)).sum(-1).mean())
+        return float((whole.exp() * (whole - given(skipping))).sum(-1).mean())
 
     return cost_of
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "bert"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_scores_are_what_sets_cost_with_their_stand_ins(model_type):
-    """BERT with a new head: what counts is what it reads."""
-    make, inputs = (
-        (classifier, families.tiny_inputs("bert"))
-        if model_type == "bert"
-        else (lambda: tiny.model(model_type), tiny.inputs(model_type))
-    )
+    inputs = tiny.inputs(model_type)
     inputs.pop("labels", None)
-    scores = score_attentions(make(), [inputs])
-    cost_of = change_by_hand(model_type, make, inputs, [inputs])
+    scores = score_attentions(tiny.model(model_type), [inputs])
+    cost_of = cost_by_hand(lambda: tiny.model(model_type), inputs, [inputs])
     layers = list(scores)
     expected = greedily(cost_of, len(layers), len(layers) // 2)
     assert sorted(layers, key=scores.get)[: len(expected)] == expected
@@ -113,28 +93,70 @@ def test_scores_are_what_sets_cost_with_their_stand_ins(model_type):
         assert scores[expected[count - 1]] == pytest.approx(cost_of(expected[:count]), rel=1e-3, abs=1e-7)
 
 
-def test_a_search_starts_from_what_adds_nothing(tmp_path):
-    """Attentions 1 and 2 side by side, which no score of single ones need hold apart from others."""
+def test_the_default_of_other_models_is_deviation():
+    """The head of a classifier is new, so neither its predictions nor its loss say anything yet."""
+    model, batches = families.tiny_model("bert"), [families.tiny_inputs("bert")]
+    classifier = BertForSequenceClassification(model.config).eval()
+    scores = score_attentions(classifier, batches)
+    assert scores == score_attentions(classifier, batches, "deviation")
+    with pytest.raises(ValueError, match="no `logits` to compare"):
+        score_attentions(classifier, batches, "growth")
+
+
+def test_while_a_model_learns_its_loss_counts_as_much():
+    """Against twice the growth of the cross-entropy with targets that are half predictions and half labels."""
+    model, other = tiny.model("llama"), tiny.model("llama", seed=1)
+    batches = [tiny.inputs("llama"), tiny.inputs("llama", padding=None)]
+    for inputs in batches:
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        inputs["labels"][0, :3] = -100
+
+    def loss(batch):
+        return model(**batch).loss.item(), float((batch["labels"][:, 1:] != -100).sum())
+
+    with torch.no_grad():
+        divergence = growth.Divergence(model, batches, loss)
+        first = [model(**batch).logits.double().log_softmax(-1) for batch in batches]
+        model.load_state_dict(other.state_dict())
+        terms = divergence()
+        now = [model(**batch).logits.double().log_softmax(-1) for batch in batches]
+    soft, hard = [], []
+    for before, after, inputs in zip(first, now, batches, strict=True):
+        moved, labels = before - after, inputs["labels"][:, 1:]
+        soft.append((before.exp() * moved).sum(-1)[inputs["attention_mask"].bool()])  # no padding
+        hard.append(moved[:, :-1].gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != -100])
+    expected = torch.cat(soft).mean() + torch.cat(hard).mean()
+    assert sum(total / count for total, count in terms) == pytest.approx(expected.item(), rel=1e-4)
+    assert torch.cat(hard).mean().abs() > 1e-3
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_a_search_starts_from_what_adds_nothing(tmp_path, warmup_steps):
+    """Attentions 1 and 2 side by side, which no score of single ones need hold apart from others; of a model that
+    says what the labels are, so that each other attention is needed."""
     model = get_peft_model(tiny.model("llama"), EASConfig(num_skip=2))
     with torch.no_grad():
         for index in (1, 2):
             model.get_base_model().model.layers[index].self_attn.o_proj.weight.zero_()
-    settings = SEARCH | dict(warm_start="growth", search_dataset=dataset(32))
+        rows = [dict(row) for row in dataset(32)]
+        for row in rows:
+            said = model(input_ids=torch.tensor(row["input_ids"])[None]).logits[0].argmax(-1).tolist()
+            row["labels"] = [-100, *said[:-1]]
+    settings = SEARCH | dict(warm_start=None, search_dataset=Dataset.from_list(rows), warmup_steps=warmup_steps)
     _, search = run(tmp_path, model, settings, save_strategy="no", max_steps=12)
     assert sorted(search.report["start"][:2]) == [1, 2]
-    assert [search.report["scores"][i] for i in (1, 2)] == pytest.approx([0, 0], abs=1e-6)
-    assert min(search.report["scores"][i] for i in (0, 3, 4, 5)) > 1e-5
+    assert [search.report["scores"][i] for i in (1, 2)] == pytest.approx([0, 0], abs=1e-5)
+    assert min(search.report["scores"][i] for i in (0, 3, 4, 5)) > 1e-4
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_a_search_compares_predictions(task_type, monkeypatch, tmp_path):
     """PEFT calls the model by its hooks or around them, by the task."""
     seen = []
-    monkeypatch.setattr(growth.Change, "__call__", lambda self: seen.append(self) or (0.0, 1.0))
+    monkeypatch.setattr(growth.Divergence, "__call__", lambda self: seen.append(self) or [(0.0, 1.0)])
     model = get_peft_model(tiny.model("llama"), EASConfig(num_skip=2, task_type=task_type))
-    settings = SEARCH | dict(warm_start="growth", search_dataset=dataset(32))
+    settings = SEARCH | dict(warm_start=None, search_dataset=dataset(32))
     run(tmp_path, model, settings, save_strategy="no", max_steps=12)
-    assert seen[0].is_predicted
     assert {given.shape[1] for of_batch in seen[0].first for given in of_batch} == {model.config.vocab_size}
 
 
@@ -143,32 +165,26 @@ def test_what_is_compared_is_bounded(monkeypatch):
     model, inputs = tiny.model("llama"), tiny.inputs("llama", padding=None)
     monkeypatch.setattr(growth, "LARGEST", 10 * model.config.vocab_size)
     with torch.no_grad():
-        change = growth.Change(model, [inputs], lambda batch: model(**batch))
-        assert sum(given.numel() for of_batch in change.first for given in of_batch) <= growth.LARGEST
-        assert change() == (0.0, -(-inputs["input_ids"].numel() // change.step))
+        divergence = growth.Divergence(model, [inputs], lambda batch: (model(**batch).logits.sum().item(), 0.0))
+        assert sum(given.numel() for of_batch in divergence.first for given in of_batch) <= growth.LARGEST
+        assert divergence()[0] == (0.0, -(-inputs["input_ids"].numel() // divergence.step))
 
 
-def test_a_head_without_a_body_of_its_own():
-    """What a model says that is called as a whole, and gives no hidden states."""
+def test_a_search_of_a_loss_that_makes_no_logits_starts_by_deviation(tmp_path):
+    class Quiet(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(input_ids=inputs["input_ids"], output_hidden_states=True, labels=inputs["labels"]).loss
 
-    class Whole(BertModel):
-        def forward(self, input_ids, attention_mask):
-            pooled = super().forward(input_ids, attention_mask).pooler_output
-            return SequenceClassifierOutput(logits=pooled[:, :5])
-
-    torch.manual_seed(0)
-    model = Whole(BertConfig(**sizes.TEXT)).eval()
-    inputs = tiny.inputs("llama", padding=None)
-    with torch.no_grad():
-        change = growth.Change(model, [inputs], lambda batch: model(**batch))
-        before = model(**inputs).logits
-        torch.testing.assert_close(change.first, [[before]])
-        assert change() == (0.0, before.double().square().sum().item())
-        model.pooler.dense.weight.mul_(2)
-        expected = (model(**inputs).logits - before).double().square().sum().item()
-        assert change()[0] == pytest.approx(expected)
-
-
-def test_a_model_that_gives_nothing_to_compare_is_refused():
-    with pytest.raises(ValueError, match="neither `logits` nor hidden states"):
-        growth.Change(tiny.model("llama"), [{}], lambda batch: None)
+    model = get_peft_model(tiny.model("llama"), EASConfig(num_skip=2))
+    model.get_base_model().register_forward_hook(lambda module, args, output: setattr(output, "logits", None))
+    for warm_start in (None, "growth"):
+        search = EASCallback(dataset(8), **SEARCH | dict(warm_start=warm_start))
+        arguments = trainer(tmp_path, model, max_steps=6, save_strategy="no").args
+        quiet = Quiet(model, arguments, train_dataset=dataset(), data_collator=collate, callbacks=[search])
+        if warm_start is None:
+            quiet.train()
+            assert search.report["settings"]["warm_start"] == "deviation"
+            model = get_peft_model(model.unload(), EASConfig(num_skip=2))
+        else:
+            with pytest.raises(ValueError, match="no `logits` to compare"):
+                quiet.train()

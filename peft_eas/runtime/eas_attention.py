@@ -69,12 +69,14 @@ class StandIn(nn.Module):
             z: What the attention reads, `(B, T, d')`.
             pool: Gives `p (B, T or 1, r)` of a `C`.
         """
+        one, down, up, constant = (1,) * (z.dim() - 1), self.down, self.up, self.constant
         # a tensor of its own, since layers may change in place what an attention gives them
-        one = (1,) * (z.dim() - 1)
-        added = z.new_zeros(*one, 1) if self.constant is None else self.constant.to(z.dtype, copy=True).view(*one, -1)
-        if self.down is not None and self.up is not None:
-            hidden = F.linear(z.to(self.down.dtype), self.down)
-            added = F.linear(hidden, self.up, self.constant).to(z.dtype)
+        if down is not None and up is not None:
+            added = F.linear(F.linear(z.to(down.dtype), down), up, constant).to(z.dtype)
+        elif constant is None:
+            added = z.new_zeros(*one, 1)
+        else:
+            added = constant.to(z.dtype, copy=True).view(*one, -1)
         if self.mean_down is not None and self.mean_up is not None:
             added = added + F.linear(pool(self.mean_down).to(self.mean_up.dtype), self.mean_up).to(z.dtype)
         # so that dropout behind it takes each token by itself

@@ -22,6 +22,8 @@ def change_input(args: tuple, kwargs: dict, change: Callable[[torch.Tensor], tor
     queries and keys as two arguments)."""
     given = hidden_states_of(args, kwargs)
     changed = change(given)
+    if not kwargs and len(args) == 1:  # as FFNs are called
+        return (changed,), kwargs
     args = tuple(changed if value is given else value for value in args)
     return args, {name: changed if value is given else value for name, value in kwargs.items()}
 

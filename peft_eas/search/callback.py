@@ -13,11 +13,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import checks
-from ..model import EASModel
-from ..stand_in import ENOUGH, are_zero, eas_model, fill_stand_ins
+from ..stand_in import are_zero, eas_model
 from .held_out import MEASURED, HeldOut
 from .run import Search
-from .scores import METHODS
+from .start import WARM_STARTS, measure_stand_ins
 from .trainer import Scorer, check_shards, trainer_of
 
 if TYPE_CHECKING:
@@ -31,33 +30,33 @@ STATE_KEY = "eas_search"
 MOST_STEPS = 10**9
 """No training has more."""
 
-WARM_STARTS = (*(method for method in METHODS if method != "loss"), "depth")
-
 
 class EASCallback(TrainerCallback):
     """Searches, in the first part of a training, which attentions to skip; the rest of it trains what is left.
 
-    All optimizer steps skip the best set so far, from the first on: what is learned serves it. After a warm-up, every
-    `interval` steps, some attentions are tried on held-out batches: how does the Trainer's own loss change if this one
-    is skipped, too, or is not? One that costs clearly less than one in the set takes its place (see
-    `peft_eas.search.exchange`). At the end of the search what was found and the start are compared on all of the
-    held-out examples; the better one is skipped for good, and what it doesn't need is dropped after training.
+    The warm-up skips nothing: which attentions a task needs shows once the model has begun to learn it. When it ends,
+    the stand-ins of all attentions are measured in the model as it is then, and the first set is chosen with them. From
+    then on all optimizer steps skip the best set so far, so that what is learned serves it. Every `interval` steps some
+    attentions are tried on held-out batches: how does the Trainer's own loss change if this one is skipped, too, or is
+    not? One that costs clearly less than one in the set takes its place (see `peft_eas.search.exchange`). At the end of
+    the search what was found and the start are compared on all of the held-out examples; the better one is skipped for
+    good, and what it doesn't need is dropped after training.
 
-    Before the first step it measures the stand-ins of skipped attentions (`peft_eas.initialize_eas_weights`), also
-    where `skip_layers` are given and there is nothing to search.
+    Where `skip_layers` are given there is nothing to search, and it measures the stand-ins before the first step
+    (`peft_eas.initialize_eas_weights`).
 
     In the Trainer's `output_dir` it leaves `report.json` and, if matplotlib is installed, `search.png`.
 
     Args:
         search_dataset: Examples to score with, as the Trainer's collator takes them; a few hundred that are not trained
             on. By default examples of the training set that are not in the batch just trained on.
-        warmup_steps: Optimizer steps, or fraction of all of them, before the first round.
+        warmup_steps: Optimizer steps, or fraction of all of them, in which nothing is skipped.
         search_steps: Optimizer steps, or fraction of all of them, from the end of the warm-up to the choice.
         interval: Optimizer steps from one round to the next.
         num_candidates: Attentions that are tried in a round.
-        warm_start: What the first set goes by: scores (see `score_attentions`), `"growth"`, `"deviation"`, `"kl"` or
-            `"similarity"`; `"depth"`, the deeper the better; or scores by layer index, low for redundant. `None`: all
-            alike, so the deepest.
+        warm_start: What the first set goes by: `"growth"`, the default for language models, or `"deviation"`, that for
+            others (see `score_attentions`), in the model as it is after the warm-up; there, `"growth"` looks at the
+            loss as well. `"depth"`: the deeper the better; or scores by layer index, low for redundant.
 
     Raises:
         ValueError: for a wrong value; when training begins, for a model without an EAS adapter, a dataset that can't be
@@ -75,7 +74,7 @@ class EASCallback(TrainerCallback):
         search_steps: float = 0.3,
         interval: int = 20,
         num_candidates: int = 4,
-        warm_start: str | Mapping[int | str, float] | None = "growth",
+        warm_start: str | Mapping[int | str, float] | None = None,
     ) -> None:
         steps = f"a number of steps from 0 to {MOST_STEPS}, or a fraction below 1"
         warmup_steps, search_steps = (
@@ -136,17 +135,15 @@ class EASCallback(TrainerCallback):
         if is_given:
             logger.info("`skip_layers` is set already: there is nothing to search.")
         stand_ins = tuner.stand_ins(adapter_name)
-        measures = not state.global_step and stand_ins and are_zero(stand_ins.values())
-        if is_given and not measures:
+        if is_given and (state.global_step or not stand_ins or not are_zero(stand_ins.values())):
             return
         scorer = Scorer(trainer, model, _held_out(self.search_dataset, train_dataloader, args))
-        if not is_given:
-            scorer.check()
-        if measures:
-            _measure(tuner, adapter_name, scorer, _to_measure(scorer.held_out, train_dataloader, args))
+        examples = _to_measure(scorer.held_out, train_dataloader, args)
         if is_given:
+            measure_stand_ins(tuner, adapter_name, scorer, examples.many(MEASURED))
             return
-        self._search = self.search_class(self, args, scorer, tuner, state.max_steps, saved)
+        scorer.check()
+        self._search = self.search_class(self, args, scorer, tuner, examples, state.max_steps, saved)
         # the very dictionary, so that the Trainer's next checkpoint has the search as it is then
         state.stateful_callbacks[STATE_KEY] = vars(self._search.state)
 
@@ -232,19 +229,6 @@ def _to_measure(held_out: HeldOut, train_dataloader: Any, args: TrainingArgument
         return _held_out(None, train_dataloader, args)
     except ValueError:
         return held_out
-
-
-def _measure(tuner: EASModel, adapter_name: str, scorer: Scorer, examples: HeldOut) -> None:
-    """Start the stand-ins at what the attentions add."""
-    try:
-        with scorer.aside():
-            fill_stand_ins(tuner, adapter_name, examples.many(MEASURED), scorer.loss, ENOUGH)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"The stand-ins of skipped attentions can't be measured with this Trainer's batches: {error} "
-            "Call `peft_eas.initialize_eas_weights(model, dataloader)` before training, with batches of what the "
-            "model takes."
-        ) from error
 
 
 def _log_before_others(callback: EASCallback, trainer: Trainer) -> None:

@@ -54,88 +54,77 @@ def grow(cost_of: Callable[[list[int]], float], number: int, count: int) -> list
     return scores
 
 
-class Change:
-    """By how much a model gives something else than it gave at first, on the same batches.
+def predicts_words(model: PreTrainedModel) -> bool:
+    """Whether it has a language model's head, which was trained before; that of a classifier is mostly new."""
+    return model.can_generate() or model.get_output_embeddings() is not None
 
-    A language model: by the divergence of its predictions, in nats a token. Of another one the head is mostly new, so
-    what counts is what a head reads, the body's last hidden state: the mean square of its change, relative to its own.
-    Where a model with a head has no body of its own that gives one, its `logits` say it, likewise.
+
+class Divergence:
+    """By how much a language model predicts something else than it did at first, on the same batches; in nats a token.
+
+    One that has begun to learn its task may predict better without an attention than with it. So what its loss grows
+    by counts, too, as much as the divergence: together, twice by how much the cross-entropy grows with targets that are
+    half what it predicted at first and half the labels.
 
     Args:
         model: A transformers model.
         batches: Batches.
-        forward: What is done with each; it may run several forwards of `model`.
+        forward: What is done with each; it may run several forwards of `model`. It returns the loss of the batch, and
+            what that counts for in a mean: 0 if the model has yet to learn.
         caller: What calls `model.forward`, if that goes around the model's hooks.
 
     Raises:
-        ValueError: if the model gives neither.
+        ValueError: if the model gives no `logits (B, T, words)`.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         batches: Iterable[Any],
-        forward: Callable[[Any], Any],
+        forward: Callable[[Any], tuple[float, float]],
         caller: nn.Module | None = None,
     ) -> None:
-        self.model, self.batches, self.forward = model, list(batches), forward
+        self.batches, self.forward = list(batches), forward
         self.called = list(dict.fromkeys([model, caller or model]))
         self.step = 1
-        self.is_predicted = model.can_generate() or model.get_output_embeddings() is not None
-        self.is_answered = False
-        found = [self._given(batch) for batch in self.batches]
-        if self.is_predicted and not any(found):  # a loss that makes no logits
-            self.is_predicted = False
-            found = [self._given(batch) for batch in self.batches]
-        if not any(found):  # a head that is part of its body
-            self.is_answered = True
-            found = [self._given(batch) for batch in self.batches]
+        found, self.losses = zip(*map(self._predicted, self.batches), strict=True)
         numbers = sum(given.numel() for of_batch in found for given in of_batch)
         if not numbers:
-            raise ValueError(f"A {type(model).__name__} gives neither `logits` nor hidden states to compare.")
+            raise ValueError(f"A {type(model).__name__} gives no `logits` to compare here: score by `deviation`.")
         self.step = -(-numbers // LARGEST)  # of more, every so many tokens
         self.first = [[given[:: self.step] for given in of_batch] for of_batch in found]
 
-    def __call__(self) -> tuple[float, float]:
-        """The change of what the model gives now, and what it is to be divided by: sums, for means over processes."""
-        change = size = 0.0
-        for batch, before in zip(self.batches, self.first, strict=True):
-            for old, new in zip(before, self._given(batch), strict=True):
-                if self.is_predicted:
-                    change += F.kl_div(new, old, reduction="sum", log_target=True).item()
-                    size += len(old)
-                else:
-                    change += (new - old).double().square().sum().item()
-                    size += old.double().square().sum().item()
-        return change, size
+    def __call__(self) -> list[tuple[float, float]]:
+        """What is to be added up of the model as it is now: sums, and what each is to be divided by, for means over
+        processes."""
+        diverged = tokens = grown = weights = 0.0
+        for batch, before, (loss_before, _) in zip(self.batches, self.first, self.losses, strict=True):
+            given, (loss, weight) = self._predicted(batch)
+            for old, new in zip(before, given, strict=True):
+                diverged += F.kl_div(new, old, reduction="sum", log_target=True).item()
+                tokens += len(old)
+            grown += weight * (loss - loss_before)
+            weights += weight
+        return [(diverged, tokens), (grown, weights)]
 
-    def _given(self, batch: Any) -> list[torch.Tensor]:
-        """For each forward of the model, `(tokens, size)`: log-probabilities or hidden states, without padding; or
-        `(rows, labels)`."""
+    def _predicted(self, batch: Any) -> tuple[list[torch.Tensor], tuple[float, float]]:
+        """For each forward of the model log-probabilities `(tokens, words)`, without padding; and the weighted loss."""
         given: list[torch.Tensor] = []
 
         def see(module: nn.Module, args: tuple, output: Any) -> None:
-            if self.is_predicted or self.is_answered:
-                values = getattr(output, "logits", None)
-            else:
-                values = output if isinstance(output, torch.Tensor) else output[0]
-            if self.is_answered and isinstance(values, torch.Tensor):
-                given.append(values[:: self.step].flatten(1).float())
-            elif isinstance(values, torch.Tensor) and values.dim() == 3:
-                kept = self._kept(values, arguments).float()
-                given.append(kept.log_softmax(-1) if self.is_predicted else kept)
+            logits = getattr(output, "logits", None)
+            if isinstance(logits, torch.Tensor) and logits.dim() == 3:
+                given.append(self._kept(logits, arguments).float().log_softmax(-1))
 
-        body: Any = self.model.base_model
         with arguments_seen(*self.called) as arguments, hooks() as handles:
-            is_whole = self.is_predicted or self.is_answered or body is self.model
-            for watched in self.called if is_whole else [body]:
+            for watched in self.called:
                 handles.append(watched.register_forward_hook(see))
-            self.forward(batch)
-        return given
+            loss = self.forward(batch)
+        return given, loss
 
-    def _kept(self, values: torch.Tensor, arguments: dict) -> torch.Tensor:
+    def _kept(self, logits: torch.Tensor, arguments: dict) -> torch.Tensor:
         if {"input_ids", "inputs_embeds"} & {key for key, value in arguments.items() if value is not None}:
-            kept = kept_tokens(arguments, values.device)
-            if kept.shape == values.shape[:2]:
-                return values[kept][:: self.step]
-        return values.flatten(0, 1)[:: self.step]
+            kept = kept_tokens(arguments, logits.device)
+            if kept.shape == logits.shape[:2]:
+                return logits[kept][:: self.step]
+        return logits.flatten(0, 1)[:: self.step]

@@ -67,7 +67,7 @@ def reasons(report: dict[str, Any]) -> list[str]:
     """Why each attention is skipped or retained, in the order of the report's `layers`."""
     layers, chosen = report["layers"], set(report["skip_layers"])
     place = {layers[i]: rank for rank, i in enumerate(report["start"], start=1)}
-    by = report["settings"]["warm_start"] or "depth"
+    by = report["settings"]["warm_start"]
     said = {layer: f"{place[layer]} of {len(layers)} by {by}" for layer in layers}
     for entry in report["rounds"]:
         for retained, skipped in entry["exchanged"]:
@@ -125,12 +125,11 @@ def _drawn(report: dict[str, Any]) -> Figure:
     grid = figure.add_gridspec(1 + below, 3, height_ratios=[rows, *[1.7] * below], width_ratios=[1, 2.2, 1.5])
     scores, steps, costs = (figure.add_subplot(grid[0, column]) for column in range(3))
 
-    if report["scores"] is not None:
-        scores.barh(places, report["scores"], height=0.7, color=colours)
-        edge = abs(report["scores"][report["start"][report["count"] - 1]])  # scores have a long tail
-        scores.set_xscale("symlog", linthresh=edge or 1.0)
-        scores.set_xticks([tick for tick in scores.get_xticks() if abs(tick) >= (edge or 1.0)])
-    scores.set_xlabel(f"start: {report['settings']['warm_start'] or 'none'}", fontsize=8)
+    scores.barh(places, [score or 0 for score in report["scores"]], height=0.7, color=colours)
+    edge = abs(report["scores"][report["start"][report["count"] - 1]] or 0)  # scores have a long tail
+    scores.set_xscale("symlog", linthresh=edge or 1.0)
+    scores.set_xticks([tick for tick in scores.get_xticks() if abs(tick) >= (edge or 1.0)])
+    scores.set_xlabel(f"start: {report['settings']['warm_start']}", fontsize=8)
     names = [f"{layer} ●" if layer in chosen else str(layer) for layer in layers]
     scores.set_ylabel("attention (●: skipped)", fontsize=8)
 
@@ -139,7 +138,7 @@ def _drawn(report: dict[str, Any]) -> Figure:
         [layers[i] for i in report["start"][: len(report["rounds"][0]["skip_layers"])]] if report["rounds"] else chosen
     )
     sets = [first, *(entry["skip_layers"] for entry in report["rounds"])]
-    times = [0, *(entry["step"] for entry in report["rounds"])]
+    times = [report["warmup"], *(entry["step"] for entry in report["rounds"])]
     end = max(report["settle"], times[-1])
     end += max(1, round(0.15 * end))
     for skipped, begin, until in zip(sets, times, [*times[1:], report["settle"]], strict=True):

@@ -21,11 +21,10 @@ from transformers import TrainingArguments
 from ..families import find_layers
 from ..model import EASModel
 from . import budget, exchange
-from .growth import Change, grow
-from .held_out import COMPARED, GROWN, fingerprints, means_over_processes
+from .held_out import COMPARED, MEASURED, HeldOut, fingerprints
 from .report import write_report
 from .schedule import Schedule
-from .scores import cost_by_gates, deviations, score_attentions
+from .start import checked_start, measure_stand_ins, scores_of
 from .state import SearchState
 from .trainer import Scorer, kept_by
 
@@ -43,6 +42,7 @@ class Search:
         args: Arguments of the training.
         scorer: What gives losses.
         tuner: The EAS tuner in the model.
+        examples: What stand-ins are measured with.
         max_steps: Optimizer steps of the training.
         saved: The state in the checkpoint that the training goes on from, if any.
     """
@@ -53,10 +53,11 @@ class Search:
         args: TrainingArguments,
         scorer: Scorer,
         tuner: EASModel,
+        examples: HeldOut,
         max_steps: int,
         saved: dict | None,
     ) -> None:
-        self.settings, self.args, self.scorer, self.tuner = settings, args, scorer, tuner
+        self.settings, self.args, self.scorer, self.tuner, self.examples = settings, args, scorer, tuner, examples
         self.model, self.held_out = scorer.model, scorer.held_out
         self.is_fsdp, self.kept = scorer.trainer.is_fsdp_enabled, kept_by(scorer.trainer)
         self.kept_with: list[int | str] | None = None
@@ -69,25 +70,19 @@ class Search:
                 "A search needs both the adapter and the stand-in of every attention, and some have been dropped or "
                 "never made: begin with a fresh adapter, `get_peft_model(model, EASConfig(num_skip=...))`."
             )
+        batch = next(examples.many(args.per_device_train_batch_size))
+        self.warm_start = checked_start(settings.warm_start, tuner, self.gates, scorer, batch)
         self.metrics: dict[str, float] = {}
         self.written: dict[str, Any] = {}  # the last report
         self.seen: set[int] = set()
         self.hook: RemovableHandle | None = None
-        if isinstance(settings.warm_start, Mapping) and (
-            missing := [i for i in self.gates.layers if i not in settings.warm_start]
-        ):
-            raise ValueError(f"`warm_start` has no scores of layers {missing}.")
         if saved is None:
             count, about = self._count()
             schedule = Schedule.of(settings.warmup_steps, settings.search_steps, settings.interval, max_steps)
-            layers, scores = self.gates.layers, self._scores(count)
-            start = exchange.start(scores or [0.0] * len(layers))
-            self.state = SearchState(
-                layers, count, **asdict(schedule), start=start, order=start, scores=scores, budget=about
-            )
+            self.state = SearchState(self.gates.layers, count, **asdict(schedule), budget=about)
             self._say(
-                f"searching which {count} of {len(layers)} attentions to skip: they are tried from step "
-                f"{schedule.warmup + 1} to {schedule.settle} of {max_steps}"
+                f"searching which {count} of {len(self.state.layers)} attentions to skip: none of them to step "
+                f"{schedule.warmup}; then they are tried, to step {schedule.settle} of {max_steps}"
             )
         else:
             self.state = SearchState.read(saved)
@@ -99,6 +94,8 @@ class Search:
         self.gates.touch_idle(args.world_size > 1 and self.kept is None)
         if self.state.settled is None:
             self.gates.set(self.state.best())
+            if self.state.warmup == 0 and saved is None:
+                self.begin(0)
         else:
             self._settle_on(self.state.settled)
 
@@ -138,6 +135,8 @@ class Search:
         self.release()
         if self.state.settled is not None:
             return
+        if step == self.state.warmup:
+            self.begin(step)
         if self.state.schedule.scores_after(step):
             self.round(step)
         if self.state.schedule.phase(step) == "settled":
@@ -152,6 +151,8 @@ class Search:
                 step,
                 self.state.settle,
             )
+            if not self.state.start:
+                self.begin(step)
             self._settle(step)
         # `load_best_model_at_end` may have brought back an earlier checkpoint, which was good with the set that it had
         if self.gates.skipped != self.state.settled:
@@ -187,8 +188,7 @@ class Search:
     def report(self) -> dict[str, Any]:
         """See `report.py`; the state, and `costs`: mean and standard error for each attention, `None` if not tried."""
         settings = {k: v for k, v in vars(self.settings).items() if k != "search_dataset" and k[0] != "_"}
-        if isinstance(self.settings.warm_start, Mapping):
-            settings["warm_start"] = "scores"
+        settings["warm_start"] = "scores" if isinstance(self.warm_start, Mapping) else self.warm_start
         known = exchange.costs(self.state.tries())
         costs = [known.get(attention) for attention in range(len(self.state.layers))]
         state = asdict(self.state)
@@ -249,10 +249,8 @@ class Search:
         means = [statistics.fmean(cost) for cost in costs if cost is not None]
         if means:
             self.metrics |= {"eas/cost_min": min(means), "eas/cost_max": max(means)}
-        if best != before or len(state.rounds) == 1:
-            # curves are of numbers: an attention that goes by its name is given by its place among the candidates
-            places = [key if isinstance(key, int) else state.layers.index(key) for key in best]
-            self.metrics |= {f"eas/skip_layers/{m + 1}": place for m, place in enumerate(places)}
+        if best != before:
+            self._log_set(best)
 
     def _tried(self, attentions: Sequence[int]) -> tuple[list[float] | None, list[list[float] | None]]:
         """Losses of the set on a round's batches, and what skipping each of these attentions costs on them."""
@@ -282,36 +280,19 @@ class Search:
         """Fingerprints of the rows of the optimizer step just done, in all processes; none if there is a dataset."""
         return set(gather_object(list(self.seen))) if self.settings.search_dataset is None else set()
 
-    def _scores(self, count: int) -> list[float] | None:
-        """The score of each attention that the search starts from, if any.
-
-        Args:
-            count: How many are to be skipped.
-        """
-        given, layers = self.settings.warm_start, self.gates.layers
-        if given is None:
-            return None
-        if isinstance(given, Mapping):
-            return [float(given[i]) for i in layers]
-        if given == "depth":
-            found = find_layers(self.tuner.model)
-            return [-float(found[key].depth) for key in layers]
-        if given == "growth":
-            with self.scorer.aside():
-                self.gates.set([])
-                change = Change(self.tuner.model, self.held_out.first(GROWN), self.scorer.loss, self.tuner)
-                largest = len(layers) // 2 if self.config.max_loss_increase is not None else count
-                return grow(cost_by_gates(self.gates, change), len(layers), largest)
-        with self.scorer.aside(), self.tuner.without_adapters():
-            batches = self.scorer.sample()
-            if given == "deviation":
-                model = self.tuner.model
-                by_layer = deviations(model, find_layers(model), batches, self.scorer.loss, self.tuner)
-            else:
-                by_layer = score_attentions(self.model, batches, method=given)
-        return means_over_processes([(by_layer[i], 1) for i in layers])
-
     # Choosing ---------------------------------------------------------------------------------------------------------
+
+    def begin(self, step: int) -> None:
+        """Measure the stand-ins in the model as it is now, and choose the first set with them."""
+        state, name = self.state, self.gates.adapter_name
+        measure_stand_ins(self.tuner, name, self.scorer, self.examples.many(MEASURED), is_adapted=True)
+        largest = len(state.layers) // 2 if self.config.max_loss_increase is not None else state.count
+        scores = scores_of(self.warm_start, self.tuner, self.gates, self.scorer, largest)
+        state.start = state.order = exchange.start(scores)
+        state.scores = [score if math.isfinite(score) else None for score in scores]
+        self.gates.set(state.best())
+        self._log_set(state.best())
+        self._say(f"step {step}: the search starts with the attentions of layers {state.best()} skipped")
 
     def _count(self) -> tuple[int, dict[str, Any]]:
         """How many attentions are skipped, and what there is to say of it."""
@@ -408,6 +389,11 @@ class Search:
         self.config.settle(skip_layers)
 
     # Helpers ----------------------------------------------------------------------------------------------------------
+
+    def _log_set(self, skip_layers: list[int | str]) -> None:
+        # curves are of numbers: an attention that goes by its name is given by its place among the candidates
+        places = [key if isinstance(key, int) else self.state.layers.index(key) for key in skip_layers]
+        self.metrics |= {f"eas/skip_layers/{m + 1}": place for m, place in enumerate(places)}
 
     def _say(self, line: str) -> None:
         if self.args.process_index == 0:

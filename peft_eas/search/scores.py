@@ -30,7 +30,7 @@ from ..merge import check_in_memory
 from ..model import EASModel
 from ..stand_in import fill_stand_ins, moments, replaced, watching
 from ..targets import stream_size
-from .growth import Change, grow
+from .growth import Divergence, grow, predicts_words
 from .held_out import means_over_processes
 
 RANK = 32
@@ -39,7 +39,7 @@ RANK = 32
 
 @torch.no_grad()
 def score_attentions(
-    model: PreTrainedModel, dataloader: Iterable[dict[str, torch.Tensor]], method: str = "growth"
+    model: PreTrainedModel, dataloader: Iterable[dict[str, torch.Tensor]], method: str | None = None
 ) -> dict[int | str, float]:
     """Score the attentions of a transformers model that has no adapters: the lower, the more redundant.
 
@@ -49,16 +49,15 @@ def score_attentions(
         model: A model of a known family; it is left as it was.
         dataloader: Batches `{input_ids, attention_mask, ...}` of the task, a few hundred tokens in all or more; with
             `labels` for `method="loss"`. It is read twice, so no iterator.
-        method: `"growth"`, the default: a set is grown with all stand-ins, linear ones, in place, each time by the
-            attention with which the model moves least, and the score is how far the set has moved it when the attention
-            has joined: the divergence from the whole model's predictions, in nats a token; where the head is not a
-            language model's, the relative mean square change of the body's last hidden state. About one and a half
-            forwards for each attention.
-            The others take each attention by itself, with the mean of what it adds in its place. `"kl"`, the divergence
-            from the whole model's predictions, and `"loss"`, the growth of the loss, take a forward for each attention;
-            `"deviation"`, how far what it adds is from that mean, relative to the residual stream (root mean squares),
-            takes one for all. `"similarity"`: one minus the cosine similarity of the stream before and after the
-            attention (as LLM-Drop does, arXiv 2406.15786), one forward for all.
+        method: By default `"growth"` for language models, `"deviation"` for others, whose heads are mostly new.
+            `"growth"`: a set is grown with all stand-ins, linear ones, in place, each time by the attention with which
+            predictions move least, and the score is how far the set has moved them when the attention has joined: the
+            divergence from the whole model's, in nats a token. About one and a half forwards for each attention.
+            The others take each attention by itself, with the mean of what it adds in its place. `"deviation"`: how far
+            what it adds is from that mean, relative to the residual stream (root mean squares), one forward for all.
+            `"kl"`, the divergence from the whole model's predictions, and `"loss"`, the growth of the loss, take a
+            forward for each attention. `"similarity"`: one minus the cosine similarity of the stream before and after
+            the attention (as LLM-Drop does, arXiv 2406.15786), one forward for all.
 
     Returns:
         `{attention: score}`, by index of the layer, or by name where that is not enough; by `"growth"` of those that
@@ -68,7 +67,7 @@ def score_attentions(
         ValueError: for an unknown family or method, no batch at all, batches that the model does not take or without
             labels, a model without logits where there have to be some, or scores that are not finite.
     """
-    method = choice("method", method, METHODS)
+    method = choice("method", method, METHODS) if method is not None else default_method(model)
     layers, batches = find_layers(model), list(batches_of(dataloader))
     if not batches:
         raise ValueError("The dataloader gave no batches to score the attentions with.")
@@ -78,6 +77,11 @@ def score_attentions(
     if wrong:
         raise ValueError(f"The scores of layers {wrong} are not finite: look for NaN in the model's weights or inputs.")
     return scores
+
+
+def default_method(model: PreTrainedModel) -> str:
+    """What sets of this model are best chosen by, see `score_attentions`."""
+    return "growth" if predicts_words(model) else "deviation"
 
 
 def _by_similarity(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
@@ -139,8 +143,9 @@ def _by_growth(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) 
     if getattr(model.config, "is_encoder_decoder", False):  # its tokens may be made of the labels
         inputs = list(batches)
 
-    def forward(batch: dict) -> Any:
-        return model(**arguments_of(batch, model))
+    def forward(batch: dict) -> tuple[float, float]:
+        model(**arguments_of(batch, model))
+        return 0.0, 0.0
 
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     width = min(stream_size(model, place) for place in layers.values() if place.is_skippable)
@@ -148,8 +153,8 @@ def _by_growth(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) 
     try:
         with evaluating(tuner):
             fill_stand_ins(tuner, "scores", inputs, forward)
-            gates, change = tuner.skip_gates("scores"), Change(model, inputs, forward)
-            scores = grow(cost_by_gates(gates, change), len(gates.layers), len(gates.layers) // 2)
+            gates, divergence = tuner.skip_gates("scores"), Divergence(model, inputs, forward)
+            scores = grow(cost_by_gates(gates, divergence), len(gates.layers), len(gates.layers) // 2)
     finally:
         tuner.unload()
         for parameter, requires_grad in trainable:
@@ -157,13 +162,13 @@ def _by_growth(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) 
     return dict(zip(gates.layers, scores, strict=True))
 
 
-def cost_by_gates(gates: SkipGates, change: Change) -> Callable[[list[int]], float]:
-    """What a set costs, by number of its attentions: how far it moves what the model gives, over all processes."""
+def cost_by_gates(gates: SkipGates, divergence: Divergence) -> Callable[[list[int]], float]:
+    """What a set costs, by number of its attentions: how far it moves predictions, over all processes."""
 
     def cost_of(numbers: list[int]) -> float:
         with gates.skipping([gates.layers[i] for i in numbers]):
-            (mean,) = means_over_processes([change()])
-        return mean if math.isfinite(mean) else math.inf
+            cost = sum(means_over_processes(divergence()))
+        return cost if math.isfinite(cost) else math.inf
 
     return cost_of
 

@@ -20,9 +20,11 @@ class SearchState:
         layers: Layer index, or name, of each attention.
         count: How many attentions are skipped.
         warmup, settle, interval: The `Schedule`.
-        start: The order that the search began with: places in `layers`, the first `count` of which are skipped.
+        start: The order that the search began with: places in `layers`, the first `count` of which are skipped. Empty
+            in the warm-up.
         order: The same, now.
-        scores: What `start` goes by: a score of each attention, low for redundant; `None` if there are none.
+        scores: What `start` goes by: a score of each attention, low for redundant, `None` if infinite; `None` in
+            the warm-up.
         rounds: One entry a round: `step`; `tried` (attentions) and `costs` (what skipping each costs, one difference a
             batch; `None` if one was not finite); `losses` (of the set, batch by batch; `None` if not finite);
             `exchanged` (pairs: retained from now on, skipped instead) and `skip_layers`, the set after it.
@@ -37,9 +39,9 @@ class SearchState:
     warmup: int
     settle: int
     interval: int
-    start: list[int]
-    order: list[int]
-    scores: list[float] | None = None
+    start: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    scores: list[float | None] | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     ignored: int = 0
     comparison: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +59,7 @@ class SearchState:
             state = cls(**saved)
             places, known = list(range(len(state.layers))), {*state.layers}
             is_right = (
-                sorted(state.start) == sorted(state.order) == places
+                sorted(state.start) == sorted(state.order) == (places if state.scores is not None else [])
                 and 0 <= state.count <= len(places)
                 and 0 <= state.warmup < state.settle
                 and state.interval > 0
