@@ -87,16 +87,19 @@ class Adapter(nn.Module):
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Equation (1): `(B, T, d) -> (B, T, d)`, of the dtype of `z`."""
         down = self.down
-        read = z.to(down.dtype)
+        read = z if z.dtype == down.dtype else z.to(down.dtype)
         if self.dropout:
             read = F.dropout(read, self.dropout, self.training)
         # not `dense()`, which scales matrices: this adds the scaled tokens up in one step
         added = F.linear(F.linear(read, down, self.down_bias), *self._unscaled_up())
-        return torch.add(z, added, alpha=self.scaling).to(z.dtype)
+        mapped = torch.add(z, added, alpha=self.scaling)
+        return mapped if mapped.dtype == z.dtype else mapped.to(z.dtype)
 
     def _unscaled_up(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The matrix `(d, r)` and the bias `(d,)` that the branches come to."""
         up, up_bias, router = self.up, self.up_bias, self.router
+        if router is None and up.shape[1] == 1:  # one matrix: the default, and what decoding asks for once a token
+            return up.flatten(0, 2), None if up_bias is None else up_bias.flatten()
         alpha = None if router is None else torch.softmax(router, dim=-1)
         return pia.mix(pia.dense_up(up), alpha), None if up_bias is None else pia.mix(up_bias, alpha)
 
