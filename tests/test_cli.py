@@ -227,7 +227,7 @@ def test_what_the_user_can_put_right_is_said_in_one_line(base, data, adapter, tm
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     train = ["train", base, tmp_path / "text.jsonl", "--output_dir", tmp_path / "out"]
     assert "`max_loss_increase`" in fails(capsys, *train, "--num-skip", "auto")
-    assert "`--warm-start` is for a search" in fails(capsys, *train, "--skip-layers", "1", "--warm-start", "kl")
+    assert "`--warm-start` is for a search" in fails(capsys, *train, "--skip-layers", "1", "--warm-start", "depth")
     assert "['--no_such_option', '1']" in fails(capsys, *train, "--no_such_option", "1")
     assert "adapter_config.json" in fails(capsys, "merge", tmp_path / "none", tmp_path / "out")
     assert "There is no folder" in fails(capsys, "inspect", tmp_path / "none")

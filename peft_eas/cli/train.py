@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search-data", metavar="DATA", help="examples to score candidates with; not trained on")
     parser.add_argument("--eval-data", metavar="DATA", help="examples for the Trainer's evaluation")
     parser.add_argument("--search-steps", type=float, help="length of the search: optimizer steps, or a fraction")
-    parser.add_argument("--warm-start", choices=[*WARM_STARTS, "none"], help="what the first set goes by")
+    parser.add_argument("--warm-start", choices=WARM_STARTS, help="what the first set goes by")
     parser.add_argument("--max-length", type=positive, default=512, help="longest example, in tokens (default: 512)")
     group = parser.add_argument_group("peft_eas.EASConfig")
     types = typing.get_type_hints(EASConfig)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     if args.search_steps is not None:
         search["search_steps"] = args.search_steps
     if args.warm_start is not None:
-        search["warm_start"] = None if args.warm_start == "none" else args.warm_start
+        search["warm_start"] = args.warm_start
     set_seed(training.seed)
     base = load_model(args.model)
     base.add_model_tags(TAGS)  # PEFT writes them into the adapter's card
