@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from zoo import tiny
 from zoo.training import collate, dataset, parameters, trainer
 
-from peft_eas import EASCallback, EASConfig, score_attentions
+from peft_eas import EASCallback, EASConfig, initialize_eas_weights, score_attentions
 from peft_eas.layer import EASLayer
 from peft_eas.search import exchange
 from peft_eas.search.held_out import PARTS, HeldOut
@@ -241,6 +241,32 @@ def test_the_start_goes_by_scores_of_the_model_after_the_warm_up(tmp_path, warm_
     if warm_start != "depth":
         assert search.report["scores"] == pytest.approx([scores[i] for i in range(6)], rel=1e-3, abs=1e-5)
     assert watch.steps[:5] == [[]] * warmup_steps + [sorted(ranked[:2])] * (5 - warmup_steps)
+
+
+def test_stand_ins_are_measured_in_the_model_after_the_warm_up(tmp_path):
+    """Against those of a copy that was merged then, and adapted anew."""
+    model, expected, original = fresh(use_bias=False), {}, Search.begin
+    for stand_in in model.stand_ins("default").values():
+        stand_in.constant.data.zero_()
+
+    def constants(tuned):
+        return {key: stand_in.constant.detach().clone() for key, stand_in in tuned.stand_ins("default").items()}
+
+    def begin(self, step):
+        plain = tiny.model("llama")
+        plain.load_state_dict(copy.deepcopy(self.model).merge_and_unload().state_dict())
+        tuned = get_peft_model(plain, EASConfig(num_skip=2))
+        initialize_eas_weights(tuned, [collate(list(dataset()))])
+        original(self, step)
+        expected.update(constants(tuned), measured=constants(self.tuner))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Search, "begin", begin)
+        run(tmp_path, model, dict(search_dataset=dataset(32)), save_strategy="no", max_steps=4, learning_rate=1e-2)
+    measured = expected.pop("measured")
+    assert measured.keys() == expected.keys() == set(range(6))
+    for key, constant in expected.items():
+        torch.testing.assert_close(measured[key], constant, rtol=1e-3, atol=1e-5)
 
 
 def test_the_better_of_start_and_found_stays(tmp_path, caplog):
