@@ -32,7 +32,7 @@ from .config import EASType
 from .folders import kept_folder
 from .runtime.eas_files import CONFIG, install
 from .tensor_files import Shard, bytes_of, check_finite, sources_of, tensors_in
-from .unread import Recipe, Unread, shape_of
+from .unread import Recipe, Unread, meta_of
 
 MAX_SHARD_SIZE = "50GB"
 """As in `save_pretrained`."""
@@ -280,7 +280,7 @@ def _files(base: str, named: str | None) -> tuple[str, ...]:
 def _saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors that `save_pretrained` would write, in its order."""
     ignored = model._keys_to_ignore_on_save or ()
-    shapes = {name: shape_of(tensor) for name, tensor in model.state_dict().items() if name not in ignored}
+    shapes = {name: meta_of(tensor) for name, tensor in model.state_dict().items() if name not in ignored}
     names = remove_tied_weights_from_state_dict(shapes, model)
     tensors = {name: model.get_parameter_or_buffer(name) for name in names}
     return tensors if hasattr(model.config, "eas") else revert_weight_conversion(model, tensors)
@@ -289,7 +289,7 @@ def _saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _storages(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors on the meta device whose storages are as large as those that `save_pretrained` counts: of views of one
     storage it makes copies, and a view that is left alone it takes for all of its storage."""
-    shapes = {name: shape_of(tensor) for name, tensor in tensors.items()}
+    shapes = {name: meta_of(tensor) for name, tensor in tensors.items()}
     views = Counter(shape.untyped_storage()._cdata for shape in shapes.values())
     return {
         name: shape if views[shape.untyped_storage()._cdata] == 1 else torch.empty_like(shape)

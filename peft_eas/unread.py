@@ -140,7 +140,7 @@ class Unread(torch.Tensor):
 
 def _later(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What `function` gives, unread."""
-    on_meta = tree_map_only(torch.Tensor, shape_of, (tuple(args), dict(kwargs)))
+    on_meta = tree_map_only(torch.Tensor, meta_of, (tuple(args), dict(kwargs)))
     on_meta = tree_map_only(torch.device, lambda _: torch.device("meta"), on_meta)
     given: Any = tree_map_only(Unread, lambda tensor: tensor.recipe, (tuple(args), dict(kwargs)))
     like = function(*on_meta[0], **on_meta[1])
@@ -153,6 +153,6 @@ def _later(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return type(like)(made)
 
 
-def shape_of(tensor: torch.Tensor) -> torch.Tensor:
+def meta_of(tensor: torch.Tensor) -> torch.Tensor:
     """One of its shape, strides and dtype, on the meta device."""
     return tensor.recipe.like if isinstance(tensor, Unread) else torch.empty_like(tensor, device="meta")

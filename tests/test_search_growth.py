@@ -1,12 +1,13 @@
 """Sets that are grown: against the plain greedy algorithm, and against sets that are tried by hand."""
 
+import json
 import random
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from searches import SEARCH, run
+from searches import SEARCH, attentions, run
 from transformers import BertForSequenceClassification, Trainer
 from zoo import families, tiny
 from zoo.training import collate, dataset, trainer
@@ -188,3 +189,18 @@ def test_a_search_of_a_loss_that_makes_no_logits_starts_by_deviation(tmp_path):
         else:
             with pytest.raises(ValueError, match="no `logits` to compare"):
                 quiet.train()
+
+
+def test_sets_that_cost_infinitely_much_have_no_score_in_the_report(tmp_path):
+    model = get_peft_model(tiny.model("llama"), EASConfig(num_skip=2))
+
+    def spoil(module, args, output):
+        if not module.training and attentions(model)[0].gates["default"]:
+            output.logits = output.logits * float("nan")
+
+    model.get_base_model().register_forward_hook(spoil)
+    settings = SEARCH | dict(warm_start="growth", search_dataset=dataset(8))
+    _, search = run(tmp_path, model, settings, save_strategy="no", max_steps=5)
+    assert search.report["scores"][0] is None
+    assert search.report["start"][-1] == 0
+    assert json.loads((tmp_path / "report.json").read_text()) == search.report

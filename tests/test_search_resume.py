@@ -116,6 +116,14 @@ def test_training_that_ends_before_the_search_settles_with_a_warning(tmp_path, c
     assert not any(n.has_adapter("default") for n in attentions(model) if n.gates["default"])
 
 
+def test_training_that_ends_in_the_warm_up_still_chooses(tmp_path, caplog):
+    model = fresh()
+    with caplog.at_level(logging.WARNING):
+        _, search = run(tmp_path, model, max_steps=2, save_strategy="no")
+    assert "Training ended at step 2, before the search did" in caplog.text
+    assert model.skip_layers == search.report["skip_layers"] == [4, 5]  # the deepest
+
+
 def test_the_best_checkpoint_keeps_the_set_that_made_it_the_best(tmp_path, caplog):
     model = fresh()
     charge(model, 0.5, (0, 1, 4, 5))

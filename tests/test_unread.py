@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_eas.unread import Recipe, Unread, shape_of
+from peft_eas.unread import Recipe, Unread, meta_of
 
 
 def unread(values):
@@ -73,4 +73,4 @@ def test_how_much_memory_reading_takes(values):
     assert tensor.recipe.peak() == 48
     assert tensor.double().recipe.peak() == 48 + 96
     assert (tensor.double() + tensor.double()).recipe.peak() == 3 * 96
-    assert shape_of(tensor.mT).stride() == (1, 4)
+    assert meta_of(tensor.mT).stride() == (1, 4)
