@@ -31,7 +31,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ import torch
 import transformers
 from matplotlib import pyplot as plt
 from peft import LoraConfig, PeftModel, get_peft_model
+from references import BanditCallback, StartAloneCallback, gate_norm
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -429,12 +430,13 @@ class Method:
     """How attentions are chosen, and what learns.
 
     Attributes:
-        chosen: How: `"nothing"` is skipped, by a `"search"` while training, by `"depth"`, at `"random"`, or by a score
-            of `score_attentions`, which is `"default"` or has a name.
+        chosen: How: `"nothing"` is skipped, by a `"search"` while training, by `"depth"`, at `"random"`, by
+            `"gate norm"`, or by a score of `score_attentions`, which is `"default"` or has a name.
         adapter: The kind of adapter, which says whose learning rate it is: a method that the rate is chosen with.
             `"LoRA"` learns on a model whose chosen attentions are gone.
         settings: Of the `EASConfig`.
         trainer: The Trainer.
+        callback: What searches.
         adapts_retained_ffns: Whether adapters in front of the FFNs of retained attentions are trained.
         version: The version of the package that it needs, as the beginning of it; any if `""`.
     """
@@ -443,6 +445,7 @@ class Method:
     adapter: str = GIVEN
     settings: dict[str, Any] = field(default_factory=dict)
     trainer: type[Trainer] = Trainer
+    callback: type[EASCallback] = EASCallback
     adapts_retained_ffns: bool = True
     version: str = "0.2."
 
@@ -455,22 +458,29 @@ MAIN = {
     GIVEN: Method("default"),
     "EAS": Method("search"),
 }
-# those that are about a part have the sets of `"deviation"`, and are to be compared with these
-ABLATIONS = {
+# other ways to choose, everything else as in the two above
+SETS = {
+    "start alone": Method("search", callback=StartAloneCallback),
+    "bandit": Method("search", callback=BanditCallback),
     "set by deviation": Method("deviation"),
-    "mean stand-in": Method("deviation", settings={"stand_in": "mean"}),
-    "zero stand-in": Method("deviation", settings={"stand_in": "zero"}),
-    "deepest": Method("depth"),
-    "random": Method("random"),
     "set by similarity": Method("similarity"),
     "set by kl": Method("kl"),
+    "set by loss": Method("loss"),
+    "set by gate norm": Method("gate norm"),
+    "deepest": Method("depth"),
+    "random": Method("random"),
+}
+# those that are about a part have the sets of `"deviation"`, and are to be compared with these
+ABLATIONS = {
+    "mean stand-in": Method("deviation", settings={"stand_in": "mean"}),
+    "zero stand-in": Method("deviation", settings={"stand_in": "zero"}),
     "retained FFNs not adapted": Method("deviation", adapts_retained_ffns=False),
     "two branches": Method("deviation", settings={"router": "static", "groups": 2}),
     "propagation": Method("deviation", settings={"propagation": "mean"}),
     "no biases": Method("deviation", settings={"use_bias": False}),
     "distilled": Method("deviation", trainer=Distilled),
 }
-METHODS = MAIN | ABLATIONS
+METHODS = MAIN | SETS | ABLATIONS
 
 
 @dataclass(frozen=True)
@@ -518,6 +528,8 @@ def all_runs() -> list[Run]:
         for seed in range(task.seeds):
             runs.append(Run(task, "LoRA", 0, seed))
             runs += [Run(task, method, count, seed) for count in task.counts for method in MAIN if method != "LoRA"]
+    for task in TASKS:
+        runs += [Run(task, method, n, seed) for seed in range(task.seeds) for n in task.counts for method in SETS]
     for which in (1, 0):  # what a part is worth shows most where much is skipped
         for model, seeds in (("MiniLM", 5), ("SmolLM2", 1)):
             for task in (task for task in TASKS if task.model == model):
@@ -534,6 +546,8 @@ def all_runs() -> list[Run]:
 def scores(task: Task, method: str, seed: int) -> dict[int | str, float]:
     """Scores of the attentions of the pretrained model; the seed is that of a fresh head."""
     set_seed(seed)
+    if method == "gate norm":
+        return gate_norm(task.load())
     return score_attentions(task.load(), task.scored_batches(), method=None if method == "default" else method)
 
 
@@ -591,7 +605,7 @@ def prepare(run: Run) -> tuple[PeftModel, list[EASCallback]]:
         adapted.set_skip_layers(skip_layers)
     if not method.adapts_retained_ffns:
         freeze_retained_ffns(adapted)
-    return adapted, [EASCallback(task.splits.search)]
+    return adapted, [method.callback(task.splits.search)]
 
 
 def train(run: Run, model: PeftModel, callbacks: list[EASCallback], learning_rate: float) -> float:
@@ -634,6 +648,21 @@ def best_rate(run: Run, rows: Iterable[dict]) -> float:
     ]
 
 
+def is_alike(run: Run, row: dict) -> bool:
+    """Whether the row is of a run that was the same but for how the set was chosen, and has the same set; a search is
+    the same as its start alone if it has exchanged nothing."""
+    here, there = METHODS[run.method], METHODS.get(row["method"])
+    about = (run.task.model, run.task.name, run.skipped, run.seed, "run" if run.rate is None else "rate")
+    if there is None or about != tuple(row[key] for key in ("model", "task", "skipped", "seed", "kind")):
+        return False
+    if run.rate is not None and run.rate != row["learning_rate"]:
+        return False
+    if here.callback is StartAloneCallback:
+        return there == replace(here, callback=EASCallback) and row.get("exchanges") == 0
+    is_given = "search" not in (here.chosen, there.chosen)
+    return is_given and there == replace(here, chosen=there.chosen) and row["skip_layers"] == set_of(run)
+
+
 def execute(run: Run, rows: Sequence[dict]) -> dict:
     """Do a run, and give its row; `rows` are those of the runs it needs, and others."""
     task = run.task
@@ -642,6 +671,8 @@ def execute(run: Run, rows: Sequence[dict]) -> dict:
     for row in rows:
         if run.rate is None and key_of(row) == same.key:
             return row | {"kind": "run"}  # it was done when the rate was chosen
+        if is_alike(run, row):
+            return row | {"method": run.method}
     model, callbacks = prepare(run)
     seconds = train(run, model, callbacks, learning_rate)
     skip_layers = set_of(run) if METHODS[run.method].adapter == "LoRA" else model.skip_layers
@@ -666,7 +697,15 @@ def execute(run: Run, rows: Sequence[dict]) -> dict:
         "validation_loss": _number(validation.mean()),
         "date": time.strftime("%Y-%m-%d"),
         "kind": "run" if run.rate is None else "rate",
+        **exchanges(callbacks),
     }
+
+
+def exchanges(callbacks: Sequence[EASCallback]) -> dict[str, int]:
+    """How many a search has made, if there was one."""
+    rounds = [entry for callback in callbacks if callback.report for entry in callback.report["rounds"]]
+    is_search = any(callback.report for callback in callbacks)
+    return {"exchanges": sum(len(entry["exchanged"]) for entry in rounds)} if is_search else {}
 
 
 def _number(value: torch.Tensor) -> float | None:

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from zoo import tiny
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import evidence
+import references
 from evidence import Method, Rows, Run, Table, Task
 
 
@@ -249,6 +250,77 @@ def test_a_windows_loss_is_its_tokens_mean(task):
         ids = torch.tensor([window["input_ids"]])
         assert loss.item() == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
     assert right is None
+
+
+# Other ways to choose ----------------------------------------------------------------------------------------------
+
+
+def test_a_set_that_was_trained_is_not_trained_again(task, rows, monkeypatch):
+    given, other = Run(task, evidence.GIVEN, 2, 1), Run(task, "set by kl", 2, 1)
+    monkeypatch.setattr(evidence, "set_of", lambda run: [1, 4])
+    same = fake(given, [fake(needed, []) for needed in given.needed()]) | {"skip_layers": [1, 4]}
+    assert evidence.execute(other, [fake(needed, []) for needed in other.needed()] + [same]) == same | {
+        "method": "set by kl"
+    }
+    others = [{"skip_layers": [1, 3]}, {"seed": 0}, {"skipped": 3}, {"task": "tweets"}, {"kind": "rate"}]
+    others += [{"method": method} for method in ("EAS", "drop, LoRA", "mean stand-in", "distilled", "gone since")]
+    assert evidence.is_alike(other, same)
+    assert not any(evidence.is_alike(other, same | each) for each in others)
+    assert not evidence.is_alike(Run(task, "EAS", 2, 1), same)
+
+
+def test_a_start_alone_ends_as_the_search_that_exchanges_nothing(task):
+    task = replace(task, steps=8)
+    made = {}
+    for method in ("EAS", "start alone"):
+        run = Run(task, method, 2, 1)
+        made[method] = evidence.execute(run, [fake(needed, []) for needed in run.needed()])
+    searched, alone = made["EAS"], made["start alone"]
+    assert searched["exchanges"] == alone["exchanges"] == 0
+    assert (alone["loss"], alone["skip_layers"]) == (searched["loss"], searched["skip_layers"])
+    assert evidence.is_alike(Run(task, "start alone", 2, 1), searched)
+    assert not evidence.is_alike(Run(task, "start alone", 2, 1), searched | {"exchanges": 1})
+
+
+def test_a_bandit_trains_drawn_sets_and_chooses_by_what_they_lost(task, monkeypatch):
+    task = replace(task, steps=20)
+    run, seen = Run(task, "bandit", 2), []
+    monkeypatch.setattr(references.bandit, "draw", lambda preferences, count, rng: (1, 4))
+    monkeypatch.setattr(references.bandit, "draw_distinct", lambda *_: [(0, 3), (0, 5), (2, 3)])
+    model, callbacks = evidence.prepare(run)
+    model.register_forward_pre_hook(lambda module, args: seen.append((module.training, list(module.skip_layers))))
+    evidence.train(run, model, callbacks, 1e-2)
+    trained = [skipped for training, skipped in seen if training]
+    assert trained == [[]] * 2 + [[1, 4]] * 6 + [model.skip_layers] * 12
+    (entry,) = callbacks[0].report["rounds"]
+    tried = [skipped for training, skipped in seen if not training]
+    assert all(each in tried for each in ([0, 3], [0, 5], [2, 3]))
+    scores = callbacks[0].report["scores"]
+    start = references.bandit.preferences_from_scores(scores, 2)
+    learnt = references.bandit.update(start, [(0, 3), (0, 5), (2, 3)], entry["losses"], 2.0)
+    assert model.skip_layers == list(references.bandit.choose(learnt, 2))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_gate_norm_is_that_of_each_heads_product(family):
+    torch.manual_seed(0)
+    small = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    bert = BertConfig(**small, num_attention_heads=4)
+    model = tiny.model("llama") if family == "llama" else BertForSequenceClassification(bert)
+    config, scores = model.config, references.gate_norm(model)
+    size = config.hidden_size // config.num_attention_heads
+    layers = model.model.layers if family == "llama" else model.bert.encoder.layer
+    assert len(scores) == len(layers)
+    for index, layer in enumerate(layers):
+        own = layer.self_attn if family == "llama" else layer.attention.self
+        q, k = (own.q_proj, own.k_proj) if family == "llama" else (own.query, own.key)
+        shared = config.num_attention_heads * size // len(k.weight)
+        total = 0.0
+        for head in range(config.num_attention_heads):
+            of_key = head // shared
+            product = q.weight[head * size :][:size].T @ k.weight[of_key * size :][:size]
+            total += product.square().sum().item()
+        assert scores[index] == pytest.approx(math.sqrt(total), rel=1e-4)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
