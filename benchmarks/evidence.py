@@ -931,6 +931,22 @@ class Table:
             lines.append("| " + " | ".join(cells) + " |")
         return lines
 
+    def choices(self) -> list[str]:
+        """Lines of the table of ways to choose; the others are shown as what they are above the search."""
+        lines = []
+        for count in self.task.counts:
+            rows = self.of("EAS", count)
+            others = {method: paired(self.of(method, count), rows) for method in (GIVEN, *SETS)}
+            known = {method: above for method, above in others.items() if above is not None and above.count > 1}
+            if not known.keys() & SETS.keys():
+                continue
+            best = min(known, key=lambda method: known[method].mean)
+            behind = -known[best].mean
+            verdict = "yes" if behind <= known[best].error else f"no: {behind:.3f} behind {best}"
+            cells = [self.task.title, f"{count} of {self.task.layers}", *(_text(e, sign="+") for e in others.values())]
+            lines.append("| " + " | ".join([*cells, verdict]) + " |")
+        return lines
+
 
 def _text(value: Estimate | None, digits: int = 3, sign: str = "") -> str:
     return "" if value is None else value.text(digits, sign)
@@ -972,6 +988,20 @@ def summarise(rows: Sequence[dict], training_free: Sequence[dict] = ()) -> str:
             "| model, task | method | skipped | loss above LoRA | points above LoRA | loss above drop | goal met |",
             "|---|---|---|---|---|---|---|",
             *verdicts,
+        ]
+    choices = [line for table in tables for line in table.choices()]
+    if choices:
+        titles = ["model, task", "skipped", GIVEN, *SETS, "search best"]
+        lines += [
+            "",
+            "## Ways to choose the set",
+            "",
+            "Loss above that of EAS with its search, same seeds: where it is positive, the search is better. Goal: the",
+            "search is the best, or within one standard error of the best. A set that two ways choose is trained once.",
+            "",
+            "| " + " | ".join(titles) + " |",
+            "|---" * len(titles) + "|",
+            *choices,
         ]
     for table in tables:
         task = table.task
