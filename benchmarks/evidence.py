@@ -431,7 +431,8 @@ class Method:
 
     Attributes:
         chosen: How: `"nothing"` is skipped, by a `"search"` while training, by `"depth"`, at `"random"`, by
-            `"gate norm"`, or by a score of `score_attentions`, which is `"default"` or has a name.
+            `"gate norm"`, by a score of `score_attentions`, which is `"default"` or has a name, or as `"found"` by the
+            search of `"EAS"` with the same seed.
         adapter: The kind of adapter, which says whose learning rate it is: a method that the rate is chosen with.
             `"LoRA"` learns on a model whose chosen attentions are gone.
         settings: Of the `EASConfig`.
@@ -461,6 +462,7 @@ MAIN = {
 # other ways to choose, everything else as in the two above
 SETS = {
     "start alone": Method("search", callback=StartAloneCallback),
+    "found set, given": Method("found"),
     "bandit": Method("search", callback=BanditCallback),
     "set by deviation": Method("deviation"),
     "set by similarity": Method("similarity"),
@@ -507,12 +509,13 @@ class Run:
         return ", ".join(parts if self.rate is None else [*parts, f"rate {self.rate:g}"])
 
     def needed(self) -> list[Run]:
-        """The runs that say what the learning rate is."""
+        """The runs that say what the learning rate is, and what the set, if it is another's."""
         if self.rate is not None:
             return []
+        found = [replace(self, method="EAS")] if METHODS[self.method].chosen == "found" else []
         kind = METHODS[self.method].adapter
         skipped = 0 if kind == "LoRA" else self.task.counts[0]
-        return [Run(self.task, kind, skipped, 0, rate) for rate in self.task.rates[kind]]
+        return [*(Run(self.task, kind, skipped, 0, rate) for rate in self.task.rates[kind]), *found]
 
 
 def key_of(row: dict) -> str:
@@ -551,13 +554,16 @@ def scores(task: Task, method: str, seed: int) -> dict[int | str, float]:
     return score_attentions(task.load(), task.scored_batches(), method=None if method == "default" else method)
 
 
-def set_of(run: Run) -> list[int | str] | None:
-    """The attentions to skip; `None` if they are searched for."""
+def set_of(run: Run, rows: Iterable[dict] = ()) -> list[int | str] | None:
+    """The attentions to skip; `None` if they are searched for. The rows are those of the runs that it needs."""
     task, chosen = run.task, METHODS[run.method].chosen
     if chosen == "search":
         return None
     if chosen == "nothing":
         return []
+    if chosen == "found":
+        search = replace(run, method="EAS").key
+        return next(row["skip_layers"] for row in rows if key_of(row) == search)
     if chosen == "depth":
         return list(range(task.layers - run.skipped, task.layers))
     if chosen == "random":
@@ -583,9 +589,9 @@ def freeze_retained_ffns(model: PeftModel) -> None:
             ffn.set_requires_grad("default", requires_grad=False)
 
 
-def prepare(run: Run) -> tuple[PeftModel, list[EASCallback]]:
-    """The model with adapters, and the callbacks of its training."""
-    task, method, skip_layers = run.task, METHODS[run.method], set_of(run)
+def prepare(run: Run, rows: Iterable[dict] = ()) -> tuple[PeftModel, list[EASCallback]]:
+    """The model with adapters, and the callbacks of its training; see `set_of`."""
+    task, method, skip_layers = run.task, METHODS[run.method], set_of(run, rows)
     set_seed(run.seed)
     model = task.load()
     if method.adapter == "LoRA":
@@ -642,13 +648,13 @@ def train(run: Run, model: PeftModel, callbacks: list[EASCallback], learning_rat
 def best_rate(run: Run, rows: Iterable[dict]) -> float:
     """The learning rate with the lowest validation loss, of those tried for this kind of adapter."""
     keys = {needed.key for needed in run.needed()}
-    tried = [row for row in rows if key_of(row) in keys]
+    tried = [row for row in rows if row["kind"] == "rate" and key_of(row) in keys]
     return min(tried, key=lambda row: math.inf if row["validation_loss"] is None else row["validation_loss"])[
         "learning_rate"
     ]
 
 
-def is_alike(run: Run, row: dict) -> bool:
+def is_alike(run: Run, row: dict, rows: Iterable[dict] = ()) -> bool:
     """Whether the row is of a run that was the same but for how the set was chosen, and has the same set; a search is
     the same as its start alone if it has exchanged nothing."""
     here, there = METHODS[run.method], METHODS.get(row["method"])
@@ -660,7 +666,7 @@ def is_alike(run: Run, row: dict) -> bool:
     if here.callback is StartAloneCallback:
         return there == replace(here, callback=EASCallback) and row.get("exchanges") == 0
     is_given = "search" not in (here.chosen, there.chosen)
-    return is_given and there == replace(here, chosen=there.chosen) and row["skip_layers"] == set_of(run)
+    return is_given and there == replace(here, chosen=there.chosen) and row["skip_layers"] == set_of(run, rows)
 
 
 def execute(run: Run, rows: Sequence[dict]) -> dict:
@@ -671,9 +677,9 @@ def execute(run: Run, rows: Sequence[dict]) -> dict:
     for row in rows:
         if run.rate is None and key_of(row) == same.key:
             return row | {"kind": "run"}  # it was done when the rate was chosen
-        if is_alike(run, row):
+        if is_alike(run, row, rows):
             return row | {"method": run.method}
-    model, callbacks = prepare(run)
+    model, callbacks = prepare(run, rows)
     seconds = train(run, model, callbacks, learning_rate)
     skip_layers = set_of(run) if METHODS[run.method].adapter == "LoRA" else model.skip_layers
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

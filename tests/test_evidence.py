@@ -257,7 +257,7 @@ def test_a_windows_loss_is_its_tokens_mean(task):
 
 def test_a_set_that_was_trained_is_not_trained_again(task, rows, monkeypatch):
     given, other = Run(task, evidence.GIVEN, 2, 1), Run(task, "set by kl", 2, 1)
-    monkeypatch.setattr(evidence, "set_of", lambda run: [1, 4])
+    monkeypatch.setattr(evidence, "set_of", lambda run, rows=(): [1, 4])
     same = fake(given, [fake(needed, []) for needed in given.needed()]) | {"skip_layers": [1, 4]}
     assert evidence.execute(other, [fake(needed, []) for needed in other.needed()] + [same]) == same | {
         "method": "set by kl"
@@ -267,6 +267,17 @@ def test_a_set_that_was_trained_is_not_trained_again(task, rows, monkeypatch):
     assert evidence.is_alike(other, same)
     assert not any(evidence.is_alike(other, same | each) for each in others)
     assert not evidence.is_alike(Run(task, "EAS", 2, 1), same)
+
+
+def test_a_set_that_was_found_is_that_of_the_same_seed(task):
+    run = Run(task, "found set, given", 2, 1)
+    assert run.needed()[-1] == Run(task, "EAS", 2, 1)
+    searches = [row("EAS", 2, seed, model="tiny", task="random", skip_layers=[seed, 5]) for seed in (0, 1)]
+    assert evidence.set_of(run, searches) == [1, 5]
+    tried = [fake(needed, []) for needed in run.needed()[:-1]]
+    assert evidence.best_rate(run, [*tried, searches[1] | {"learning_rate": 7, "validation_loss": 0}]) == 1e-2
+    model, _ = evidence.prepare(run, searches)
+    assert model.skip_layers == [1, 5]
 
 
 def test_a_start_alone_ends_as_the_search_that_exchanges_nothing(task):
