@@ -82,6 +82,7 @@ from real_data import (
 RESULTS = Path(__file__).resolve().parent / "results"
 SEARCH = 128  # examples to choose attentions with, which are not trained on
 SCORED = 64  # of them, for scores
+GROWN = 16  # of them, for sets that are grown, as a search does
 GIVEN = "EAS, given set"  # by score, and skipped from the first step
 WAIT = 10  # seconds, until looking again what other processes have done
 
@@ -174,9 +175,9 @@ class Task:
         rng.shuffle(batches)
         return [example for batch in batches for example in batch]
 
-    def scored_batches(self) -> list[dict[str, torch.Tensor]]:
+    def scored_batches(self, count: int = SCORED) -> list[dict[str, torch.Tensor]]:
         """Batches to choose attentions with."""
-        examples = sorted(self.splits.search[:SCORED], key=self.length)
+        examples = sorted(self.splits.search[:count], key=self.length)
         return [self.collate(examples[i : i + 16]) for i in range(0, len(examples), 16)]
 
     def split(self, examples: Sequence) -> Splits:
@@ -551,7 +552,9 @@ def scores(task: Task, method: str, seed: int) -> dict[int | str, float]:
     set_seed(seed)
     if method == "gate norm":
         return gate_norm(task.load())
-    return score_attentions(task.load(), task.scored_batches(), method=None if method == "default" else method)
+    is_grown = method == "default" and not task.has_fresh_head
+    batches = task.scored_batches(GROWN if is_grown else SCORED)
+    return score_attentions(task.load(), batches, method=None if method == "default" else method)
 
 
 def set_of(run: Run, rows: Iterable[dict] = ()) -> list[int | str] | None:
