@@ -55,8 +55,9 @@ class EASCallback(TrainerCallback):
         interval: Optimizer steps from one round to the next.
         num_candidates: Attentions that are tried in a round.
         warm_start: What the first set goes by: `"growth"`, the default for language models, or `"deviation"`, that for
-            others (see `score_attentions`), in the model as it is after the warm-up; there, `"growth"` looks at the
-            loss as well. `"depth"`: the deeper the better; or scores by layer index, low for redundant.
+            others (see `score_attentions`), in the model as it is after the warm-up. There, `"growth"` looks at the
+            loss as well, and `"deviation"` is that from the stand-in. `"depth"`: the deeper the better; or scores by
+            layer index, low for redundant.
 
     Raises:
         ValueError: for a wrong value; when training begins, for a model without an EAS adapter, a dataset that can't be

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from ..families import Layers, Place, find_layers
 from ..gates import SkipGates
 from ..merge import check_in_memory
 from ..model import EASModel
+from ..runtime.eas_attention import StandIn
 from ..stand_in import fill_stand_ins, moments, replaced, watching
 from ..targets import stream_size
 from .growth import Divergence, grow, predicts_words
@@ -112,14 +113,25 @@ def _by_deviation(model: PreTrainedModel, layers: Layers, batches: Sequence[dict
 
 
 def deviations(
-    model: nn.Module, layers: Layers, batches: Iterable[Any], forward: Callable[[Any], Any], caller: nn.Module
+    model: nn.Module,
+    layers: Layers,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    caller: nn.Module,
+    stand_ins: Mapping[int | str, StandIn] | None = None,
 ) -> dict[int | str, float]:
-    """Scores by `"deviation"` in what `forward` computes of each batch, over all processes; see `moments`."""
+    """Scores by `"deviation"` in what `forward` computes of each batch, over all processes; see `moments`.
+
+    Where there are stand-ins, what they add is taken off what the attentions add: what is left counts.
+    """
+    stand_ins = stand_ins or {}
     sums = dict.fromkeys(layers, torch.zeros(()))
     squares, streams, counts = (dict.fromkeys(layers, 0.0) for _ in range(3))
 
     def see(key: int | str, place: Place, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor) -> None:
         kept = counted_tokens(seen, place.row, added.shape[:-1], added.device)
+        if key in stand_ins:  # without propagation, which starts at nothing
+            added = added - stand_ins[key](read, lambda down: down.new_zeros(1, 1, len(down)))
         adds, stream = added[kept].double(), before.expand_as(added)[kept].double()
         sums[key] = sums[key] + adds.sum(dim=0).cpu()
         squares[key] += adds.square().sum().item()

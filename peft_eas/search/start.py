@@ -60,7 +60,8 @@ def scores_of(
         if warm_start == "growth":
             divergence = Divergence(tuner.model, scorer.held_out.first(GROWN), scorer.loss, tuner)
             return grow(cost_by_gates(gates, divergence), len(layers), count)
-        by_layer = deviations(tuner.model, found, scorer.sample(), scorer.loss, tuner)
+        stand_ins = tuner.stand_ins(gates.adapter_name)
+        by_layer = deviations(tuner.model, found, scorer.sample(), scorer.loss, tuner, stand_ins)
     return means_over_processes([(by_layer[key], 1) for key in layers])
 
 
