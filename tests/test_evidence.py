@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from zoo import tiny
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import budgets
 import evidence
 import references
 from evidence import Method, Rows, Run, Table, Task
@@ -430,6 +431,23 @@ def test_summary_and_picture_of_anything_there_is(tmp_path):
     evidence.draw(rows, tmp_path / "evidence.png")
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
     assert "SmolLM2-135M" not in evidence.summarise([])
+
+
+# Budgets --------------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_rows_have_what_was_promised_and_what_was_kept(task):
+    task = replace(task, steps=8)
+    by_loss = budgets.execute(task, {"num_skip": "auto", "max_loss_increase": 0.5}, 1)
+    by_speed = budgets.execute(task, {"target_speedup": 1.02}, 1)
+    assert by_loss["predicted_loss"] <= by_loss["whole_loss"] + 0.5
+    assert 3 < by_loss["measured_loss"] < 8
+    assert 0 < len(by_loss["skip_layers"]) < 6
+    assert by_speed["predicted_speedup"] >= 1.02
+    assert by_speed["measured_speedup"] > 0
+    lines = budgets.summarise([by_loss, by_speed]).splitlines()
+    assert f"{by_loss['measured_loss']:.3f}" in lines[-2]
+    assert f"{by_speed['measured_speedup']:.2f}" in lines[-1]
 
 
 # Without training -----------------------------------------------------------------------------------------------------
