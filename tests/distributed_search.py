@@ -77,7 +77,7 @@ def train(out: Path, batch_size: int, options: dict) -> tuple[Trainer, EASCallba
     callbacks = [Fail()] if options.pop("fail", False) else []
     resume = options.pop("resume", None)
     momentum = options.pop("momentum", None)
-    settings = dict(warmup_steps=2, search_steps=8, interval=2)
+    settings = dict(warmup_steps=2, search_steps=8, interval=2, warm_start=options.pop("warm_start", None))
     if options.pop("exchange", False):  # of 5, which the search starts with, for 3, the only one that is cheaper
         charge(model, 1000.0, [0, 1, 2])
         charge(model, 1.0, [5])

@@ -42,6 +42,7 @@ KINDS = {
 }
 """How `accelerate launch` is to start two processes."""
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+DEVIATION = {"warm_start": "deviation"}
 ADAM = {"exchange": True, "weight_decay": 0.1}
 SGD = {"momentum": 0.9}
 LAUNCHES = {
@@ -53,9 +54,14 @@ LAUNCHES = {
         "ddp, reentrant checkpointing": {**REENTRANT, "ddp_find_unused_parameters": False},
         "ddp, exchange": ADAM,
     },
-    "fsdp2": {"fsdp2": {}, "fsdp2, exchange": ADAM},
+    "fsdp2": {"fsdp2": {}, "fsdp2, deviation": DEVIATION, "fsdp2, exchange": ADAM},
     # Adam counts steps of all parameters alike there, and so moves those faster that join after the warm-up, or later
-    "zero3": {"zero3": SGD, "zero3, early": {"early": True, **SGD}, "zero3, exchange": {"exchange": True, **SGD}},
+    "zero3": {
+        "zero3": SGD,
+        "zero3, early": {"early": True, **SGD},
+        "zero3, deviation": DEVIATION | SGD,
+        "zero3, exchange": {"exchange": True, **SGD},
+    },
 }
 """Trainings that the same two processes do one after another: to start processes takes longer than to train."""
 VARIANTS = [name for runs in LAUNCHES.values() for name in runs]
@@ -101,7 +107,9 @@ def trained(tmp_path_factory):
 def learning(name: str) -> str:
     """Those of a training's options that one process learns by, too."""
     options = LAUNCHES[name.split(",")[0]][name]
-    return json.dumps({key: options[key] for key in ("exchange", "momentum", "weight_decay") if key in options})
+    return json.dumps(
+        {key: options[key] for key in ("exchange", "momentum", "weight_decay", "warm_start") if key in options}
+    )
 
 
 def ranks(out: Path) -> list[dict]:
