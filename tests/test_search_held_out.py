@@ -76,3 +76,25 @@ def test_columns_that_the_collator_does_not_know_are_left_out(tmp_path):
     held_out = dataset(8).add_column("text", ["?"] * 8)
     _, search = run(tmp_path, fresh(), dict(search_dataset=held_out), save_strategy="no")
     assert len(search.report["rounds"]) == 3
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 40, 41, 50, 60, 999])
+def test_fewer_examples_are_taken_if_they_have_tokens_enough(tokens):
+    rows = [{"input_ids": [1] * (8 + i % 3 - 1)} for i in range(40)]  # of 7, 8 and 9 tokens
+
+    def padded(examples):
+        ids = [torch.tensor(example["input_ids"]) for example in examples]
+        mask = [torch.ones_like(row) for row in ids]
+        return {
+            key: torch.nn.utils.rnn.pad_sequence(value, batch_first=True)
+            for key, value in (("input_ids", ids), ("attention_mask", mask))
+        }
+
+    held_out = HeldOut(rows, padded, 3, 4, 7)
+    found, all_of_them = held_out.few(8, tokens), held_out.first(8)
+    lengths = [int(length) for batch in all_of_them for length in batch["attention_mask"].sum(1)]
+    enough = next((n for n in range(4, 8) if sum(lengths[:n]) >= tokens), 8)
+    assert len(lengths) == 8
+    assert [int(length) for batch in found for length in batch["attention_mask"].sum(1)] == lengths[:enough]
+    without = HeldOut(rows, lambda examples: {"pixel_values": torch.zeros(len(examples), 3)}, 3, 4, 7)
+    assert sum(len(batch["pixel_values"]) for batch in without.few(8, 1)) == 8

@@ -22,7 +22,10 @@ MEASURED = 2048
 """At most how many stand-ins are measured with, if their tokens are not enough before."""
 
 GROWN = 16
-"""At most how many the first set is grown on: it is what takes time when a search begins."""
+"""At most how many the first set is grown on, which is what takes time when a search begins."""
+
+ENOUGH_TO_GROW = 512
+"""Fewer than `GROWN` where these have as many tokens."""
 
 COMPARED = 512
 """At most how many the start and what was found are compared on."""
@@ -91,6 +94,15 @@ class HeldOut:
         wanted = max(1, min(len(self.order), number) // self.world_size)
         return self._collated(self._taken(self.rank * wanted, wanted, avoid), self.batch_size)
 
+    def few(self, number: int, tokens: int) -> list[dict[str, Any]]:
+        """As `first`, of fewer examples if these have so many tokens over all processes: `PARTS` of them or more, and
+        as many in each process."""
+        wanted = max(1, min(len(self.order), number) // self.world_size)
+        examples = self._taken(self.rank * wanted, wanted, frozenset())
+        lengths = gather_object([[_tokens(batch) for batch in self._collated(examples, 1)]])
+        enough = next((n for n in range(1, wanted) if sum(sum(of[:n]) for of in lengths) >= tokens), wanted)
+        return self._collated(examples[: max(enough, min(PARTS, wanted))], self.batch_size)
+
     def many(self, number: int) -> Iterator[dict[str, Any]]:
         """As `first`, but made one by one."""
         wanted = max(1, min(len(self.order), number) // self.world_size)
@@ -124,16 +136,26 @@ class HeldOut:
 def fingerprints(batch: dict[str, Any]) -> set[int]:
     """What tells the rows of a batch from others: a hash of their tokens without padding, and of their images if there
     is one tensor of them a row (many images have the same question); none if there are no tokens."""
-    ids = batch.get("input_ids")
+    ids, images = batch.get("input_ids"), batch.get("pixel_values")
     if ids is None:
         return set()
-    mask, images = batch.get("attention_mask"), batch.get("pixel_values")
-    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask.bool()
+    kept = _kept(batch)
     if images is None or len(images) != len(ids):
         seen = [0] * len(ids)
     else:  # not `hash`, which differs from process to process for bytes
         seen = [zlib.crc32(image.detach().cpu().contiguous().view(torch.uint8).numpy()) for image in images]
     return {hash((of_image, *row[keep].tolist())) for of_image, row, keep in zip(seen, ids, kept, strict=True)}
+
+
+def _kept(batch: dict[str, Any]) -> torch.Tensor:
+    """Which of the batch's tokens are no padding."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask.bool()
+
+
+def _tokens(batch: dict[str, Any]) -> int:
+    """How many there are without padding; 0 in what has none."""
+    return 0 if batch.get("input_ids") is None else int(_kept(batch).sum())
 
 
 def means_over_processes(sums: list[tuple[float, float]]) -> list[float]:

@@ -49,7 +49,8 @@ def score_attentions(
     Args:
         model: A model of a known family; it is left as it was.
         dataloader: Batches `{input_ids, attention_mask, ...}` of the task, a few hundred tokens in all or more; with
-            `labels` for `method="loss"`. It is read twice, so no iterator.
+            `labels` for `method="loss"`. A thousand are plenty for `"growth"`, `"kl"` and `"loss"`, which run the model
+            on all of them for each attention. It is read twice, so no iterator.
         method: By default `"growth"` for language models, `"deviation"` for others, whose heads are mostly new.
             `"growth"`: a set is grown with all stand-ins, linear ones, in place, each time by the attention with which
             predictions move least, and the score is how far the set has moved them when the attention has joined: the

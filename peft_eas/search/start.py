@@ -11,7 +11,7 @@ from ..gates import SkipGates
 from ..model import EASModel
 from ..stand_in import ENOUGH, are_zero, fill_stand_ins, moments
 from .growth import Divergence, grow
-from .held_out import GROWN, means_over_processes
+from .held_out import ENOUGH_TO_GROW, GROWN, means_over_processes
 from .scores import cost_by_gates, default_method, deviations
 from .trainer import Scorer
 
@@ -58,7 +58,8 @@ def scores_of(
         return [-float(found[key].depth) for key in layers]
     with scorer.aside(), gates.skipping([]):
         if warm_start == "growth":
-            divergence = Divergence(tuner.model, scorer.held_out.first(GROWN), scorer.loss, tuner)
+            batches = scorer.held_out.few(GROWN, ENOUGH_TO_GROW)
+            divergence = Divergence(tuner.model, batches, scorer.loss, tuner)
             return grow(cost_by_gates(gates, divergence), len(layers), count)
         stand_ins = tuner.stand_ins(gates.adapter_name)
         by_layer = deviations(tuner.model, found, scorer.sample(), scorer.loss, tuner, stand_ins)
