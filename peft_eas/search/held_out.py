@@ -24,7 +24,7 @@ MEASURED = 2048
 GROWN = 16
 """At most how many the first set is grown on, which is what takes time when a search begins."""
 
-ENOUGH_TO_GROW = 512
+ENOUGH_TO_GROW = 2048
 """Fewer than `GROWN` where these have as many tokens."""
 
 COMPARED = 512
