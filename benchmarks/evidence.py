@@ -940,12 +940,12 @@ class Table:
             lines.append("| " + " | ".join(cells) + " |")
         return lines
 
-    def choices(self) -> list[str]:
-        """Lines of the table of ways to choose; the others are shown as what they are above the search."""
+    def choices(self, methods: Sequence[str]) -> list[str]:
+        """Lines of the table of ways to choose; these are shown as what they are above the search."""
         lines = []
         for count in self.task.counts:
             rows = self.of("EAS", count)
-            others = {method: paired(self.of(method, count), rows) for method in (GIVEN, *SETS)}
+            others = {method: paired(self.of(method, count), rows) for method in methods}
             known = {method: above for method, above in others.items() if above is not None and above.count > 1}
             if not known.keys() & SETS.keys():
                 continue
@@ -998,9 +998,10 @@ def summarise(rows: Sequence[dict], training_free: Sequence[dict] = ()) -> str:
             "|---|---|---|---|---|---|---|",
             *verdicts,
         ]
-    choices = [line for table in tables for line in table.choices()]
+    ways = [m for m in (GIVEN, *SETS) if any(table.of(m, count) for table in tables for count in table.task.counts)]
+    choices = [line for table in tables for line in table.choices(ways)]
     if choices:
-        titles = ["model, task", "skipped", GIVEN, *SETS, "search best"]
+        titles = ["model, task", "skipped", *ways, "search best"]
         lines += [
             "",
             "## Ways to choose the set",
