@@ -13,7 +13,7 @@ from zoo import families, tiny
 from zoo.training import collate, dataset, trainer
 
 from peft_eas import EASCallback, EASConfig, initialize_eas_weights, score_attentions
-from peft_eas.search import growth
+from peft_eas.search import growth, start
 
 
 def costs(seed, number):
@@ -151,14 +151,17 @@ def test_a_search_starts_from_what_adds_nothing(tmp_path, warmup_steps):
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-def test_a_search_compares_predictions(task_type, monkeypatch, tmp_path):
+@pytest.mark.parametrize("enough", [1, 10**6])
+def test_a_search_compares_predictions_of_tokens_enough(enough, task_type, monkeypatch, tmp_path):
     """PEFT calls the model by its hooks or around them, by the task."""
     seen = []
+    monkeypatch.setattr(start, "ENOUGH_TO_GROW", enough)
     monkeypatch.setattr(growth.Divergence, "__call__", lambda self: seen.append(self) or [(0.0, 1.0)])
     model = get_peft_model(tiny.model("llama"), EASConfig(num_skip=2, task_type=task_type))
     settings = SEARCH | dict(warm_start=None, search_dataset=dataset(32))
     run(tmp_path, model, settings, save_strategy="no", max_steps=12)
     assert {given.shape[1] for of_batch in seen[0].first for given in of_batch} == {model.config.vocab_size}
+    assert sum(len(batch["input_ids"]) for batch in seen[0].batches) == (4 if enough == 1 else 16)
 
 
 def test_what_is_compared_is_bounded(monkeypatch):
