@@ -1,5 +1,8 @@
 """One-shot scores against what they are said to be, computed another way."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -8,7 +11,10 @@ from zoo import families, tiny
 from peft_eas import EASConfig, initialize_eas_weights, score_attentions
 from peft_eas.families import find_layers
 from peft_eas.families.spec import POST
+from peft_eas.runtime.eas_attention import StandIn
+from peft_eas.runtime.eas_record import StandInShape
 from peft_eas.search import budget
+from peft_eas.search import scores as scores_module
 from peft_eas.search.scores import METHODS
 
 
@@ -187,3 +193,33 @@ def test_what_is_timed_is_the_model_without_these_attentions(family):
     torch.testing.assert_close(model(**inputs).logits, whole, rtol=0, atol=0)
     model.set_skip_layers([0, 2])
     torch.testing.assert_close(actual, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_what_stand_ins_leave_is_of_streams_of_any_shape(monkeypatch):
+    """Vision towers have streams of `(tokens, size)`; what a propagation adds is not taken off."""
+    torch.manual_seed(0)
+    stand_in = StandIn(StandInShape(width=6, constant=True, read=4, rank=2, pooled=4, mean_rank=2))
+    for parameter in stand_in.parameters():
+        torch.nn.init.normal_(parameter)
+    place = SimpleNamespace(row=SimpleNamespace(stack="encoder", answers=False, causal=False, context=False))
+
+    def scored(shape):
+        torch.manual_seed(1)
+        before, added, read = (torch.randn(6, size).view(*shape, size) for size in (6, 6, 4))
+
+        @contextmanager
+        def watched(model, layers, see):
+            see(0, place, before, added, read)
+            yield
+
+        monkeypatch.setattr(scores_module, "watching", watched)
+        model = torch.nn.Linear(1, 1)
+        found = scores_module.deviations(model, {0: place}, [], lambda batch: None, model, {0: stand_in})
+        z, a, x = (t.flatten(0, -2) for t in (read, added, before))
+        left = a - z @ stand_in.down.T @ stand_in.up.T
+        left = left - left.mean(0)
+        assert found[0] == pytest.approx((left.square().sum() / x.square().sum()).sqrt().item(), rel=1e-4)
+        return found[0]
+
+    assert scored((6,)) == pytest.approx(scored((2, 3)))

@@ -132,7 +132,7 @@ def deviations(
     def see(key: int | str, place: Place, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor) -> None:
         kept = counted_tokens(seen, place.row, added.shape[:-1], added.device)
         if key in stand_ins:  # without propagation, which starts at nothing
-            added = added - stand_ins[key](read, lambda down: down.new_zeros(1, 1, len(down)))
+            added = added - stand_ins[key](read, lambda down: down.new_zeros(len(down)))
         adds, stream = added[kept].double(), before.expand_as(added)[kept].double()
         sums[key] = sums[key] + adds.sum(dim=0).cpu()
         squares[key] += adds.square().sum().item()
