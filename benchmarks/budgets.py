@@ -16,8 +16,9 @@ import os
 import time
 from pathlib import Path
 
-import evidence
+import trainings
 from peft import get_peft_model
+from tasks import TASKS, Task
 from transformers import set_seed
 
 from peft_eas import EASCallback, EASConfig
@@ -36,12 +37,12 @@ def name_of(budget: dict) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in budget.items())
 
 
-def execute(task: evidence.Task, budget: dict, seed: int) -> dict:
+def execute(task: Task, budget: dict, seed: int) -> dict:
     """Fine-tune within a budget, and say what was promised and what was kept."""
     set_seed(seed)
     model = get_peft_model(task.load(), EASConfig(**budget, **task.adapted))
     callback = EASCallback(task.splits.search)
-    evidence.train(evidence.Run(task, "EAS", 0, seed), model, [callback], 1e-3)
+    trainings.train(trainings.Run(task, "EAS", 0, seed), model, [callback], 1e-3)
     losses, _ = task.losses(model.merge_and_unload().eval(), task.splits.test)
     promised = callback.report["budget"]
     return {
@@ -85,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     path = RESULTS / "budgets.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    tasks = [task for task in evidence.TASKS if task.model == "MiniLM"]
+    tasks = [task for task in TASKS if task.model == "MiniLM"]
     for seed, task, budget in itertools.product(range(SEEDS), tasks, BUDGETS):
         key = (task.name, name_of(budget), seed)
         is_done = key in [(row["task"], row["budget"], row["seed"]) for row in rows]

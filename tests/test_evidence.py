@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification
 from zoo import tiny
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import budgets
 import evidence
 import references
-from evidence import Method, Rows, Run, Table, Task
+import tasks
+import trainings
+from evidence import Table
+from tasks import Task
+from trainings import Method, Rows, Run
 
 
 def row(method="LoRA", skipped=0, seed=0, loss=0.5, kind="run", **others):
@@ -45,14 +48,14 @@ class Tiny(Task):
     def load(self):
         return tiny.model("llama")
 
-    collate = evidence.Source.collate
-    losses = evidence.Source.losses
+    collate = tasks.Source.collate
+    losses = tasks.Source.losses
 
 
 def a_task():
     return Tiny(
         model="tiny", name="random", layers=6, counts=(2, 3), steps=3, batch_size=4, validation=10, test=20, seeds=2,
-        rates=dict.fromkeys(("LoRA", evidence.GIVEN, "0.1.0"), (1e-3, 1e-2)),
+        rates=dict.fromkeys(("LoRA", tasks.GIVEN, "0.1.0"), (1e-3, 1e-2)),
     )  # fmt: skip
 
 
@@ -68,7 +71,7 @@ def rows(tmp_path):
 
 def fake(run, present):
     """A row without a training; validation likes a rate of 0.01."""
-    rate = evidence.best_rate(run, present) if run.rate is None else run.rate
+    rate = trainings.best_rate(run, present) if run.rate is None else run.rate
     kind = "run" if run.rate is None else "rate"
     about = {"model": run.task.model, "task": run.task.name, "learning_rate": rate, "validation_loss": abs(rate - 0.01)}
     return row(run.method, run.skipped, run.seed, kind=kind, **about)
@@ -91,18 +94,18 @@ def test_a_rerun_goes_on_with_what_is_missing(task, rows):
         return fake(run, present)
 
     with pytest.raises(KeyboardInterrupt):
-        evidence.work(runs, rows, execute)
-    assert [evidence.key_of(row) for row in rows.read()] == done == [run.key for run in runs[:3]]
+        trainings.work(runs, rows, execute)
+    assert [trainings.key_of(row) for row in rows.read()] == done == [run.key for run in runs[:3]]
     again = []
-    assert evidence.work(runs, rows, lambda run, present: again.append(run.key) or fake(run, present)) == []
+    assert trainings.work(runs, rows, lambda run, present: again.append(run.key) or fake(run, present)) == []
     assert again == [runs[3].key]
-    assert evidence.work(runs, rows, lambda run, present: pytest.fail(run.key)) == []
+    assert trainings.work(runs, rows, lambda run, present: pytest.fail(run.key)) == []
 
 
 def test_the_rate_is_the_best_by_validation_and_its_run_is_not_repeated(task, rows):
-    evidence.work(with_needed(Run(task, "LoRA", 0, 1)), rows, fake)
+    trainings.work(with_needed(Run(task, "LoRA", 0, 1)), rows, fake)
     assert [row["learning_rate"] for row in rows.read()] == [1e-3, 1e-2, 1e-2]
-    same = evidence.execute(Run(task, "LoRA", 0, 0), rows.read())  # trains nothing
+    same = trainings.execute(Run(task, "LoRA", 0, 0), rows.read())  # trains nothing
     assert same == rows.read()[1] | {"kind": "run"}
 
 
@@ -110,7 +113,7 @@ def test_a_rate_that_diverged_is_not_chosen(task):
     run = Run(task, "LoRA", 0)
     tried = [fake(needed, []) for needed in run.needed()]
     tried[1] |= {"validation_loss": None, "loss": None}
-    assert evidence.best_rate(run, tried) == 1e-3
+    assert trainings.best_rate(run, tried) == 1e-3
 
 
 def test_a_failure_keeps_only_what_needs_it_from_being_done(task, rows, capsys):
@@ -121,19 +124,19 @@ def test_a_failure_keeps_only_what_needs_it_from_being_done(task, rows, capsys):
             raise RuntimeError("no memory")
         return fake(run, present)
 
-    methods = {name: replace(method, version="") for name, method in evidence.METHODS.items()}
+    methods = {name: replace(method, version="") for name, method in trainings.METHODS.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evidence, "METHODS", methods)
-        failed = evidence.work(runs, rows, execute)
+        patch.setattr(trainings, "METHODS", methods)
+        failed = trainings.work(runs, rows, execute)
     assert failed == [runs[0].key, Run(task, "LoRA", 0, 0).key]
-    assert [evidence.key_of(row) for row in rows.read()] == [run.key for run in runs if run.key not in failed]
+    assert [trainings.key_of(row) for row in rows.read()] == [run.key for run in runs if run.key not in failed]
     assert "no memory" in capsys.readouterr().err
 
 
 def test_other_versions_methods_are_left_and_said_once(task, rows, capsys, monkeypatch):
-    monkeypatch.setitem(evidence.METHODS, evidence.GIVEN, Method("deviation", version="9."))
-    runs = with_needed(Run(task, "LoRA", 0, 0), Run(task, evidence.GIVEN, 2, 0))
-    assert evidence.work(runs, rows, fake) == []
+    monkeypatch.setitem(trainings.METHODS, tasks.GIVEN, Method("deviation", version="9."))
+    runs = with_needed(Run(task, "LoRA", 0, 0), Run(task, tasks.GIVEN, 2, 0))
+    assert trainings.work(runs, rows, fake) == []
     assert {row["method"] for row in rows.read()} == {"LoRA"}
     assert capsys.readouterr().out.count("3 runs are left for another version") == 1
 
@@ -160,16 +163,16 @@ def test_two_processes_share_the_runs(tmp_path):
     """Neither does what the other one has claimed, and no row is lost."""
     code = f"""
         import sys, time
-        sys.path[:0] = [{str(Path(evidence.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
-        import evidence, test_evidence
+        sys.path[:0] = [{str(Path(trainings.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
+        import trainings, test_evidence
         from pathlib import Path
-        evidence.WAIT = 0.05
+        trainings.WAIT = 0.05
         task = test_evidence.a_task()
         def execute(run, present):
             time.sleep(0.05)
             return test_evidence.fake(run, present)
-        runs = test_evidence.with_needed(*(evidence.Run(task, "LoRA", 0, seed) for seed in range(12)))
-        assert evidence.work(runs, evidence.Rows(Path({str(tmp_path)!r}) / "evidence.json"), execute) == []
+        runs = test_evidence.with_needed(*(trainings.Run(task, "LoRA", 0, seed) for seed in range(12)))
+        assert trainings.work(runs, trainings.Rows(Path({str(tmp_path)!r}) / "evidence.json"), execute) == []
     """
     processes = [
         subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
@@ -177,24 +180,24 @@ def test_two_processes_share_the_runs(tmp_path):
     ]
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    keys = [evidence.key_of(row) for row in json.loads((tmp_path / "evidence.json").read_text())]
+    keys = [trainings.key_of(row) for row in json.loads((tmp_path / "evidence.json").read_text())]
     assert len(keys) == len(set(keys)) == 14
     assert sorted(keys) == sorted(line[3:] for text in said for line in text.splitlines() if line.startswith("== "))
 
 
 def test_names_of_runs_are_those_of_their_rows_and_none_is_twice():
-    runs = evidence.all_runs()
+    runs = trainings.all_runs()
     assert len({run.key for run in runs}) == len(runs)
     for position, run in enumerate(runs):
         about = {"model": run.task.model, "task": run.task.name}
         kind = "run" if run.rate is None else "rate"
         made = row(run.method, run.skipped, run.seed, kind=kind, learning_rate=run.rate or 1e-3, **about)
-        assert evidence.key_of(made) == run.key
+        assert trainings.key_of(made) == run.key
         assert set(run.needed()) <= set(runs[:position])
 
 
 def test_only_picks_runs_whose_name_contains_all_and_those_they_need():
-    runs = evidence.wanted_runs(["tweets", "drop, means, LoRA", "3 skipped", "seed 4"])
+    runs = trainings.wanted_runs(["tweets", "drop, means, LoRA", "3 skipped", "seed 4"])
     assert [run.key.split(", ", 1)[1] for run in runs] == [
         *(f"tweets, LoRA, 0 skipped, seed 0, rate {rate}" for rate in ("0.001", "0.002", "0.004")),
         "tweets, drop, means, LoRA, 3 skipped, seed 4",
@@ -222,23 +225,23 @@ def test_more_steps_than_examples_see_each_equally_often(task):
 
 @pytest.mark.parametrize("method", ["LoRA", "random"])
 def test_a_run_trains_merges_and_is_tested(method, task, monkeypatch):
-    monkeypatch.setitem(evidence.METHODS, "random", Method("random", settings={"propagation": "none"}))
+    monkeypatch.setitem(trainings.METHODS, "random", Method("random", settings={"propagation": "none"}))
     run = Run(task, method, 0 if method == "LoRA" else 2, 1)
-    made = evidence.execute(run, [fake(needed, []) for needed in run.needed()])
+    made = trainings.execute(run, [fake(needed, []) for needed in run.needed()])
     assert set(made) == set(row())
-    assert evidence.key_of(made) == run.key
+    assert trainings.key_of(made) == run.key
     assert (made["learning_rate"], made["accuracy"]) == (1e-2, None)
-    assert made["skip_layers"] == ([] if method == "LoRA" else sorted(evidence.set_of(run)))
+    assert made["skip_layers"] == ([] if method == "LoRA" else sorted(trainings.set_of(run)))
     assert 3 < made["loss"] < 8
     assert made["trainable"] > 0
     json.dumps(made, allow_nan=False)
 
 
-@pytest.mark.parametrize(("method", "all_adapted"), [("retained FFNs not adapted", False), (evidence.GIVEN, True)])
+@pytest.mark.parametrize(("method", "all_adapted"), [("retained FFNs not adapted", False), (tasks.GIVEN, True)])
 def test_which_ffns_are_adapted(method, all_adapted, task):
     run = Run(task, method, 2)
-    model, callbacks = evidence.prepare(run)
-    evidence.train(run, model, callbacks, 1e-2)
+    model, callbacks = trainings.prepare(run)
+    trainings.train(run, model, callbacks, 1e-2)
     layers = model.base_model.model.model.layers
     adapted = [index for index, layer in enumerate(layers) if layer.mlp.eas_adapter["default"].up.any()]
     assert adapted == (list(range(6)) if all_adapted else model.skip_layers)
@@ -257,27 +260,27 @@ def test_a_windows_loss_is_its_tokens_mean(task):
 
 
 def test_a_set_that_was_trained_is_not_trained_again(task, rows, monkeypatch):
-    given, other = Run(task, evidence.GIVEN, 2, 1), Run(task, "set by kl", 2, 1)
-    monkeypatch.setattr(evidence, "set_of", lambda run, rows=(): [1, 4])
+    given, other = Run(task, tasks.GIVEN, 2, 1), Run(task, "set by kl", 2, 1)
+    monkeypatch.setattr(trainings, "set_of", lambda run, rows=(): [1, 4])
     same = fake(given, [fake(needed, []) for needed in given.needed()]) | {"skip_layers": [1, 4]}
-    assert evidence.execute(other, [fake(needed, []) for needed in other.needed()] + [same]) == same | {
+    assert trainings.execute(other, [fake(needed, []) for needed in other.needed()] + [same]) == same | {
         "method": "set by kl"
     }
     others = [{"skip_layers": [1, 3]}, {"seed": 0}, {"skipped": 3}, {"task": "tweets"}, {"kind": "rate"}]
     others += [{"method": method} for method in ("EAS", "drop, LoRA", "mean stand-in", "distilled", "gone since")]
-    assert evidence.is_alike(other, same)
-    assert not any(evidence.is_alike(other, same | each) for each in others)
-    assert not evidence.is_alike(Run(task, "EAS", 2, 1), same)
+    assert trainings.is_alike(other, same)
+    assert not any(trainings.is_alike(other, same | each) for each in others)
+    assert not trainings.is_alike(Run(task, "EAS", 2, 1), same)
 
 
 def test_a_set_that_was_found_is_that_of_the_same_seed(task):
     run = Run(task, "found set, given", 2, 1)
     assert run.needed()[-1] == Run(task, "EAS", 2, 1)
     searches = [row("EAS", 2, seed, model="tiny", task="random", skip_layers=[seed, 5]) for seed in (0, 1)]
-    assert evidence.set_of(run, searches) == [1, 5]
+    assert trainings.set_of(run, searches) == [1, 5]
     tried = [fake(needed, []) for needed in run.needed()[:-1]]
-    assert evidence.best_rate(run, [*tried, searches[1] | {"learning_rate": 7, "validation_loss": 0}]) == 1e-2
-    model, _ = evidence.prepare(run, searches)
+    assert trainings.best_rate(run, [*tried, searches[1] | {"learning_rate": 7, "validation_loss": 0}]) == 1e-2
+    model, _ = trainings.prepare(run, searches)
     assert model.skip_layers == [1, 5]
 
 
@@ -286,12 +289,12 @@ def test_a_start_alone_ends_as_the_search_that_exchanges_nothing(task):
     made = {}
     for method in ("EAS", "start alone"):
         run = Run(task, method, 2, 1)
-        made[method] = evidence.execute(run, [fake(needed, []) for needed in run.needed()])
+        made[method] = trainings.execute(run, [fake(needed, []) for needed in run.needed()])
     searched, alone = made["EAS"], made["start alone"]
     assert searched["exchanges"] == alone["exchanges"] == 0
     assert (alone["loss"], alone["skip_layers"]) == (searched["loss"], searched["skip_layers"])
-    assert evidence.is_alike(Run(task, "start alone", 2, 1), searched)
-    assert not evidence.is_alike(Run(task, "start alone", 2, 1), searched | {"exchanges": 1})
+    assert trainings.is_alike(Run(task, "start alone", 2, 1), searched)
+    assert not trainings.is_alike(Run(task, "start alone", 2, 1), searched | {"exchanges": 1})
 
 
 def test_a_bandit_trains_drawn_sets_and_chooses_by_what_they_lost(task, monkeypatch):
@@ -299,9 +302,9 @@ def test_a_bandit_trains_drawn_sets_and_chooses_by_what_they_lost(task, monkeypa
     run, seen = Run(task, "bandit", 2), []
     monkeypatch.setattr(references.bandit, "draw", lambda preferences, count, rng: (1, 4))
     monkeypatch.setattr(references.bandit, "draw_distinct", lambda *_: [(0, 3), (0, 5), (2, 3)])
-    model, callbacks = evidence.prepare(run)
+    model, callbacks = trainings.prepare(run)
     model.register_forward_pre_hook(lambda module, args: seen.append((module.training, list(module.skip_layers))))
-    evidence.train(run, model, callbacks, 1e-2)
+    trainings.train(run, model, callbacks, 1e-2)
     trained = [skipped for training, skipped in seen if training]
     assert trained == [[]] * 2 + [[1, 4]] * 6 + [model.skip_layers] * 12
     (entry,) = callbacks[0].report["rounds"]
@@ -337,7 +340,7 @@ def test_gate_norm_is_that_of_each_heads_product(family):
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
-TWEETS = next(task for task in evidence.TASKS if task.title == "MiniLM, tweets")
+TWEETS = next(task for task in tasks.TASKS if task.title == "MiniLM, tweets")
 
 
 def test_means_and_standard_errors():
@@ -422,15 +425,13 @@ def test_summary_and_picture_of_anything_there_is(tmp_path):
     evidence.draw([], tmp_path / "none.png")
     rows = [row(seed=seed, loss=0.4 + seed / 10) for seed in range(3)] + [row("EAS", 2, 0), row("random", 3, 1, None)]
     rows += [row(kind="rate", learning_rate=rate, loss=rate) for rate in TWEETS.rates["LoRA"]]
-    free = [{"text": "Python source", "method": "deepest, zeros", "skipped": 8, "kl": 4.6, "kl_se": 0.1}]
-    text = evidence.summarise(rows, free)
+    text = evidence.summarise(rows)
     assert "## MiniLM, tweets" in text
     assert "**0.001**: 0.001, 0.002: 0.002, 0.004: 0.004" in text
     assert "MiniLM, tweets, random, 3 skipped, seed 1" in text  # left out, and said so
-    assert "| deepest, zeros |  | 4.600 ± 0.100 |  |  |" in text
     evidence.draw(rows, tmp_path / "evidence.png")
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
-    assert "SmolLM2-135M" not in evidence.summarise([])
+    assert "##" not in evidence.summarise([])
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------
@@ -448,98 +449,6 @@ def test_budgets_rows_have_what_was_promised_and_what_was_kept(task):
     lines = budgets.summarise([by_loss, by_speed]).splitlines()
     assert f"{by_loss['measured_loss']:.3f}" in lines[-2]
     assert f"{by_speed['measured_speedup']:.2f}" in lines[-1]
-
-
-# Without training -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.data.normal_(std=0.3)
-    return model
-
-
-@pytest.fixture
-def texts():
-    generator = torch.Generator().manual_seed(1)
-    return evidence.Texts([torch.randint(99, (n,), generator=generator).tolist() for n in (9, 5, 12, 7, 12)], size=2)
-
-
-def test_a_ridge_finds_a_map_that_there_is(monkeypatch):
-    monkeypatch.setattr(evidence, "RIDGE", 1e-9)
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(400, 6) * torch.tensor([1, 9, 1, 0.1, 1, 1]) + 3, torch.randn(6, 6), torch.randn(6)
-    found = evidence.ridge(x, x @ weight + bias)
-    torch.testing.assert_close(found.weight, weight, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.bias, bias, atol=1e-3, rtol=1e-3)
-    low = weight[:, :2] @ torch.randn(2, 6)
-    found = evidence.ridge(x, x @ low, rank=2)
-    torch.testing.assert_close(found.weight, low, atol=1e-4, rtol=1e-4)
-    assert torch.linalg.matrix_rank(evidence.ridge(x, x @ weight, rank=2).weight, atol=1e-4) == 2
-
-
-@torch.no_grad()
-def test_divergence_is_that_of_the_models_logits(llama, texts):
-    zeros = {1: evidence.Affine(None, torch.zeros(32)), 2: evidence.Affine(None, torch.zeros(32))}
-    whole = evidence.hidden_states(llama, texts)
-    assert evidence.divergence(llama, texts, whole, {})[0] == pytest.approx(0, abs=1e-6)
-    kl, error = evidence.divergence(llama, texts, whole, zeros)
-    logits = [llama(**batch).logits for batch in texts.batches]
-    for index in zeros:  # without an output, whatever it looks at
-        llama.model.layers[index].self_attn.o_proj.weight.data.zero_()
-    own = [llama(**batch).logits for batch in texts.batches]
-    p, q = (texts.tokens(each).double().log_softmax(-1) for each in (logits, own))
-    assert kl == pytest.approx(F.kl_div(q, p, log_target=True, reduction="batchmean").item(), rel=1e-4)
-    assert 0 < error < kl
-    assert evidence.divergence(llama, texts, evidence.hidden_states(llama, texts), zeros)[0] < 1e-6
-
-
-@torch.no_grad()
-def test_an_attention_that_is_constant_costs_nothing_with_its_mean(llama, texts):
-    attention = llama.model.layers[2].self_attn
-    attention.o_proj.weight.data.zero_()
-    attention.o_proj.bias = torch.nn.Parameter(torch.randn(32))
-    calibrated = evidence.Calibrated(llama, texts, texts)
-    torch.testing.assert_close(calibrated.means[2].bias, attention.o_proj.bias)
-    assert calibrated.deviation[2] < 1e-6 < min(calibrated.deviation[i] for i in (0, 1, 3))
-    assert min(calibrated.own_kl, key=calibrated.own_kl.get) == 2
-    assert calibrated.own_kl[2] < 1e-6
-
-
-@torch.no_grad()
-def test_maps_bring_the_calibration_texts_nearer(llama, texts, monkeypatch):
-    monkeypatch.setattr(evidence, "RIDGE", 1e-6)  # more inputs than tokens: they can be fitted exactly
-    calibrated = evidence.Calibrated(llama, texts, texts)
-    whole, skipped = evidence.hidden_states(llama, texts), [1, 3]
-    kls = {
-        name: evidence.divergence(llama, texts, whole, *fit(calibrated, skipped))[0]
-        for name, (_, fit) in evidence.FREE_METHODS.items()
-    }
-    mean = kls["own KL, means"]
-    assert kls["own KL, means, full map behind the FFN"] < mean / 5
-    assert kls["own KL, full linear map of the layer's input (like ReplaceMe)"] < mean / 5
-    assert kls["own KL, means, map of rank 32 behind the FFN"] == pytest.approx(
-        kls["own KL, means, full map behind the FFN"], rel=1e-3, abs=1e-6
-    )
-
-
-def test_an_interrupted_second_part_goes_on(rows, llama, texts, monkeypatch, capsys):
-    monkeypatch.setattr(evidence, "load_model", lambda: llama)
-    monkeypatch.setattr(evidence, "free_texts", lambda name: (texts, texts, texts))
-    monkeypatch.setattr(evidence, "FREE_COUNTS", (1, 2))
-    evidence.training_free(rows)
-    made = rows.read()
-    assert len(made) == 2 * 2 * len(evidence.FREE_METHODS)
-    rows.path.write_text(json.dumps(made[:5]))
-    evidence.training_free(rows)
-    assert sorted(map(str, rows.read())) == sorted(map(str, made))
 
 
 def test_arguments_of_the_command(monkeypatch, tmp_path, capsys):
