@@ -5,11 +5,10 @@ What it does, with `python examples/vqa.py`:
 1. makes the vision-language model, as no small one arrives in a package: SmolLM2-135M as it is, and a CLIP vision tower
    and LLaVA's projector that learn to turn an image into the embeddings of the words for its colour and its shape;
 2. from there, fine-tunes LoRA on all linears of the language model, and the projector;
-3. scores the attentions of the model by how much each changes what passes it;
-4. fine-tunes EAS and the projector on the same questions for as many steps, while a search that starts from the
-   scores finds which attentions to skip;
-5. merges both, and compares accuracy, size, KV cache and speed;
-6. saves the merged EAS model with its processor, loads both, asks about images, and draws a picture of the answers.
+3. fine-tunes EAS and the projector on the same questions for as many steps, while a search finds which attentions to
+   skip;
+4. merges both, and compares accuracy, size, KV cache and speed;
+5. saves the merged EAS model with its processor, loads both, asks about images, and draws a picture of the answers.
 
 It takes about 10 minutes of CPU time; what it needs is downloaded, and the first step is done, the first time.
 """
@@ -43,7 +42,6 @@ from real_data import (
 from sentiment import print_table, step
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -61,7 +59,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_eas import EASCallback, EASConfig, score_attentions
+from peft_eas import EASCallback, EASConfig
 
 IMAGE_SIZE = 48  # pixels; those of easy-VQA are made smaller, for speed
 PATCH_SIZE = 16  # so an image is 9 tokens
@@ -77,10 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-skip", type=int, default=8, help="how many attentions EAS skips")
     parser.add_argument("--image-epochs", type=int, default=20, help="how often tower and projector see each image")
     parser.add_argument("--train-examples", type=int, default=720, help="questions to train on, each once")
-    parser.add_argument("--search-examples", type=int, default=64, help="other questions, for scores and search")
-    parser.add_argument(
-        "--search-interval", type=int, default=5, help="training steps between two rounds of the search"
-    )
+    parser.add_argument("--search-examples", type=int, default=64, help="other questions, to search with")
     parser.add_argument("--held-out-examples", type=int, default=300, help="questions about other images, to test with")
     parser.add_argument("--batch-size", type=int, default=8, help="questions in a training step")
     parser.add_argument(
@@ -105,7 +100,7 @@ def prompts(examples: Sequence[VisualQuestion], processor: LlavaProcessor) -> di
 def collate(examples: Sequence[VisualQuestion], processor: LlavaProcessor) -> dict[str, torch.Tensor]:
     """A batch to train on: prompt, answer and end of sequence, with labels that are -100 for the prompt's tokens.
 
-    The labels are also how EAS knows which tokens are the prompt; those of the image are among them.
+    Those of the image are among the prompt's.
     """
     tokenizer = processor.tokenizer
     answers = [f" {e.answer}{tokenizer.eos_token}" for e in examples]
@@ -419,17 +414,10 @@ def main() -> None:
         models["LoRA, merged"] = lora.merge_and_unload()
         logits["LoRA, merged"] = next_token_logits(models["LoRA, merged"], processor, held_out)
 
-    with step("Scoring attentions: how much each changes what passes it"):
-        batches = DataLoader(search_examples, args.batch_size, collate_fn=partial(collate, processor=processor))
-        scores = score_attentions(base, batches, method="similarity")
-        one_shot = sorted(sorted(scores, key=scores.get)[: args.num_skip])
-
     with step("Fine-tuning EAS and the projector, and searching"):
         config = EASConfig(num_skip=args.num_skip, modules_to_save=[PROJECTOR], task_type="CAUSAL_LM")
-        search = EASCallback(search_examples, interval=args.search_interval, warm_start=scores)
-        eas = fine_tune(start, config, examples, processor, args, [search])
-        print(f"EAS skips the attentions of layers {eas.skip_layers}, out of {len(scores)}")
-        print(f"By the scores alone, they would have been {one_shot}")
+        eas = fine_tune(start, config, examples, processor, args, [EASCallback(search_examples)])
+        print(f"EAS skips the attentions of layers {eas.skip_layers}")
 
     with step("Testing EAS, before and after merging"):
         not_merged = next_token_logits(eas, processor, held_out[:50])
