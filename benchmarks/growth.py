@@ -46,7 +46,7 @@ MOST_LAYERS, LARGEST_WIDTH = 32, 1024
 TOKENS = 128
 EXPLAINED = (
     "Growing a set, the default score, takes a forward for each attention at least, so it has the square of the "
-    "layers. Stand-ins take the eigenvectors of a matrix of the width, so they have its third power. "
+    "layers. Stand-ins take a factor of a matrix of the width, so they have its third power. "
     "Loading maps files, and reads weights when they are used."
 )
 

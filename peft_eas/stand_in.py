@@ -34,6 +34,9 @@ ENOUGH = 32
 RIDGE = 2.0
 """Of the least squares (3), in units of the mean variance of what is read, a number it has for each token."""
 
+ROUNDING = 1e-10
+"""Relative to the mean square of what is read, at least so much is added: few tokens leave it singular."""
+
 
 class Fit(NamedTuple):
     """The parameters of a stand-in that is as near as it gets to what an attention adds. In float64 on the CPU."""
@@ -70,18 +73,28 @@ class Moments:
         center, squares, products = (total / self.count for total in self.read)
         covariance = squares - torch.outer(center, center)
         ridge = RIDGE * len(center) / self.count * covariance.diagonal().mean()
-        covariance.diagonal().add_(ridge.clamp(min=torch.finfo(covariance.dtype).tiny))
+        least = ROUNDING * squares.diagonal().mean().clamp(min=torch.finfo(squares.dtype).tiny)
+        covariance.diagonal().add_(torch.maximum(ridge, least))
         crossed = products - torch.outer(center, mean)
-        whole = torch.linalg.solve(covariance, crossed)  # (d', d), of full rank
-        _, directions = torch.linalg.eigh(crossed.T @ whole)
-        up = directions[:, -rank:]
-        down = (whole @ up).T
+        # covariance = L L^T and Y = L^-1 crossed, so Y^T Y = S_za^T W, and W V = L^-T (Y V): a tenth of the work of
+        # W and all eigenvectors
+        factor = torch.linalg.cholesky(covariance)
+        left, values, up = leading(torch.linalg.solve_triangular(factor, crossed, upper=False), rank)
+        down = torch.linalg.solve_triangular(factor.T, left * values, upper=True).T
         # both factors learn at one rate, so they are of one size
         size = down.norm(dim=1).sqrt()
         down, up = down / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None], up * size
         constant = mean - up @ (down @ center)
         missing = rank - len(down)  # of a tower that is narrower than the rank
         return Fit(constant, (F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))))
+
+
+def leading(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `count` largest singular values of a matrix, or all, with their vectors: `(m, r)`, `(r,)` and `(n, r)`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # all processes find the same
+        found = torch.svd_lowrank(matrix, min(2 * count, *matrix.shape), niter=8)
+    return found[0][:, :count], found[1][:count], found[2][:, :count]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from zoo import families, tiny
 
 from peft_eas import EASCallback, EASConfig, initialize_eas_weights
-from peft_eas.stand_in import fill_stand_ins
+from peft_eas.stand_in import Moments, fill_stand_ins
 
 SKIP = [0, 3, 4]
 
@@ -106,6 +106,43 @@ def test_a_linear_one_is_the_nearest_of_its_rank(rank):
         torch.testing.assert_close((up @ down).T, expected, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(constant, a_mean - z_mean @ expected, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(down.norm(dim=1), up.norm(dim=0), rtol=1e-3, atol=1e-5)
+
+
+def moments_of(read, added):
+    read, added = read.double(), added.double()
+    return Moments(len(added), added.sum(0), (read.sum(0), read.T @ read, read.T @ added))
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
+def test_a_wide_map_misses_no_more_than_the_nearest_of_its_rank(decay):
+    """Its directions are iterated for, which is inexact where they matter alike; the oracle takes them all."""
+    generator = torch.Generator().manual_seed(0)
+    read = torch.randn(3000, 300, generator=generator, dtype=torch.float64) + 5
+    added = read @ torch.randn(300, 300, generator=generator, dtype=torch.float64)
+    added = added * torch.arange(1, 301) ** -decay + torch.randn(3000, 300, generator=generator)
+    state = torch.get_rng_state()
+    fit = moments_of(read, added).fit(16)
+    assert torch.equal(torch.get_rng_state(), state)
+    left = (added - fit.constant - read @ (fit.maps[1] @ fit.maps[0]).T).square().sum()
+    about, wanted = read - read.mean(0), added - added.mean(0)
+    ridge = 2 * 300 / 3000 * about.square().mean()
+    whole = torch.linalg.solve(about.T @ about / 3000 + ridge * torch.eye(300), about.T @ wanted / 3000)
+    kept = torch.linalg.eigh(wanted.T @ about @ whole).eigenvectors[:, -16:]
+    least = (wanted - about @ whole @ kept @ kept.T).square().sum()
+    assert left / least == pytest.approx(1, abs=1e-3)
+    assert least < 0.99 * wanted.square().sum()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_few_tokens_make_a_map_that_is_small_and_right_on_them(count):
+    generator = torch.Generator().manual_seed(0)
+    read, added = (torch.randn(count, 40, generator=generator) * 100 for _ in range(2))
+    constant, (down, up) = moments_of(read, added).fit(8)
+    assert all(torch.isfinite(each).all() for each in (constant, down, up))
+    torch.testing.assert_close(constant + up @ down @ read.double().mean(0), added.double().mean(0))
+    spread = (added - added.mean(0)).square().sum()
+    missed = (added - constant - read.double() @ (up @ down).T).square().sum()
+    assert missed <= spread + 1e-6
 
 
 def test_an_attention_that_is_linear_costs_next_to_nothing():
