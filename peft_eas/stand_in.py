@@ -201,8 +201,12 @@ def moments(
         new = [a.double().sum(dim=0)]
         if is_linear:  # products of one batch in single precision: in double they take most of the time on many GPUs
             new += [z.double().sum(dim=0), z.T @ z, z.T @ a]
-        new = [term.double().cpu() for term in new]
-        sums[key] = [total.add_(term) for total, term in zip(sums[key], new, strict=True)] if key in sums else new
+        new = [term.cpu() for term in new]  # not yet in double, which would be twice as much to move
+        if key in sums:
+            for total, term in zip(sums[key], new, strict=True):
+                total.add_(term)
+        else:
+            sums[key] = [term.double() for term in new]
         counts[key] += len(a)
 
     def is_enough() -> bool:
