@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ ENOUGH = 32
 RIDGE = 2.0
 """Of the least squares (3), in units of the mean variance of what is read, a number it has for each token."""
 
-ROUNDING = 1e-10
-"""Relative to the mean square of what is read, at least so much is added: few tokens leave it singular."""
+ROUNDING = 1e-6
+"""The ridge is as much of the largest variance at least, as it is not known better."""
 
 
 class Fit(NamedTuple):
@@ -47,35 +48,57 @@ class Fit(NamedTuple):
     """`down (r, d')` and `up (d, r)` of a linear one."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Moments:
-    """Sums over tokens of what an attention reads, `z (d',)`, and adds, `a (d,)`. In float64 on the CPU.
+    """Of tokens: what an attention reads, `z (d',)`, and adds, `a (d,)`. In float64 on the CPU.
 
     Attributes:
         count: Number of tokens.
-        added: `(d,)`, the sum of `a`.
-        read: `(d',)`, `(d', d')` and `(d', d)`: those of `z`, `z z^T` and `z a^T`; `None` if they are not wanted.
+        mean: `(d,)`, of `a`.
+        read: `(d',)`, `(d', d')` and `(d', d)`: the mean of `z`, and the sums over tokens of `z z^T` and `z a^T` about
+            their means; `None` if they are not wanted.
     """
 
     count: int
-    added: torch.Tensor
+    mean: torch.Tensor
     read: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def mean(self) -> torch.Tensor:
-        """Of what is added, `(d,)`."""
-        return self.added / self.count
+    @classmethod
+    def of(cls, added: torch.Tensor, read: torch.Tensor | None = None) -> Moments:
+        """Those of tokens: `added (n, d)` and `read (n, d')`, in single precision or double."""
+        mean = added.double().mean(dim=0)
+        if read is None:
+            return cls(len(added), mean.cpu())
+        center = read.double().mean(dim=0)
+        # In single precision, as double takes most of the time on many GPUs; so about the means, without which numbers
+        # that are far from zero would leave no digits for what varies. Moved before they are made longer.
+        a, z = added - mean.to(added), read - center.to(read)
+        squares, products = (product.cpu().double() for product in (z.T @ z, z.T @ a))
+        return cls(len(added), mean.cpu(), (center.cpu(), squares, products))
+
+    def __iadd__(self, other: Moments) -> Moments:
+        """Those of the tokens of both (Chan, Golub, LeVeque: Updating formulae, 1979)."""
+        count = self.count + other.count
+        shift, share = other.mean - self.mean, other.count / count
+        if self.read is not None and other.read is not None:
+            center, squares, products = self.read
+            moved = other.read[0] - center
+            squares.add_(other.read[1]).addr_(moved, moved, alpha=self.count * share)
+            products.add_(other.read[2]).addr_(moved, shift, alpha=self.count * share)
+            center.add_(moved, alpha=share)
+        self.mean.add_(shift, alpha=share)
+        self.count = count
+        return self
 
     def fit(self, rank: int) -> Fit:
         """The best one with a map of this rank at most, equation (4); without `read`, the mean."""
-        mean = self.mean()
         if self.read is None:
-            return Fit(mean)
-        center, squares, products = (total / self.count for total in self.read)
-        covariance = squares - torch.outer(center, center)
-        ridge = RIDGE * len(center) / self.count * covariance.diagonal().mean()
-        least = ROUNDING * squares.diagonal().mean().clamp(min=torch.finfo(squares.dtype).tiny)
-        covariance.diagonal().add_(torch.maximum(ridge, least))
-        crossed = products - torch.outer(center, mean)
+            return Fit(self.mean)
+        center, squares, products = self.read
+        covariance, crossed = squares / self.count, products / self.count
+        variances = covariance.diagonal()
+        ridge = torch.maximum(RIDGE * len(center) / self.count * variances.mean(), ROUNDING * variances.max())
+        variances.add_(ridge.clamp(min=torch.finfo(ridge.dtype).tiny))
         # covariance = L L^T and Y = L^-1 crossed, so Y^T Y = S_za^T W, and W V = L^-T (Y V): a tenth of the work of
         # W and all eigenvectors
         factor = torch.linalg.cholesky(covariance)
@@ -84,7 +107,7 @@ class Moments:
         # both factors learn at one rate, so they are of one size
         size = down.norm(dim=1).sqrt()
         down, up = down / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None], up * size
-        constant = mean - up @ (down @ center)
+        constant = self.mean - up @ (down @ center)
         missing = rank - len(down)  # of a tower that is narrower than the rank
         return Fit(constant, (F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))))
 
@@ -192,25 +215,21 @@ def moments(
         ValueError: without any tokens, and for values that are not finite.
     """
     forward = forward or (lambda batch: model(**arguments_of(batch, model)))
-    sums: dict[int | str, list[torch.Tensor]] = {}
-    counts = dict.fromkeys(layers, 0)
+    found: dict[int | str, Moments] = {}
 
     def add(key: int | str, place: Place, before: torch.Tensor, added: torch.Tensor, read: torch.Tensor) -> None:
         kept = counted_tokens(seen, place.row, added.shape[:-1], added.device)
         a, z = (t[kept].to(torch.promote_types(t.dtype, torch.float32)) for t in (added, read))
-        new = [a.double().sum(dim=0)]
-        if is_linear:  # products of one batch in single precision: in double they take most of the time on many GPUs
-            new += [z.double().sum(dim=0), z.T @ z, z.T @ a]
-        new = [term.cpu() for term in new]  # not yet in double, which would be twice as much to move
-        if key in sums:
-            for total, term in zip(sums[key], new, strict=True):
-                total.add_(term)
+        if not len(a):
+            return
+        new = Moments.of(a, z if is_linear else None)
+        if key in found:
+            found[key] += new
         else:
-            sums[key] = [term.double() for term in new]
-        counts[key] += len(a)
+            found[key] = new
 
     def is_enough() -> bool:
-        gathered = gather_object([{key: counts[key] / len(own[0]) for key, own in sums.items()}])
+        gathered = gather_object([{key: own.count / len(own.mean) for key, own in found.items()}])
         return all(sum(of.get(key, 0) for of in gathered) >= enough for key in layers)
 
     with arguments_seen(*dict.fromkeys([model, caller or model])) as seen, watching(model, layers, add):
@@ -218,15 +237,12 @@ def moments(
             forward(batch)
             if enough < math.inf and is_enough():
                 break
-    found = {}
     for key in layers:
-        gathered = gather_object([(counts[key], sums.pop(key, None))])  # one by one, as they may be large
-        count = sum(count for count, _ in gathered)
-        if not count:
+        first, *others = [own for own in gather_object([found.pop(key, None)]) if own] or [None]  # one by one: large
+        if first is None:
             raise ValueError(f"The dataloader gave no tokens to measure the attention {key} with.")
-        added, *read = (sum(each) for each in zip(*(own for _, own in gathered if own), strict=True))
-        found[key] = Moments(count, added, (read[0], read[1], read[2]) if is_linear else None)
-    wrong = [key for key, of in found.items() if not all(map(_is_finite, (of.added, *(of.read or ()))))]
+        found[key] = functools.reduce(operator.iadd, others, first)
+    wrong = [key for key, of in found.items() if not all(map(_is_finite, (of.mean, *(of.read or ()))))]
     if wrong:
         raise ValueError(
             f"What the attentions {wrong} read or add is not finite: look for NaN in the model's weights or in the "

@@ -108,11 +108,6 @@ def test_a_linear_one_is_the_nearest_of_its_rank(rank):
         torch.testing.assert_close(down.norm(dim=1), up.norm(dim=0), rtol=1e-3, atol=1e-5)
 
 
-def moments_of(read, added):
-    read, added = read.double(), added.double()
-    return Moments(len(added), added.sum(0), (read.sum(0), read.T @ read, read.T @ added))
-
-
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
 def test_a_wide_map_misses_no_more_than_the_nearest_of_its_rank(decay):
     """Its directions are iterated for, which is inexact where they matter alike; the oracle takes them all."""
@@ -121,7 +116,7 @@ def test_a_wide_map_misses_no_more_than_the_nearest_of_its_rank(decay):
     added = read @ torch.randn(300, 300, generator=generator, dtype=torch.float64)
     added = added * torch.arange(1, 301) ** -decay + torch.randn(3000, 300, generator=generator)
     state = torch.get_rng_state()
-    fit = moments_of(read, added).fit(16)
+    fit = Moments.of(added, read).fit(16)
     assert torch.equal(torch.get_rng_state(), state)
     left = (added - fit.constant - read @ (fit.maps[1] @ fit.maps[0]).T).square().sum()
     about, wanted = read - read.mean(0), added - added.mean(0)
@@ -133,11 +128,30 @@ def test_a_wide_map_misses_no_more_than_the_nearest_of_its_rank(decay):
     assert least < 0.99 * wanted.square().sum()
 
 
+@pytest.mark.parametrize("mean", [0, 1000])
+def test_moments_of_batches_are_those_of_all_tokens_however_far_from_zero(mean):
+    """Sums of squares in single precision would have an error of 0.1 for each token."""
+    generator = torch.Generator().manual_seed(0)
+    read = torch.randn(1200, 20, generator=generator) * torch.logspace(0, 1, 20) + mean
+    added = torch.randn(1200, 30, generator=generator) + 0.1 * (read - mean).sum(1, keepdim=True) - mean
+    parts = [Moments.of(added[rows], read[rows]) for rows in torch.arange(1200).split((100, 1, 699, 400))]
+    found = parts[0]
+    for part in parts[1:]:
+        found += part
+    z, a = read.double(), added.double()
+    assert found.count == 1200
+    torch.testing.assert_close(found.mean, a.mean(0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.read[0], z.mean(0), rtol=1e-9, atol=1e-9)
+    z, a = z - z.mean(0), a - a.mean(0)
+    torch.testing.assert_close(found.read[1], z.T @ z, rtol=1e-4, atol=0.05)
+    torch.testing.assert_close(found.read[2], z.T @ a, rtol=1e-4, atol=0.05)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_few_tokens_make_a_map_that_is_small_and_right_on_them(count):
     generator = torch.Generator().manual_seed(0)
     read, added = (torch.randn(count, 40, generator=generator) * 100 for _ in range(2))
-    constant, (down, up) = moments_of(read, added).fit(8)
+    constant, (down, up) = Moments.of(added, read).fit(8)
     assert all(torch.isfinite(each).all() for each in (constant, down, up))
     torch.testing.assert_close(constant + up @ down @ read.double().mean(0), added.double().mean(0))
     spread = (added - added.mean(0)).square().sum()

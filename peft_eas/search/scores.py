@@ -187,7 +187,7 @@ def cost_by_gates(gates: SkipGates, divergence: Divergence) -> Callable[[list[in
 
 
 def _means(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, torch.Tensor]:
-    return {key: of.mean() for key, of in moments(model, layers, batches, is_linear=False).items()}
+    return {key: of.mean for key, of in moments(model, layers, batches, is_linear=False).items()}
 
 
 def _by_kl(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
