@@ -147,6 +147,14 @@ def test_moments_of_batches_are_those_of_all_tokens_however_far_from_zero(mean):
     torch.testing.assert_close(found.read[2], z.T @ a, rtol=1e-4, atol=0.05)
 
 
+def test_what_rounding_leaves_of_two_inputs_that_are_equal_is_no_covariance_and_does_no_harm():
+    count, equal = 10**9, torch.tensor([[1, 1 + 1e-7], [1 + 1e-7, 1]], dtype=torch.float64)
+    read = torch.zeros(2).double(), count * equal, count * torch.ones(2, 3).double()
+    constant, (down, up) = Moments(count, torch.zeros(3).double(), read).fit(1)
+    torch.testing.assert_close((up @ down).sum(1), torch.ones(3).double(), rtol=1e-4, atol=0)
+    assert not constant.any()
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_few_tokens_make_a_map_that_is_small_and_right_on_them(count):
     generator = torch.Generator().manual_seed(0)
