@@ -29,8 +29,8 @@ from .runtime.eas_convention import BY_NAME
 from .shards import fill, wholes
 from .site import EASLayer
 
-ENOUGH = 32
-"""Tokens to measure with, for each number that a token has: more change little (docs/method.md)."""
+ENOUGH = 16
+"""Tokens to measure with, for each number that a token has: more make no difference in the end (docs/results.md)."""
 
 RIDGE = 2.0
 """Of the least squares (3), in units of the mean variance of what is read, a number it has for each token."""
