@@ -28,7 +28,7 @@ matplotlib.use("agg")
 import transformers
 from matplotlib import pyplot as plt
 from tasks import GIVEN, TASKS, Source, Task
-from trainings import METHODS, SETS, Rows, Run, best_rate, key_of, wanted_runs, work
+from trainings import MAIN, METHODS, SETS, Rows, Run, best_rate, key_of, wanted_runs, work
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -261,7 +261,8 @@ def _rates(rows: Sequence[dict]) -> list[str]:
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:
-    """One panel a task: the mean loss of each method, by how many are skipped; LoRA's is a line."""
+    """One panel a task: the mean loss of each method, by how many are skipped; LoRA's is a line, and an arrow points to
+    what is far worse."""
     tables = [Table(task, rows) for task in TASKS]
     tables = [table for table in tables if any(row["method"] != "LoRA" for row in table.rows)]
     if not tables:
@@ -280,12 +281,24 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             axes.axvline(lora.mean, color="0.3", linestyle="--", linewidth=1)
             if lora.count > 1:
                 axes.axvspan(lora.mean - lora.error, lora.mean + lora.error, color="0.3", alpha=0.15, linewidth=0)
+        main = [values(rows, "loss") for method in MAIN for count in (0, *table.task.counts)
+                if (rows := table.of(method, count))]  # fmt: skip
+        means = [statistics.fmean(losses) for losses in main if losses]
+        limit = 1.25 * max(means, default=math.inf) - 0.25 * min(
+            means, default=0
+        )  # beyond it are other ways that failed
         for count, color, shift in zip(table.task.counts, ("tab:blue", "tab:orange"), (-0.15, 0.15), strict=True):
             for y, method in enumerate(shown):
                 loss = estimate(values(table.of(method, count), "loss"))
-                if loss is not None:
-                    error = loss.error if loss.count > 1 else 0
-                    axes.errorbar(loss.mean, y + shift, xerr=error, fmt="o", color=color, markersize=4, capsize=2)
+                if loss is None:
+                    continue
+                if loss.mean > limit:
+                    axes.plot(limit, y + shift, ">", color=color, markersize=6)
+                    continue
+                error = loss.error if loss.count > 1 else 0
+                axes.errorbar(loss.mean, y + shift, xerr=error, fmt="o", color=color, markersize=4, capsize=2)
+        if math.isfinite(limit) and len(means) > 1:
+            axes.set_xlim(right=limit + 0.03 * (limit - min(means)))
         few, many = table.task.counts
         axes.set_title(f"{table.task.title} ({few}, {many} of {table.task.layers})", fontsize=9)
         axes.grid(axis="y", color="0.92")
