@@ -357,9 +357,9 @@ def draw(rows: Sequence[dict], path: Path) -> None:
                 (row["skipped"], row["kl"]) for row in rows if (row["text"], row["method"]) == (name, method)
             )
             if found:
-                style = dict(linewidth=2.5) if "EAS" in method else dict(linewidth=1, linestyle="--")
-                axes.plot(*zip(*found, strict=True), "o", ls=style.pop("linestyle", "-"), markersize=4, label=method,
-                          color=plt.get_cmap("tab20")(number), **style)  # fmt: skip
+                line, width = ("o-", 2.5) if "EAS" in method else ("o--", 1)
+                color = plt.get_cmap("tab20")(number)
+                axes.plot(*zip(*found, strict=True), line, linewidth=width, markersize=4, color=color, label=method)
         axes.set_yscale("log")
         axes.set_title(name, fontsize=10)
         axes.set_xticks(COUNTS)

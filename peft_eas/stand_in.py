@@ -33,7 +33,7 @@ ENOUGH = 16
 """Tokens to measure with, for each number that a token has: more make no difference in the end (docs/results.md)."""
 
 RIDGE = 2.0
-"""Of the least squares (3), in units of the mean variance of what is read, a number it has for each token."""
+"""Of the least squares (4), in units of the mean variance of what is read, a number it has for each token."""
 
 ROUNDING = 1e-6
 """The ridge is as much of the largest variance at least, as it is not known better."""
@@ -115,7 +115,7 @@ class Moments:
 def leading(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `count` largest singular values of a matrix, or all, with their vectors: `(m, r)`, `(r,)` and `(n, r)`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # all processes find the same
+        torch.default_generator.manual_seed(0)  # all processes find the same; `torch.manual_seed` is of GPUs, too
         found = torch.svd_lowrank(matrix, min(2 * count, *matrix.shape), niter=8)
     return found[0][:, :count], found[1][:count], found[2][:, :count]
 
@@ -238,10 +238,11 @@ def moments(
             if enough < math.inf and is_enough():
                 break
     for key in layers:
-        first, *others = [own for own in gather_object([found.pop(key, None)]) if own] or [None]  # one by one: large
-        if first is None:
+        gathered = gather_object([found.pop(key, None)])  # one by one, as they may be large
+        parts = [own for own in gathered if own is not None]
+        if not parts:
             raise ValueError(f"The dataloader gave no tokens to measure the attention {key} with.")
-        found[key] = functools.reduce(operator.iadd, others, first)
+        found[key] = functools.reduce(operator.iadd, parts)
     wrong = [key for key, of in found.items() if not all(map(_is_finite, (of.mean, *(of.read or ()))))]
     if wrong:
         raise ValueError(

@@ -112,13 +112,12 @@ def test_an_interrupted_second_part_goes_on(rows, llama, texts, monkeypatch, cap
 
 @torch.no_grad()
 def test_a_row_of_this_package_is_its_merged_model(llama, texts):
-    """Of full rank its stand-ins are the nearest maps; what nothing looks at afterwards costs nothing."""
+    """It has stand-ins that were measured, which do better than means, and the model stays as it was."""
     calibrated = training_free.Calibrated(llama, texts, texts)
     before = {name: value.clone() for name, value in llama.state_dict().items()}
     whole, (model, stand_ins) = training_free.hidden_states(llama, texts), training_free._eas(calibrated, [3])
     assert stand_ins == {}
-    assert model.config.num_hidden_layers == 4
-    assert model.model.layers[3].self_attn is not llama.model.layers[3].self_attn
+    assert [hasattr(layer.self_attn, "q_proj") for layer in model.model.layers] == [True, True, True, False]
     means = training_free.divergence(texts, whole, *training_free._means(calibrated, [3]))[0]
     assert 0 < training_free.divergence(texts, whole, model, {})[0] < means
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
