@@ -25,7 +25,7 @@ from peft import PeftModel, get_peft_model
 from tasks import GIVEN, SCORED, TASKS, Task
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 import peft_eas
 from peft_eas import EASCallback, EASConfig, score_attentions
@@ -86,6 +86,7 @@ MAIN = {
     "LoRA": Method("nothing", "LoRA", version=""),
     "drop, LoRA": Method("similarity", "LoRA", {"stand_in": "zero"}),
     "drop, means, LoRA": Method("similarity", "LoRA", {"stand_in": "mean"}),
+    "skip, LoRA": Method("default", "LoRA", {"stand_in": "linear"}),
     "0.1.0": Method("search", "0.1.0", version="0.1."),
     GIVEN: Method("default"),
     "EAS": Method("search"),
@@ -212,15 +213,6 @@ def set_of(run: Run, rows: Iterable[dict] = ()) -> list[int | str] | None:
     return [layer for layer in by_layer if layer in lowest]  # in the model's order
 
 
-def without(model: PreTrainedModel, skip_layers: list[int | str], stand_in: str, batches: list[dict]) -> nn.Module:
-    """The model without these attentions, zeros or their means in place: a fresh adapter, merged at once."""
-    config = EASConfig(skip_layers=skip_layers, stand_in=stand_in, propagation="none", use_bias=False)
-    adapted = get_peft_model(model, config)
-    if stand_in == "mean":
-        peft_eas.initialize_eas_weights(adapted, batches)
-    return adapted.merge_and_unload()
-
-
 def freeze_retained_ffns(model: PeftModel) -> None:
     """Leave the adapters in front of the FFNs of retained attentions as they are: identities."""
     for attention, ffns in model.skip_gates().wrappers.values():
@@ -235,7 +227,7 @@ def prepare(run: Run, rows: Iterable[dict] = ()) -> tuple[PeftModel, list[EASCal
     model = task.load()
     if method.adapter == "LoRA":
         if skip_layers:
-            model = without(model, skip_layers, method.settings["stand_in"], task.scored_batches())
+            model = peft_eas.skip_attentions(model, task.scored_batches(), skip_layers=skip_layers, **method.settings)
         set_seed(run.seed)
         return get_peft_model(model, task.lora()), []
     # the teacher's attentions need the adapters that those of a given set go without

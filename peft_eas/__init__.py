@@ -14,7 +14,7 @@ from .export import export
 from .families import FAMILIES, Attentions, Family, register_family
 from .model import EASModel
 from .runtime import modeling_eas
-from .search import EASCallback, plot_search, score_attentions
+from .search import EASCallback, plot_search, score_attentions, skip_attentions
 from .stand_in import initialize_eas_weights
 
 __version__ = "0.2.0"
@@ -33,6 +33,7 @@ __all__ = [
     "plot_search",
     "register_family",
     "score_attentions",
+    "skip_attentions",
 ]
 
 PEFT_TYPE_TO_CONFIG_MAPPING[EASType.EAS] = EASConfig

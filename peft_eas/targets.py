@@ -75,9 +75,7 @@ class Targets:
             raise ValueError(
                 f"`r`={config.r} and `r_pia`={config.r_pia} must be at most the model's hidden size, {max(widths)}."
             )
-        skippable = [
-            key for key, p in self.layers.items() if p.is_skippable and {p.attention, *p.ffns} <= targeted
-        ]  # fmt: skip
+        skippable = self.skippable(config)
         if config.skip_layers is not None:
             config.skip_layers = self.resolve(config.skip_layers, skippable)
         elif not skippable and config.num_skip != 0:
@@ -91,6 +89,11 @@ class Targets:
         if count > len(skippable):
             raise ValueError(f"`num_skip`={count} is more than the {len(skippable)} attentions that can be skipped.")
         self._check_some_left(count)
+
+    def skippable(self, config: EASConfig) -> list[int | str]:
+        """The attentions that a configuration that has been fitted can skip."""
+        targeted = {name for name in self.places if self.has(config, name)}
+        return [key for key, p in self.layers.items() if p.is_skippable and {p.attention, *p.ffns} <= targeted]
 
     def resolve(self, skip_layers: Iterable[int | str], skippable: list[int | str]) -> list[int | str]:
         """The attentions that are meant by indices or names, in the model's order.

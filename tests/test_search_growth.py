@@ -14,6 +14,7 @@ from zoo.training import collate, dataset, trainer
 
 from peft_eas import EASCallback, EASConfig, initialize_eas_weights, score_attentions
 from peft_eas.search import growth, start
+from peft_eas.search import scores as scores_module
 
 
 def costs(seed, number):
@@ -92,6 +93,20 @@ def test_scores_are_what_sets_cost_with_their_stand_ins(model_type):
     assert sorted(layers, key=scores.get)[: len(expected)] == expected
     for count in range(1, len(expected) + 1):
         assert scores[expected[count - 1]] == pytest.approx(cost_of(expected[:count]), rel=1e-3, abs=1e-7)
+
+
+def test_sets_are_grown_on_tokens_enough(monkeypatch):
+    """Stand-ins are measured on all batches; forwards of all sets are of the first ones that have so many tokens."""
+    data = [{k: v for k, v in tiny.inputs("llama", seed=seed).items() if k != "labels"} for seed in range(4)]
+    sizes = [int(batch["attention_mask"].sum()) for batch in data]
+    monkeypatch.setattr(scores_module, "ENOUGH_TO_GROW", sizes[0] + 1)
+    grown = score_attentions(tiny.model("llama"), data)
+    for few, is_alike in ((data[:2], True), (data[:3], False)):
+        costs = [cost_by_hand(lambda: tiny.model("llama"), batch, data) for batch in few]
+        weights = sizes[: len(few)]
+        first = min(grown, key=grown.get)
+        cost = sum(n * cost_of([first]) for n, cost_of in zip(weights, costs, strict=True)) / sum(weights)
+        assert (grown[first] == pytest.approx(cost, rel=1e-3)) is is_alike
 
 
 def test_the_default_of_other_models_is_deviation():

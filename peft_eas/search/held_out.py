@@ -99,7 +99,7 @@ class HeldOut:
         as many in each process."""
         wanted = max(1, min(len(self.order), number) // self.world_size)
         examples = self._taken(self.rank * wanted, wanted, frozenset())
-        lengths = gather_object([[_tokens(batch) for batch in self._collated(examples, 1)]])
+        lengths = gather_object([[token_count(batch) for batch in self._collated(examples, 1)]])
         enough = next((n for n in range(1, wanted) if sum(sum(of[:n]) for of in lengths) >= tokens), wanted)
         return self._collated(examples[: max(enough, min(PARTS, wanted))], self.batch_size)
 
@@ -153,7 +153,7 @@ def _kept(batch: dict[str, Any]) -> torch.Tensor:
     return torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask.bool()
 
 
-def _tokens(batch: dict[str, Any]) -> int:
+def token_count(batch: dict[str, Any]) -> int:
     """How many there are without padding; 0 in what has none."""
     return 0 if batch.get("input_ids") is None else int(_kept(batch).sum())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ from ..runtime.eas_attention import StandIn
 from ..stand_in import fill_stand_ins, moments, replaced, watching
 from ..targets import stream_size
 from .growth import Divergence, grow, predicts_words
-from .held_out import means_over_processes
+from .held_out import ENOUGH_TO_GROW, means_over_processes, token_count
 
 RANK = 32
 """Of the stand-ins that sets are grown with, as by default."""
@@ -49,12 +50,13 @@ def score_attentions(
     Args:
         model: A model of a known family; it is left as it was.
         dataloader: Batches `{input_ids, attention_mask, ...}` of the task, a few hundred tokens in all or more; with
-            `labels` for `method="loss"`. A thousand are plenty for `"growth"`, `"kl"` and `"loss"`, which run the model
-            on all of them for each attention. It is read twice, so no iterator.
+            `labels` for `method="loss"`. For `"kl"` and `"loss"`, which run the model on all of them for each
+            attention, a thousand tokens are plenty.
         method: By default `"growth"` for language models, `"deviation"` for others, whose heads are mostly new.
             `"growth"`: a set is grown with all stand-ins, linear ones, in place, each time by the attention with which
             predictions move least, and the score is how far the set has moved them when the attention has joined: the
-            divergence from the whole model's, in nats a token. About one and a half forwards for each attention.
+            divergence from the whole model's, in nats a token. About one and a half forwards for each attention, of
+            the first batches that have 2,048 tokens together; stand-ins are measured on all.
             The others take each attention by itself, with the mean of what it adds in its place. `"deviation"`: how far
             what it adds is from that mean, relative to the residual stream (root mean squares), one forward for all.
             `"kl"`, the divergence from the whole model's predictions, and `"loss"`, the growth of the loss, take a
@@ -166,13 +168,19 @@ def _by_growth(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) 
     try:
         with evaluating(tuner):
             fill_stand_ins(tuner, "scores", inputs, forward)
-            gates, divergence = tuner.skip_gates("scores"), Divergence(model, inputs, forward)
+            gates, divergence = tuner.skip_gates("scores"), Divergence(model, _enough_to_grow(inputs), forward)
             scores = grow(cost_by_gates(gates, divergence), len(gates.layers), len(gates.layers) // 2)
     finally:
         tuner.unload()
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
     return dict(zip(gates.layers, scores, strict=True))
+
+
+def _enough_to_grow(batches: Sequence[dict]) -> Sequence[dict]:
+    """The first of them that have so many tokens together; all if there are fewer, or no tokens."""
+    totals = itertools.accumulate(map(token_count, batches))
+    return batches[: next((n for n, total in enumerate(totals, 1) if total >= ENOUGH_TO_GROW), len(batches))]
 
 
 def cost_by_gates(gates: SkipGates, divergence: Divergence) -> Callable[[list[int]], float]:

@@ -1,0 +1,68 @@
+"""A pretrained model without some of its attentions, for whatever trains it then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel
+
+from ..batches import batches_of
+from ..config import EASConfig
+from ..families import find_layers
+from ..prove import learn_family
+from ..stand_in import initialize_eas_weights
+from ..targets import Targets
+from .scores import score_attentions
+
+
+def skip_attentions(
+    model: PreTrainedModel, dataloader: Iterable[dict[str, torch.Tensor]], **settings: Any
+) -> PreTrainedModel:
+    """Take attentions out of a pretrained model, stand-ins in their place, before it is fine-tuned by any method.
+
+        smaller = skip_attentions(model, batches, num_skip=8)
+        smaller.save_pretrained("smaller")
+        trained = get_peft_model(smaller, LoraConfig(target_modules="all-linear"))
+
+    What is left is a transformers model, as `merge_and_unload()` gives one. Its stand-ins are parameters that other
+    tuners leave as they are. Fine-tuning with an `EASCallback` chooses later, when the model has begun to learn, and
+    needs no copy of the smaller model to load an adapter into.
+
+    Args:
+        model: A transformers model of a known family, without adapters; use what is returned in its place.
+        dataloader: Batches `{input_ids, attention_mask, ...}` of the task, small ones: several thousand tokens in all.
+        settings: Of the `EASConfig`: which attentions, `skip_layers`, or how many, `num_skip`, of those that
+            `score_attentions` has lowest (a quarter by default); what stands in for them, `stand_in` and its rank
+            `r_pia`.
+
+    Returns:
+        The model without these attentions.
+
+    Raises:
+        ValueError: for settings that `EASConfig` refuses, or that need a search (`num_skip="auto"`, `target_speedup`),
+            and for whatever `score_attentions` and `initialize_eas_weights` refuse; the model is left as it was.
+    """
+    config = EASConfig(**{"use_bias": False, **settings})
+    if config.max_loss_increase is not None or config.target_speedup is not None:
+        raise ValueError(
+            "`num_skip='auto'` and `target_speedup` are for a search, by an `EASCallback` while training: say how many "
+            "attentions to skip, as `num_skip`, or which, as `skip_layers`."
+        )
+    learn_family(model)
+    targets = Targets(find_layers(model))
+    targets.fit(config, model)
+    batches = list(batches_of(dataloader))
+    if config.skip_layers is None:
+        scores, skippable = score_attentions(model, batches), targets.skippable(config)
+        config.settle(sorted(skippable, key=scores.__getitem__)[: config.count_to_skip(len(skippable))])
+    adapted = get_peft_model(model, config)
+    try:
+        if config.skip_layers and config.stand_in != "zero":
+            initialize_eas_weights(adapted, batches)
+    except BaseException:
+        adapted.unload()
+        raise
+    return adapted.merge_and_unload()
