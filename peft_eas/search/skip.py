@@ -54,7 +54,7 @@ def skip_attentions(
     learn_family(model)
     targets = Targets(find_layers(model))
     targets.fit(config, model)
-    batches = list(batches_of(dataloader))
+    batches = [dict(batch) for batch in batches_of(dataloader)]
     if config.skip_layers is None:
         scores, skippable = score_attentions(model, batches), targets.skippable(config)
         config.settle(sorted(skippable, key=scores.__getitem__)[: config.count_to_skip(len(skippable))])
