@@ -148,9 +148,23 @@ class Table:
             lines.append("| " + " | ".join(cells) + " |")
         return lines
 
+    def error_by_examples(self, methods: Sequence[str]) -> float:
+        """Standard error of a difference in mean test loss between two ways to choose, by the choice of test examples.
+
+        The same models' validation losses differ by as much, in the mean: how far apart both differences are says it.
+        """
+        tested, validated = 1 / self.task.test, 1 / self.task.validation
+        apart = []
+        for count, method in itertools.product(self.task.counts, methods):
+            rows, search = self.of(method, count), self.of("EAS", count)
+            above, validation = paired(rows, search), paired(rows, search, "validation_loss")
+            if above is not None and validation is not None and above.mean:  # that of the same runs is 0
+                apart.append((above.mean - validation.mean) ** 2 * tested / (tested + validated))
+        return math.sqrt(statistics.fmean(apart)) if apart else 0.0
+
     def choices(self, methods: Sequence[str]) -> list[str]:
         """Lines of the table of ways to choose; these are shown as what they are above the search."""
-        lines = []
+        lines, by_examples = [], self.error_by_examples(methods)
         for count in self.task.counts:
             rows = self.of("EAS", count)
             others = {method: paired(self.of(method, count), rows) for method in methods}
@@ -159,9 +173,10 @@ class Table:
                 continue
             best = min(known, key=lambda method: known[method].mean)
             behind = -known[best].mean
-            verdict = "yes" if behind <= known[best].error else f"no: {behind:.3f} behind {best}"
+            error = math.hypot(known[best].error, by_examples)
+            verdict = "yes" if behind <= error else f"no: {behind:.3f} ± {error:.3f} behind {best}"
             cells = [self.task.title, f"{count} of {self.task.layers}", *(_text(e, sign="+") for e in others.values())]
-            lines.append("| " + " | ".join([*cells, verdict]) + " |")
+            lines.append("| " + " | ".join([*cells, f"{by_examples:.3f}", verdict]) + " |")
         return lines
 
 
@@ -209,14 +224,16 @@ def summarise(rows: Sequence[dict]) -> str:
     ways = [m for m in (GIVEN, *SETS) if any(table.of(m, count) for table in tables for count in table.task.counts)]
     choices = [line for table in tables for line in table.choices(ways)]
     if choices:
-        titles = ["model, task", "skipped", *ways, "search best"]
+        titles = ["model, task", "skipped", *ways, "by examples", "search best"]
         lines += [
             "",
             "## Ways to choose the set",
             "",
             "Loss above that of EAS with its search, same seeds: where it is positive, the search is better. Goal: the",
-            "search is the best, or within one standard error of the best, of what has three seeds or more. A set that",
-            "two ways choose is trained once.",
+            "search is the best, or within one standard error of the best, of what has three seeds or more. That error",
+            "is over seeds and, *by examples*, over the choice of those to test with, as far as that moves differences:",
+            "told by how far these are from the same models' on validation examples. A set that two ways choose is",
+            "trained once.",
             "",
             "| " + " | ".join(titles) + " |",
             "|---" * len(titles) + "|",

@@ -413,13 +413,32 @@ def test_ways_to_choose_are_compared_with_the_search():
     titles = next(line for line in evidence.summarise(rows).splitlines() if "search best" in line).split("|")
     (line,) = Table(TWEETS, rows).choices(["bandit", "deepest", "random"])
     cells = {title.strip(): cell.strip() for title, cell in zip(titles, line.split("|"), strict=True)}
-    assert cells.pop("search best") == "no: 0.030 behind deepest"  # what has two seeds is shown, and no more
+    # what has two seeds is shown, and no more
+    assert cells.pop("search best") == "no: 0.030 ± 0.006 behind deepest"
+    assert cells.pop("by examples") == "0.000"  # on validation examples all differences are the same
     shown = {"bandit": "+0.100 ± 0.000", "random": "-0.300 ± 0.000", "deepest": "-0.030 ± 0.006", "skipped": "2 of 6"}
     assert {title: cell for title, cell in cells.items() if cell} == shown | {"model, task": "MiniLM, tweets"}
     noisy = [row("deepest", 2, seed, loss) for seed, loss in ((0, 0.3), (1, 0.6), (2, 0.55))]
     (line,) = Table(TWEETS, rows[:3] + noisy).choices(["bandit", "deepest"])
     assert line.endswith("| yes |")
     assert Table(TWEETS, rows[:3]).choices(["bandit", "deepest"]) == []
+
+
+def test_what_the_choice_of_test_examples_moves_is_told_by_those_to_validate_with():
+    """Against differences of simulated examples, whose spread is known."""
+    generator, spread, found = torch.Generator().manual_seed(0), 0.4, []
+    for _ in range(200):
+        rows = [row("EAS", 2, seed, 0.5) for seed in range(3)]
+        for method in ("bandit", "deepest"):
+            each = 0.02 + spread * torch.randn(TWEETS.test + TWEETS.validation, generator=generator)
+            test, validation = each[: TWEETS.test].mean().item(), each[TWEETS.test :].mean().item()
+            rows += [row(method, 2, seed, 0.5 + test, validation_loss=0.5 + validation) for seed in range(3)]
+        found.append(Table(TWEETS, rows).error_by_examples(["bandit", "deepest"]) ** 2)
+    assert sum(found) / len(found) == pytest.approx(spread**2 / TWEETS.test, rel=0.15)
+    (line,) = Table(TWEETS, [*rows[:3], *(row("bandit", 2, s, 0.49, validation_loss=0.52) for s in range(3))]).choices(
+        ["bandit"]
+    )
+    assert line.endswith("| 0.012 | yes |")
 
 
 def test_summary_and_picture_of_anything_there_is(tmp_path):
