@@ -231,7 +231,7 @@ def summarise(rows: Sequence[dict]) -> str:
             "",
             "Loss above that of EAS with its search, same seeds: where it is positive, the search is better. Goal: the",
             "search is the best, or within one standard error of the best, of what has three seeds or more. That error",
-            "is over seeds and, *by examples*, over the choice of those to test with, as far as that moves differences:",
+            "is over seeds and, *by examples*, over the choice of those to test with, as far as it moves differences:",
             "told by how far these are from the same models' on validation examples. A set that two ways choose is",
             "trained once.",
             "",
