@@ -23,13 +23,9 @@ def skip_attentions(
 ) -> PreTrainedModel:
     """Take attentions out of a pretrained model, stand-ins in their place, before it is fine-tuned by any method.
 
-        smaller = skip_attentions(model, batches, num_skip=8)
-        smaller.save_pretrained("smaller")
-        trained = get_peft_model(smaller, LoraConfig(target_modules="all-linear"))
-
-    What is left is a transformers model, as `merge_and_unload()` gives one. Its stand-ins are parameters that other
-    tuners leave as they are. Fine-tuning with an `EASCallback` chooses later, when the model has begun to learn, and
-    needs no copy of the smaller model to load an adapter into.
+    `get_peft_model(skip_attentions(model, batches, num_skip=8), LoraConfig(target_modules="all-linear"))` trains LoRA's
+    matrices on what is left: a transformers model, as `merge_and_unload()` gives one. Save it, as an adapter needs it to
+    be loaded onto. Its stand-ins are parameters that other tuners leave as they are.
 
     Args:
         model: A transformers model of a known family, without adapters; use what is returned in its place.
