@@ -24,8 +24,9 @@ def skip_attentions(
     """Take attentions out of a pretrained model, stand-ins in their place, before it is fine-tuned by any method.
 
     `get_peft_model(skip_attentions(model, batches, num_skip=8), LoraConfig(target_modules="all-linear"))` trains LoRA's
-    matrices on what is left: a transformers model, as `merge_and_unload()` gives one. Save it, as an adapter needs it to
-    be loaded onto. Its stand-ins are parameters that other tuners leave as they are.
+    matrices on what is left: a transformers model, as `merge_and_unload()` gives one. Save it, as the adapter needs it
+    to be loaded onto, and quantise it then, if at all: a quantised model comes back dequantised. Its stand-ins are
+    parameters that other tuners leave as they are.
 
     Args:
         model: A transformers model of a known family, without adapters; use what is returned in its place.
