@@ -191,7 +191,8 @@ def scores(task: Task, method: str, seed: int) -> dict[int | str, float]:
         return references().gate_norm(task.load())
     is_grown = method == "default" and not task.has_fresh_head
     batches = task.scored_batches(GROWN if is_grown else SCORED)
-    return score_attentions(task.load(), batches, method=None if method == "default" else method)
+    settings = {"num_skip": max(task.counts)} if method == "default" else {"method": method}
+    return score_attentions(task.load(), batches, **settings)
 
 
 def set_of(run: Run, rows: Iterable[dict] = ()) -> list[int | str] | None:

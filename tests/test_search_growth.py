@@ -95,6 +95,23 @@ def test_scores_are_what_sets_cost_with_their_stand_ins(model_type):
         assert scores[expected[count - 1]] == pytest.approx(cost_of(expected[:count]), rel=1e-3, abs=1e-7)
 
 
+def test_a_set_is_grown_no_further_than_it_is_to_be(monkeypatch):
+    inputs, asked = tiny.inputs("llama"), []
+    whole = score_attentions(tiny.model("llama"), [inputs])
+    cost = growth.Divergence.__call__
+    monkeypatch.setattr(growth.Divergence, "__call__", lambda self: asked.append(1) or cost(self))
+    for count in (1, 2, 3):
+        asked.clear()
+        grown = score_attentions(tiny.model("llama"), [inputs], num_skip=count)
+        lowest = sorted(grown, key=grown.get)[:count]
+        assert lowest == sorted(whole, key=whole.get)[:count]
+        assert [grown[i] for i in lowest] == pytest.approx([whole[i] for i in lowest])
+        if count == 1:
+            assert len(asked) == len(whole)
+    with pytest.raises(ValueError, match="`num_skip` must be an integer from 0"):
+        score_attentions(tiny.model("llama"), [inputs], num_skip=-1)
+
+
 def test_sets_are_grown_on_tokens_enough(monkeypatch):
     """Stand-ins are measured on all batches; forwards of all sets are of the first ones that have so many tokens."""
     data = [{k: v for k, v in tiny.inputs("llama", seed=seed).items() if k != "labels"} for seed in range(4)]

@@ -23,7 +23,7 @@ from ..batches import (
     kept_tokens,
     label_count,
 )
-from ..checks import choice
+from ..checks import choice, integer
 from ..config import EASConfig
 from ..families import Layers, Place, find_layers
 from ..gates import SkipGates
@@ -41,7 +41,10 @@ RANK = 32
 
 @torch.no_grad()
 def score_attentions(
-    model: PreTrainedModel, dataloader: Iterable[dict[str, torch.Tensor]], method: str | None = None
+    model: PreTrainedModel,
+    dataloader: Iterable[dict[str, torch.Tensor]],
+    method: str | None = None,
+    num_skip: int | None = None,
 ) -> dict[int | str, float]:
     """Score the attentions of a transformers model that has no adapters: the lower, the more redundant.
 
@@ -62,6 +65,7 @@ def score_attentions(
             `"kl"`, the divergence from the whole model's predictions, and `"loss"`, the growth of the loss, take a
             forward for each attention. `"similarity"`: one minus the cosine similarity of the stream before and after
             the attention (as LLM-Drop does, arXiv 2406.15786), one forward for all.
+        num_skip: How many are to be skipped: a set is grown no further. By default half of those that can be.
 
     Returns:
         `{attention: score}`, by index of the layer, or by name where that is not enough; by `"growth"` of those that
@@ -72,11 +76,14 @@ def score_attentions(
             labels, a model without logits where there have to be some, or scores that are not finite.
     """
     method = choice("method", method, METHODS) if method is not None else default_method(model)
+    if num_skip is not None:
+        num_skip = integer("num_skip", num_skip, 0)
     layers, batches = find_layers(model), list(batches_of(dataloader))
     if not batches:
         raise ValueError("The dataloader gave no batches to score the attentions with.")
     with evaluating(model), explaining():
-        scores = METHODS[method](model, layers, batches)
+        settings = {"count": num_skip} if method == "growth" else {}
+        scores = METHODS[method](model, layers, batches, **settings)
     wrong = [index for index, score in scores.items() if not torch.isfinite(torch.tensor(score))]
     if wrong:
         raise ValueError(f"The scores of layers {wrong} are not finite: look for NaN in the model's weights or inputs.")
@@ -152,7 +159,9 @@ def deviations(
     return scores
 
 
-def _by_growth(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> dict[int | str, float]:
+def _by_growth(
+    model: PreTrainedModel, layers: Layers, batches: Sequence[dict], count: int | None = None
+) -> dict[int | str, float]:
     check_in_memory(model)
     inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
     if getattr(model.config, "is_encoder_decoder", False):  # its tokens may be made of the labels
@@ -169,7 +178,9 @@ def _by_growth(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) 
         with evaluating(tuner):
             fill_stand_ins(tuner, "scores", inputs, forward)
             gates, divergence = tuner.skip_gates("scores"), Divergence(model, _enough_to_grow(inputs), forward)
-            scores = grow(cost_by_gates(gates, divergence), len(gates.layers), len(gates.layers) // 2)
+            number = len(gates.layers)
+            count = number // 2 if count is None else min(count, number)
+            scores = grow(cost_by_gates(gates, divergence), number, count)
     finally:
         tuner.unload()
         for parameter, requires_grad in trainable:

@@ -53,8 +53,10 @@ def skip_attentions(
     targets.fit(config, model)
     batches = [dict(batch) for batch in batches_of(dataloader)]
     if config.skip_layers is None:
-        scores, skippable = score_attentions(model, batches), targets.skippable(config)
-        config.settle(sorted(skippable, key=scores.__getitem__)[: config.count_to_skip(len(skippable))])
+        skippable = targets.skippable(config)
+        count = config.count_to_skip(len(skippable))
+        scores = score_attentions(model, batches, num_skip=count)
+        config.settle(sorted(skippable, key=scores.__getitem__)[:count])
     adapted = get_peft_model(model, config)
     try:
         if config.skip_layers and config.stand_in != "zero":
