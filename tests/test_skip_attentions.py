@@ -104,6 +104,22 @@ def test_it_is_a_model_that_others_tune(tmp_path):
     torch.testing.assert_close(lora.merge_and_unload()(**inputs).logits, trained, rtol=1e-4, atol=1e-4)
 
 
+def test_what_was_trainable_is():
+    model, data = tiny.model("llama").train(), batches("llama")
+    model.model.layers[0].requires_grad_(False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    with pytest.raises(ValueError, match="gave no tokens"):
+        skip_attentions(model, [], skip_layers=[0])
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+    smaller = skip_attentions(model, data, skip_layers=[0, 2])
+    assert smaller.training
+    still = {name for name in frozen if "self_attn" not in name}
+    assert {name for name, parameter in smaller.named_parameters() if not parameter.requires_grad} == still
+    inputs = tiny.inputs("llama")
+    smaller(**inputs, labels=inputs["input_ids"]).loss.backward()  # all weights are trained, stand-ins included
+    assert all(p.grad is not None for p in smaller.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -36,7 +36,7 @@ def skip_attentions(
             `r_pia`.
 
     Returns:
-        The model without these attentions.
+        The model without these attentions; its parameters are as trainable as before, and stand-ins are.
 
     Raises:
         ValueError: for settings that `EASConfig` refuses, or that need a search (`num_skip="auto"`, `target_speedup`),
@@ -57,11 +57,16 @@ def skip_attentions(
         count = config.count_to_skip(len(skippable))
         scores = score_attentions(model, batches, num_skip=count)
         config.settle(sorted(skippable, key=scores.__getitem__)[:count])
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     adapted = get_peft_model(model, config)
     try:
         if config.skip_layers and config.stand_in != "zero":
             initialize_eas_weights(adapted, batches)
+        model = adapted.merge_and_unload()
     except BaseException:
         adapted.unload()
         raise
-    return adapted.merge_and_unload()
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable.get(name, True))
+    return model
