@@ -344,7 +344,8 @@ def exchanges(callbacks: Sequence[EASCallback]) -> dict[str, int]:
     """How many a search has made, if there was one."""
     rounds = [entry for callback in callbacks if callback.report for entry in callback.report["rounds"]]
     is_search = any(callback.report for callback in callbacks)
-    return {"exchanges": sum(len(entry["exchanged"]) for entry in rounds)} if is_search else {}
+    made = sum(len(entry.get("exchanged", ())) for entry in rounds)  # reports of 0.1.0 know of none
+    return {"exchanges": made} if is_search else {}
 
 
 def _number(value: torch.Tensor) -> float | None:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -403,6 +404,13 @@ def test_the_goal_at_forty_percent(loss, accuracy, verdict):
         rows.append(row("EAS", 3, seed, loss, accuracy=accuracy))
     (line,) = Table(TWEETS, rows).verdicts()
     assert line.endswith(f"| {verdict} |")
+
+
+def test_exchanges_of_a_search_and_of_what_knows_none():
+    found = [{"exchanged": [[1, 2]]}, {"exchanged": []}, {"exchanged": [[0, 4], [3, 5]]}]
+    assert trainings.exchanges([SimpleNamespace(report={"rounds": found})]) == {"exchanges": 3}
+    assert trainings.exchanges([SimpleNamespace(report={"rounds": [{"losses": [0.5]}]})]) == {"exchanges": 0}  # 0.1.0
+    assert trainings.exchanges([SimpleNamespace(report=None)]) == trainings.exchanges([]) == {}
 
 
 def test_ways_to_choose_are_compared_with_the_search():
