@@ -123,8 +123,9 @@ def test_what_was_trainable_is():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(num_skip="auto", max_loss_increase=0.1), "are for a search"),
-        (dict(target_speedup=1.1), "are for a search"),
+        (dict(num_skip="auto"), "needs a search"),
+        (dict(num_skip=2, skip_layers=[1]), "contradicts"),
+        (dict(r_pia=1000), "at most the model's hidden size"),
         (dict(skip_layers=[17]), "17"),
         (dict(num_skip=-1), "a count from 0"),
         (dict(skip_layers=[0], layers_to_transform=[3]), "can be skipped"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -19,7 +18,13 @@ from .scores import score_attentions
 
 
 def skip_attentions(
-    model: PreTrainedModel, dataloader: Iterable[dict[str, torch.Tensor]], **settings: Any
+    model: PreTrainedModel,
+    dataloader: Iterable[dict[str, torch.Tensor]],
+    num_skip: int | float | None = None,
+    skip_layers: list[int | str] | None = None,
+    stand_in: str = "linear",
+    r_pia: int = 32,
+    layers_to_transform: list[int] | int | None = None,
 ) -> PreTrainedModel:
     """Take attentions out of a pretrained model, stand-ins in their place, before it is fine-tuned by any method.
 
@@ -31,23 +36,27 @@ def skip_attentions(
     Args:
         model: A transformers model of a known family, without adapters; use what is returned in its place.
         dataloader: Batches `{input_ids, attention_mask, ...}` of the task, small ones: several thousand tokens in all.
-        settings: Of the `EASConfig`: which attentions, `skip_layers`, or how many, `num_skip`, of those that
-            `score_attentions` has lowest (a quarter by default); what stands in for them, `stand_in` and its rank
-            `r_pia`.
+        num_skip: How many, a count or a fraction: those that `score_attentions` has lowest. By default a quarter.
+        skip_layers: Which, instead, by index or name as in `EASConfig`.
+        stand_in: What is left of them: `"linear"`, `"mean"` or `"zero"`.
+        r_pia: The rank of linear ones.
+        layers_to_transform: Layers that may lose theirs. Defaults to all.
 
     Returns:
         The model without these attentions; its parameters are as trainable as before, and stand-ins are.
 
     Raises:
-        ValueError: for settings that `EASConfig` refuses, or that need a search (`num_skip="auto"`, `target_speedup`),
-            and for whatever `score_attentions` and `initialize_eas_weights` refuse; the model is left as it was.
+        ValueError: for what `EASConfig`, `score_attentions` and `initialize_eas_weights` refuse, and for
+            `num_skip="auto"`, which needs a search; the model is left as it was.
     """
-    config = EASConfig(**{"use_bias": False, **settings})
-    if config.max_loss_increase is not None or config.target_speedup is not None:
+    if num_skip == "auto":
         raise ValueError(
-            "`num_skip='auto'` and `target_speedup` are for a search, by an `EASCallback` while training: say how many "
-            "attentions to skip, as `num_skip`, or which, as `skip_layers`."
+            "`num_skip='auto'` needs a search, by an `EASCallback` while training: say here how many to skip."
         )
+    config = EASConfig(
+        r=1, num_skip=num_skip, skip_layers=skip_layers, stand_in=stand_in, r_pia=r_pia,
+        layers_to_transform=layers_to_transform, use_bias=False,
+    )  # fmt: skip
     learn_family(model)
     targets = Targets(find_layers(model))
     targets.fit(config, model)
