@@ -24,7 +24,6 @@ def skip_attentions(
     skip_layers: list[int | str] | None = None,
     stand_in: str = "linear",
     r_pia: int = 32,
-    layers_to_transform: list[int] | int | None = None,
 ) -> PreTrainedModel:
     """Take attentions out of a pretrained model, stand-ins in their place, before it is fine-tuned by any method.
 
@@ -40,7 +39,6 @@ def skip_attentions(
         skip_layers: Which, instead, by index or name as in `EASConfig`.
         stand_in: What is left of them: `"linear"`, `"mean"` or `"zero"`.
         r_pia: The rank of linear ones.
-        layers_to_transform: Layers that may lose theirs. Defaults to all.
 
     Returns:
         The model without these attentions; its parameters are as trainable as before, and stand-ins are.
@@ -53,10 +51,7 @@ def skip_attentions(
         raise ValueError(
             "`num_skip='auto'` needs a search, by an `EASCallback` while training: say here how many to skip."
         )
-    config = EASConfig(
-        r=1, num_skip=num_skip, skip_layers=skip_layers, stand_in=stand_in, r_pia=r_pia,
-        layers_to_transform=layers_to_transform, use_bias=False,
-    )  # fmt: skip
+    config = EASConfig(r=1, r_pia=r_pia, num_skip=num_skip, skip_layers=skip_layers, stand_in=stand_in, use_bias=False)
     learn_family(model)
     targets = Targets(find_layers(model))
     targets.fit(config, model)
