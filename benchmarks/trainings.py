@@ -90,6 +90,7 @@ MAIN = {
     "0.1.0": Method("search", "0.1.0", version="0.1."),
     GIVEN: Method("default"),
     "EAS": Method("search"),
+    "found set, LoRA": Method("found", "LoRA", {"stand_in": "linear"}),
 }
 # other ways to choose, everything else as in the two above
 SETS = {
@@ -314,7 +315,7 @@ def execute(run: Run, rows: Sequence[dict]) -> dict:
             return row | {"method": run.method}
     model, callbacks = prepare(run, rows)
     seconds = train(run, model, callbacks, learning_rate)
-    skip_layers = set_of(run) if METHODS[run.method].adapter == "LoRA" else model.skip_layers
+    skip_layers = set_of(run, rows) if METHODS[run.method].adapter == "LoRA" else model.skip_layers
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     merged = model.merge_and_unload().eval()
     validation, _ = task.losses(merged, task.splits.validation)

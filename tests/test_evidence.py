@@ -285,6 +285,18 @@ def test_a_set_that_was_found_is_that_of_the_same_seed(task):
     assert model.skip_layers == [1, 5]
 
 
+def test_lora_learns_on_what_a_search_left(task):
+    run = Run(task, "found set, LoRA", 2, 1)
+    assert run.needed()[-1] == Run(task, "EAS", 2, 1)
+    found = row("EAS", 2, 1, model="tiny", task="random", skip_layers=[0, 4])
+    made = trainings.execute(run, [*(fake(needed, []) for needed in run.needed()[:-1]), found])
+    assert made["skip_layers"] == [0, 4]
+    model, callbacks = trainings.prepare(run, [found])
+    assert not callbacks and type(model.base_model).__name__ == "LoraModel"
+    stand_ins = [name for name, module in model.named_modules() if type(module).__name__ == "StandIn"]
+    assert [int(name.split(".layers.")[1].split(".")[0]) for name in stand_ins] == [0, 4]
+
+
 def test_a_start_alone_ends_as_the_search_that_exchanges_nothing(task):
     task = replace(task, steps=8)
     made = {}
