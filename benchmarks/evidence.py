@@ -3,7 +3,7 @@
     python benchmarks/evidence.py                          # everything that has no row yet, most important first
     python benchmarks/evidence.py --only MiniLM --only EAS # runs whose name contains all of these
     python benchmarks/evidence.py --list                   # names of runs, and which have a row
-    python benchmarks/evidence.py --summary                # just the tables and the picture, from the rows there are
+    python benchmarks/evidence.py --summary                # just the tables and pictures, from the rows there are
 
 Every run of a task trains with the same batches in the same order for its seed, for as many steps, and is tested with
 the same examples. The learning rate of each kind of adapter is chosen from three on validation data first. A row is
@@ -31,6 +31,8 @@ from tasks import GIVEN, TASKS, Source, Task
 from trainings import MAIN, METHODS, SETS, Rows, Run, best_rate, key_of, wanted_runs, work
 
 RESULTS = Path(__file__).resolve().parent / "results"
+DRAWN = {"evidence": [method for method in MAIN if method != "LoRA"], "choices": ["EAS", *SETS]}
+"""The pictures, and the methods that each shows."""
 
 
 class Estimate(NamedTuple):
@@ -209,6 +211,7 @@ def summarise(rows: Sequence[dict]) -> str:
         "while training, searches included, as a multiple of LoRA's. Two numbers in a cell are those of the two",
         "counts. Made by `benchmarks/evidence.py`, which says what each row is.",
     ]
+    lines += ["", "![The losses of all methods, for each task](evidence.png)"]
     verdicts = [line for table in tables for line in table.verdicts()]
     if verdicts:
         lines += [
@@ -236,6 +239,8 @@ def summarise(rows: Sequence[dict]) -> str:
             "is over seeds and, *by examples*, over the choice of those to test with, as far as it moves differences:",
             "told by how far these are from the same models' on validation examples. A set that two ways choose is",
             "trained once.",
+            "",
+            "![The losses with sets that were chosen in other ways, for each task](choices.png)",
             "",
             "| " + " | ".join(titles) + " |",
             "|---" * len(titles) + "|",
@@ -279,14 +284,14 @@ def _rates(rows: Sequence[dict]) -> list[str]:
     return lines
 
 
-def draw(rows: Sequence[dict], path: Path) -> None:
+def draw(rows: Sequence[dict], methods: Iterable[str], path: Path) -> None:
     """One panel a task: the mean loss of each method, by how many are skipped; LoRA's is a line, and an arrow points to
     what is far worse."""
     tables = [Table(task, rows) for task in TASKS]
-    tables = [table for table in tables if any(row["method"] != "LoRA" for row in table.rows)]
+    tables = [table for table in tables if any(table.of(m, count) for m in methods for count in table.task.counts)]
     if not tables:
         return
-    shown = [method for method in METHODS if method != "LoRA" and any(table.of(method, count) for table in tables
+    shown = [method for method in methods if any(table.of(method, count) for table in tables
              for count in table.task.counts)]  # fmt: skip
     columns = min(3, len(tables))
     lines = -(-len(tables) // columns)
@@ -342,7 +347,7 @@ def main() -> None:
         "--only", action="append", default=[], metavar="TEXT", help="runs whose name contains this; all of several"
     )
     parser.add_argument("--list", action="store_true", help="no runs, only their names")
-    parser.add_argument("--summary", action="store_true", help="no runs, only the tables and the picture")
+    parser.add_argument("--summary", action="store_true", help="no runs, only the tables and pictures")
     args = parser.parse_args()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # each fresh head is reported otherwise
@@ -355,7 +360,8 @@ def main() -> None:
         return
     failed = [] if args.summary else work(runs, rows)
     (RESULTS / "evidence.md").write_text(summarise(rows.read()))
-    draw(rows.read(), RESULTS / "evidence.png")
+    for name, methods in DRAWN.items():
+        draw(rows.read(), methods, RESULTS / f"{name}.png")
     if failed:
         raise SystemExit("error: these runs failed, or need one that did:\n" + "\n".join(failed))
 

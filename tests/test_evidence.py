@@ -465,14 +465,14 @@ def test_what_the_choice_of_test_examples_moves_is_told_by_those_to_validate_wit
 
 
 def test_summary_and_picture_of_anything_there_is(tmp_path):
-    evidence.draw([], tmp_path / "none.png")
+    evidence.draw([], trainings.METHODS, tmp_path / "none.png")
     rows = [row(seed=seed, loss=0.4 + seed / 10) for seed in range(3)] + [row("EAS", 2, 0), row("random", 3, 1, None)]
     rows += [row(kind="rate", learning_rate=rate, loss=rate) for rate in TWEETS.rates["LoRA"]]
     text = evidence.summarise(rows)
     assert "## MiniLM, tweets" in text
     assert "**0.001**: 0.001, 0.002: 0.002, 0.004: 0.004" in text
     assert "MiniLM, tweets, random, 3 skipped, seed 1" in text  # left out, and said so
-    evidence.draw(rows, tmp_path / "evidence.png")
+    evidence.draw(rows, trainings.METHODS, tmp_path / "evidence.png")
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
     assert "##" not in evidence.summarise([])
 
