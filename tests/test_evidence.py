@@ -466,6 +466,7 @@ def test_what_the_choice_of_test_examples_moves_is_told_by_those_to_validate_wit
 
 def test_summary_and_picture_of_anything_there_is(tmp_path):
     evidence.draw([], trainings.METHODS, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
     rows = [row(seed=seed, loss=0.4 + seed / 10) for seed in range(3)] + [row("EAS", 2, 0), row("random", 3, 1, None)]
     rows += [row(kind="rate", learning_rate=rate, loss=rate) for rate in TWEETS.rates["LoRA"]]
     text = evidence.summarise(rows)
@@ -474,6 +475,10 @@ def test_summary_and_picture_of_anything_there_is(tmp_path):
     assert "MiniLM, tweets, random, 3 skipped, seed 1" in text  # left out, and said so
     evidence.draw(rows, trainings.METHODS, tmp_path / "evidence.png")
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    evidence.draw(rows, evidence.SETS, tmp_path / "choices.png")  # LoRA and EAS are not among them
+    assert (tmp_path / "choices.png").stat().st_size < (tmp_path / "evidence.png").stat().st_size
+    evidence.draw(rows, ["bandit"], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
     assert "##" not in evidence.summarise([])
 
 
