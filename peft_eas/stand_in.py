@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,6 +23,7 @@ from .batches import arguments_of, arguments_seen, batches_of, counted_tokens, e
 from .families import Place, find_layers
 from .layer import EASAttention
 from .model import EASModel
+from .processes import gather_object
 from .runtime.eas_attention import StandIn
 from .runtime.eas_convention import BY_NAME
 from .shards import fill, wholes

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import distributed_search
+import distributed_skip
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 from zoo import tiny
 
 from peft_eas.search import held_out
@@ -198,3 +201,26 @@ def test_what_would_go_wrong_is_refused(plugin, said):
     trainer = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(**plugin)))
     with pytest.raises(ValueError, match=said):
         check_shards(trainer)
+
+
+def test_processes_that_accelerate_does_not_know_of_choose_and_measure_as_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}  # as torchrun tells
+    command, log = [sys.executable, distributed_skip.__file__, str(tmp_path)], tmp_path / "log"
+    with open(log, "w") as out:
+        processes = [
+            subprocess.Popen(
+                command, env=os.environ | told | {"RANK": rank, "LOCAL_RANK": rank}, stdout=out, stderr=out
+            )
+            for rank in "01"
+        ]
+        codes = [process.wait(timeout=300) for process in processes]
+    assert codes == [0, 0], log.read_text()[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone = distributed_skip.stripped(range(4)).state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(saved, first, rtol=0, atol=0)
+    torch.testing.assert_close(first, alone)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset
+
+from ..processes import gather_object
 
 PARTS = 4
 """Batches of a round, at least: how their losses differ says how sure a difference is."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
@@ -20,6 +19,7 @@ from transformers import TrainingArguments
 
 from ..families import find_layers
 from ..model import EASModel
+from ..processes import gather_object
 from . import budget, exchange
 from .held_out import COMPARED, MEASURED, HeldOut, fingerprints
 from .report import write_report

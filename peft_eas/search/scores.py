@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -29,6 +28,7 @@ from ..families import Layers, Place, find_layers
 from ..gates import SkipGates
 from ..merge import check_in_memory
 from ..model import EASModel
+from ..processes import gather_object
 from ..runtime.eas_attention import StandIn
 from ..stand_in import fill_stand_ins, moments, replaced, watching
 from ..targets import stream_size
