@@ -233,13 +233,22 @@ class Source(Task):
 
     window: int = 96
     per_file: int = 4
+    per_validation_file: int = 20
     has_prompts = False
 
     @functools.cached_property
     def splits(self) -> Splits:
         windows = [window for file in python_windows(self.window, self.per_file) for window in file]
         # all sizes are multiples of `per_file`, so no file is in two splits
-        return self.split([{"input_ids": ids, "labels": ids} for ids in windows])
+        splits = self.split([{"input_ids": ids, "labels": ids} for ids in windows])
+        # the rate is chosen with a few files, so with more of each: those of the other splits stay what they are
+        first, count = self.test // self.per_file, self.validation // self.per_file
+        long = [ids for ids in python_tokens() if len(_starts(ids, self.window)) >= self.per_file]
+        rng = random.Random(1)
+        drawn = [
+            w for ids in long[first : first + count] for w in _windows(ids, self.window, self.per_validation_file, rng)
+        ]
+        return splits._replace(validation=[{"input_ids": ids, "labels": ids} for ids in drawn])
 
     def load(self) -> PreTrainedModel:
         return load_model()
@@ -258,15 +267,30 @@ class Source(Task):
 
 
 @functools.cache
+def python_tokens() -> list[list[int]]:
+    """The beginning of each file of Python's standard library, as tokens."""
+    tokenizer = load_tokenizer()
+    return [
+        tokenizer(text[:40_000], add_special_tokens=False, truncation=True, max_length=10_000).input_ids
+        for text in python_source()
+    ]
+
+
+@functools.cache
 def python_windows(length: int, per_file: int) -> list[list[list[int]]]:
-    """Up to so many pieces of each file of Python's standard library, as tokens; shorter files are left out."""
-    tokenizer, rng, files = load_tokenizer(), random.Random(0), []
-    for text in python_source():
-        text = text[:40_000]
-        ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=10_000).input_ids
-        starts = range(0, len(ids) - length + 1, length)
-        files.append([ids[s : s + length] for s in rng.sample(starts, min(per_file, len(starts)))])
+    """Pieces of each of these files, so many; shorter files are left out."""
+    rng = random.Random(0)
+    files = [_windows(ids, length, per_file, rng) for ids in python_tokens()]
     return [windows for windows in files if len(windows) == per_file]
+
+
+def _starts(ids: list[int], length: int) -> range:
+    return range(0, len(ids) - length + 1, length)
+
+
+def _windows(ids: list[int], length: int, most: int, rng: random.Random) -> list[list[int]]:
+    starts = _starts(ids, length)
+    return [ids[start : start + length] for start in rng.sample(starts, min(most, len(starts)))]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
