@@ -85,7 +85,7 @@ class Task:
     test: int
     seeds: int = 3
     rates: dict[str, tuple[float, ...]] = field(
-        default_factory=lambda: {"LoRA": (1e-3, 2e-3, 4e-3)} | dict.fromkeys((GIVEN, "0.1.0"), (5e-4, 1e-3, 2e-3))
+        default_factory=lambda: dict.fromkeys(("LoRA", GIVEN), (1e-3, 2e-3, 4e-3)) | {"0.1.0": (5e-4, 1e-3, 2e-3)}
     )
 
     has_prompts = True
@@ -352,7 +352,6 @@ def _mini_lm(name: str, kind: str, test: int, validation: int = 300) -> Task:
     return Classification(
         model="MiniLM", name=name, kind=kind, layers=6, counts=(2, 3), steps=150, batch_size=16, validation=validation,
         test=test, seeds=5,
-        rates=dict.fromkeys(("LoRA", GIVEN), (1e-3, 2e-3, 4e-3)) | {"0.1.0": (5e-4, 1e-3, 2e-3)},
         adapted={"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "pooler"]},
     )  # fmt: skip
 

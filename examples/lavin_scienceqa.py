@@ -92,7 +92,7 @@ def main() -> None:
     with step("Loading model and questions"):
         train, search, test = questions(args)
         base, processor = pretrained(args)
-        common = dict(r=args.r, r_pia=args.r_pia, modules_to_save=["projector"], task_type="CAUSAL_LM")
+        common = dict(r=args.r, r_pia=args.r_pia, scaling=1.0, modules_to_save=["projector"], task_type="CAUSAL_LM")
 
     with step("Fine-tuning with adapters in every layer, as LaVIN has them"):
         every = fine_tune(copy.deepcopy(base), EASConfig(skip_layers=[], **common), train, processor, args)

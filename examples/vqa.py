@@ -64,7 +64,7 @@ from peft_eas import EASCallback, EASConfig
 IMAGE_SIZE = 48  # pixels; those of easy-VQA are made smaller, for speed
 PATCH_SIZE = 16  # so an image is 9 tokens
 PROJECTOR = "multi_modal_projector"
-LEARNING_RATE = 5e-4  # of LoRA and EAS; with twice as much, EAS's losses jumped
+LEARNING_RATE = 2e-3  # of LoRA and EAS
 
 
 def parse_args() -> argparse.Namespace:

@@ -61,7 +61,8 @@ class EASConfig(PeftConfig):
             `"mean"`: the constant alone, which starts at the mean; merged models then have plain weights. `"zero"`:
             nothing.
         dropout (`float`): Dropout probability of the adapters' inputs while training.
-        scaling (`float`): Factor `s` of the adapters' output, from 1e-4 to 1e4, or from -1e4 to -1e-4.
+        scaling (`float`): Factor `s` of the adapters' output, from 1e-4 to 1e4, or from -1e4 to -1e-4; as LoRA's
+            `lora_alpha / r`, so that learning rates which are good for LoRA are good here.
         use_bias (`bool`): Whether down- and up-projections have biases. Merged linears then have one, too.
         init_weights (`bool`): `True` makes a fresh adapter an identity; `False` draws the up-projections at random.
         target_modules (`list[str]` or `str`, *optional*): Restricts the attention and FFN modules that get adapters, by
@@ -99,7 +100,7 @@ class EASConfig(PeftConfig):
         default="linear", metadata={"help": "'linear', 'mean' or 'zero': what a skipped attention leaves."}
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapters' inputs."})
-    scaling: float = field(default=1.0, metadata={"help": "Factor of the adapters' output."})
+    scaling: float = field(default=0.25, metadata={"help": "Factor of the adapters' output."})
     use_bias: bool = field(default=True, metadata={"help": "Whether the adapters' projections have biases."})
     init_weights: bool = field(default=True, metadata={"help": "True: a fresh adapter changes nothing."})
     target_modules: list[str] | str | None = field(
