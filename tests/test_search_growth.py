@@ -136,8 +136,8 @@ def test_the_default_of_other_models_is_deviation():
         score_attentions(classifier, batches, "growth")
 
 
-def test_while_a_model_learns_labels_count_as_much_as_other_tokens():
-    """Against the cross-entropies with what was predicted and with the labels: sums, of a mean over all tokens."""
+def test_while_a_model_learns_its_loss_counts_as_much():
+    """Against twice the growth of the cross-entropy with targets that are half predictions and half labels."""
     model, other = tiny.model("llama"), tiny.model("llama", seed=1)
     batches = [tiny.inputs("llama"), tiny.inputs("llama", padding=None)]
     for inputs in batches:
@@ -158,7 +158,7 @@ def test_while_a_model_learns_labels_count_as_much_as_other_tokens():
         moved, labels = before - after, inputs["labels"][:, 1:]
         soft.append((before.exp() * moved).sum(-1)[inputs["attention_mask"].bool()])  # no padding
         hard.append(moved[:, :-1].gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != -100])
-    expected = (torch.cat(soft).sum() + torch.cat(hard).sum()) / len(torch.cat(soft))
+    expected = torch.cat(soft).mean() + torch.cat(hard).mean()
     assert sum(total / count for total, count in terms) == pytest.approx(expected.item(), rel=1e-4)
     assert torch.cat(hard).mean().abs() > 1e-3
 

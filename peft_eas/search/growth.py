@@ -63,8 +63,8 @@ class Divergence:
     """By how much a language model predicts something else than it did at first, on the same batches; in nats a token.
 
     One that has begun to learn its task may predict better without an attention than with it. So what its loss grows
-    by at the labels is added to what all predictions have moved by, before both are divided by the number of tokens: a
-    few labels among many tokens, which a few examples have, say little that is sure, and count for little.
+    by counts, too, as much as the divergence: together, twice by how much the cross-entropy grows with targets that are
+    half what it predicted at first and half the labels.
 
     Args:
         model: A transformers model.
@@ -97,14 +97,15 @@ class Divergence:
     def __call__(self) -> list[tuple[float, float]]:
         """What is to be added up of the model as it is now: sums, and what each is to be divided by, for means over
         processes."""
-        diverged = tokens = grown = 0.0
+        diverged = tokens = grown = weights = 0.0
         for batch, before, (loss_before, _) in zip(self.batches, self.first, self.losses, strict=True):
             given, (loss, weight) = self._predicted(batch)
             for old, new in zip(before, given, strict=True):
                 diverged += F.kl_div(new, old, reduction="sum", log_target=True).item()
                 tokens += len(old)
             grown += weight * (loss - loss_before)
-        return [(diverged, tokens), (grown, tokens * self.step)]
+            weights += weight
+        return [(diverged, tokens), (grown, weights)]
 
     def _predicted(self, batch: Any) -> tuple[list[torch.Tensor], tuple[float, float]]:
         """For each forward of the model log-probabilities `(tokens, words)`, without padding; and the weighted loss."""
