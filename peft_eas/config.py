@@ -62,7 +62,7 @@ class EASConfig(PeftConfig):
             nothing.
         dropout (`float`): Dropout probability of the adapters' inputs while training.
         scaling (`float`): Factor `s` of the adapters' output, from 1e-4 to 1e4, or from -1e4 to -1e-4; as LoRA's
-            `lora_alpha / r`, so that learning rates which are good for LoRA are good here.
+            `lora_alpha / r`, so learning rates are about those of LoRA.
         use_bias (`bool`): Whether down- and up-projections have biases. Merged linears then have one, too.
         init_weights (`bool`): `True` makes a fresh adapter an identity; `False` draws the up-projections at random.
         target_modules (`list[str]` or `str`, *optional*): Restricts the attention and FFN modules that get adapters, by

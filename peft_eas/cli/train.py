@@ -22,10 +22,10 @@ HELP = "fine-tune a model with EAS: search, train, and save the adapter"
 EXAMPLES = """\
   peft-eas train HuggingFaceTB/SmolLM2-135M reviews.jsonl --output-dir out --num-skip 8
   peft-eas train ./my-model reviews.jsonl --output-dir out --num-skip auto --max-loss-increase 0.02 \\
-      --learning-rate 1e-3 --num-train-epochs 2 --per-device-train-batch-size 16 --report-to tensorboard
+      --learning-rate 2e-3 --num-train-epochs 2 --per-device-train-batch-size 16 --report-to tensorboard
   peft-eas train ./my-model reviews.jsonl --output-dir out --skip-layers 6 7 8 12
 
-All options of transformers.TrainingArguments are taken, too. Learning rate: 2e-3 unless given."""
+All options of transformers.TrainingArguments are taken, too. Learning rate: 1e-3 unless given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     parser = HfArgumentParser((TrainingArguments,), prog="peft-eas train")
-    parser.set_defaults(learning_rate=2e-3)
+    parser.set_defaults(learning_rate=1e-3)
     try:
         (training,) = parser.parse_args_into_dataclasses(args.rest)
     except SystemExit as error:
