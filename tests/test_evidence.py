@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +65,29 @@ def a_task():
 @pytest.fixture
 def task():
     return a_task()
+
+
+def test_no_file_of_python_source_is_in_two_splits(monkeypatch):
+    """A file's tokens are its number here; every third one is too short for four windows, others are longer."""
+    files = [str(number) for number in range(300)]
+    lengths = [random.Random(name).randint(40, 500) if int(name) % 3 else 30 for name in files]
+
+    def tokenizer(text, **settings):
+        return SimpleNamespace(input_ids=[int(text)] * lengths[int(text)])
+
+    monkeypatch.setattr(tasks, "python_source", lambda: files)
+    monkeypatch.setattr(tasks, "load_tokenizer", lambda: tokenizer)
+    for cached in (tasks.python_tokens, tasks.python_windows):
+        monkeypatch.setattr(tasks, cached.__name__, cached.__wrapped__)
+    task = tasks.Source(
+        model="tiny", name="source", layers=6, counts=(2, 3), steps=3, batch_size=4, validation=40, test=200, window=10
+    )
+    seen = [{name for example in split for name in example["input_ids"]} for split in task.splits]
+    assert sum(map(len, seen)) == len(set().union(*seen))
+    assert [len(names) for names in seen[2:]] == [10, 50]
+    drawn = Counter(example["input_ids"][0] for example in task.splits.validation)
+    assert drawn == {name: min(20, lengths[name] // 10) for name in seen[2]}
+    assert max(drawn.values()) == 20
 
 
 @pytest.fixture
