@@ -223,8 +223,8 @@ def main() -> None:
         base, processor = pretrained(args)
 
     with step("Fine-tuning EAS and the projector, and searching"):
-        sizes = dict(num_skip=args.num_skip, r=args.r, r_pia=args.r_pia, scaling=1.0)
-        config = EASConfig(**sizes, modules_to_save=[PROJECTOR], task_type="CAUSAL_LM")
+        settings = dict(num_skip=args.num_skip, r=args.r, r_pia=args.r_pia, scaling=1.0)
+        config = EASConfig(**settings, modules_to_save=[PROJECTOR], task_type="CAUSAL_LM")
         # from the deepest, as the authors' sets are: before it has learned the task, the model says little of its needs
         finder = EASCallback(search, warm_start="depth")
         eas = fine_tune(copy.deepcopy(base), config, train, processor, args, [finder])

@@ -131,8 +131,8 @@ def pretrain(args: argparse.Namespace, target: Path, scratch: Path) -> None:
 def with_eas(model: PreTrainedModel, args: argparse.Namespace) -> PeftModel:
     """The model with adapters in its fusion layers; towers are as they were, and stay so."""
     modules_to_save = [*TRAINED, model.HEAD]
-    sizes = dict(num_skip=args.num_skip, r=args.r, r_pia=args.r_pia, scaling=1.0)
-    config = EASConfig(**sizes, modules_to_save=modules_to_save)
+    settings = dict(num_skip=args.num_skip, r=args.r, r_pia=args.r_pia, scaling=1.0)
+    config = EASConfig(**settings, modules_to_save=modules_to_save)
     model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if ".embeddings." in name:  # PEFT goes by the ends of names, and text encoders have types of tokens, too

@@ -216,7 +216,11 @@ def test_processes_that_accelerate_does_not_know_of_choose_and_measure_as_one(tm
             )
             for rank in "01"
         ]
-        codes = [process.wait(timeout=300) for process in processes]
+        try:
+            codes = [process.wait(timeout=300) for process in processes]
+        finally:
+            for process in processes:  # one that waits for another that failed
+                process.kill()
     assert codes == [0, 0], log.read_text()[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = distributed_skip.stripped(range(4)).state_dict()

@@ -167,8 +167,7 @@ class EASMixin(_Mixin):
         if distributed_checkpoint:  # all processes write to one folder
             super().save_pretrained(folder, is_main_process, *args, distributed_checkpoint=True, **kwargs)
             return
-        # versions of transformers that have this write in the first process alone, whatever the others say
-        if not getattr(self, "should_save_on_this_rank", bool)(is_main_process):  # it takes part in gathering
+        if not self.should_save_on_this_rank(is_main_process):  # it takes part in gathering the weights
             with tempfile.TemporaryDirectory() as scratch:
                 super().save_pretrained(scratch, is_main_process, *args, **kwargs)
             return
