@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import engines
 import growth
 import long_contexts
+import longer
 import measure
 import planted
 import serving
@@ -235,3 +236,23 @@ def test_all_served_models_have_the_same_memory():
     assert blocks == [30, 50]
     assert serving.draw_requests(5, 7) == serving.draw_requests(5, 7)
     assert all(256 <= len(prompt) <= 768 and new == 7 for prompt, new in serving.draw_requests(50, 7))
+
+
+def test_longer_trainings_are_compared_at_the_rate_that_validation_prefers():
+    def row(task, method, skipped, validation_loss, loss, seed=0):
+        about = {"model": "SmolLM2", "task": task, "method": method, "skipped": skipped, "seed": seed}
+        return about | {"validation_loss": validation_loss, "loss": loss}
+
+    rows = [
+        row("Python source, 240 steps", "LoRA", 0, 2.2, 2.51),
+        row("Python source, 240 steps", "LoRA", 0, 2.1, 2.52),
+        row("Python source", "LoRA", 0, 2.3, 2.58),
+        row("Python source", "LoRA", 0, 2.2, 2.57, seed=1),
+        row("Python source, 240 steps", "EAS, given set", 8, 2.4, 2.6),
+        row("Python source, 240 steps", "EAS, given set", 12, 2.3, 2.7),
+        row("Python source, 240 steps", "skip, LoRA", 8, None, None),
+        row("movie reviews", "LoRA", 0, 0.1, 0.2),
+    ]
+    assert longer.losses("LoRA", rows) == {60: 2.58, 240: 2.52}
+    assert longer.losses("EAS, given set", rows) == {240: 2.6}
+    assert longer.losses("skip, LoRA", rows) == {}
