@@ -3,14 +3,14 @@
     python benchmarks/longer.py            # the runs that have no row yet, and the picture
     python benchmarks/longer.py --summary  # just the picture, from the rows there are
 
-As in `evidence.py`, whose rows are those of 60 steps, with one seed, and with each method's rate chosen from two by the
-validation loss. All methods skip the same set from the first step, which was grown before the training.
+As in `evidence.py`, whose rows are those of 60 steps and say the learning rates; with one seed. Both methods that skip
+have the same set from the first step, which was grown before the training.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +20,11 @@ matplotlib.use("agg")
 import transformers
 from matplotlib import pyplot as plt
 from tasks import GIVEN, TASKS, Task
-from trainings import Rows, Run, work
+from trainings import Rows, Run, best_rate, work
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TASK = next(task for task in TASKS if task.title == "SmolLM2, Python source")
 STEPS = (240,)
-RATES = (2e-3, 4e-3)
 METHODS = {"LoRA": 0, GIVEN: 8, "skip, LoRA": 8}  # and how many are skipped
 
 
@@ -33,30 +32,22 @@ def longer(steps: int) -> Task:
     return replace(TASK, steps=steps, name=f"{TASK.name}, {steps} steps")
 
 
-def wanted_runs() -> list[Run]:
-    tasks = map(longer, STEPS)
-    return [Run(task, method, n, 0, rate) for task in tasks for rate in RATES for method, n in METHODS.items()]
+def wanted_runs(short: Sequence[dict]) -> list[Run]:
+    """Those of more than 60 steps; `short` are the rows of `evidence.py`."""
+    rates = {method: best_rate(Run(TASK, method, count), short) for method, count in METHODS.items()}
+    return [Run(longer(n), method, count, 0, rates[method]) for n in STEPS for method, count in METHODS.items()]
 
 
 def losses(method: str, rows: Iterable[dict]) -> dict[int, float]:
-    """Test losses of a method, by the number of steps: with the rate that validation prefers.
-
-    Args:
-        method: A name of `METHODS`.
-        rows: Of runs of `TASK`, and of longer ones.
-    """
-    steps_of = {TASK.name: TASK.steps} | {longer(steps).name: steps for steps in STEPS}
-    about = (TASK.model, method, METHODS[method], 0)
-    best: dict[int, dict] = {}
-    for row in rows:
-        steps = steps_of.get(row["task"])
-        is_finite = row["loss"] is not None and row["validation_loss"] is not None
-        if steps and is_finite and tuple(row[key] for key in ("model", "method", "skipped", "seed")) == about:
-            best[steps] = min(best.get(steps, row), row, key=lambda each: each["validation_loss"])
-    return {steps: best[steps]["loss"] for steps in sorted(best)}
+    """Test losses of a method, by the number of steps; the rows may be of other runs, too."""
+    keys = ("model", "task", "kind", "method", "skipped", "seed")
+    about = {TASK.steps: (TASK.name, "run")} | {steps: (longer(steps).name, "rate") for steps in STEPS}
+    steps_of = {(TASK.model, *which, method, METHODS[method], 0): steps for steps, which in about.items()}
+    found = {steps_of.get(tuple(row[key] for key in keys)): row["loss"] for row in rows}
+    return {steps: found[steps] for steps in about if steps in found}
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: Sequence[dict], path: Path) -> None:
     """Losses, and how far they are above LoRA's with nothing skipped, by the number of tokens trained on."""
     figure, (whole, above) = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
     reference = losses("LoRA", rows)
@@ -86,8 +77,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     rows = Rows(RESULTS / "longer.json")
-    failed = [] if args.summary else work(wanted_runs(), rows)
-    draw([*Rows(RESULTS / "evidence.json").read(), *rows.read()], RESULTS / "longer.png")
+    short = Rows(RESULTS / "evidence.json").read()
+    failed = [] if args.summary else work(wanted_runs(short), rows)
+    draw([*short, *rows.read()], RESULTS / "longer.png")
     if failed:
         raise SystemExit("error: these runs failed:\n" + "\n".join(failed))
 
