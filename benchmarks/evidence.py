@@ -288,7 +288,8 @@ def draw(rows: Sequence[dict], methods: Iterable[str], path: Path) -> None:
     """One panel a task: the mean loss of each method, by how many are skipped; LoRA's is a line, and an arrow points to
     what is far worse."""
     tables = [Table(task, rows) for task in TASKS]
-    tables = [table for table in tables if any(table.of(m, count) for m in methods for count in table.task.counts)]
+    # a panel of one method alone compares nothing
+    tables = [t for t in tables if sum(any(t.of(m, count) for count in t.task.counts) for m in methods) > 1]
     if not tables:
         return
     shown = [method for method in methods if any(table.of(method, count) for table in tables

@@ -60,6 +60,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         above.plot(steps, [differences[n] for n in steps], "o-", markersize=4, color=line.get_color())
     whole.set_ylabel("test loss, nats a token")
     above.set_ylabel("above LoRA, nothing skipped")
+    above.margins(y=0.1)
     above.set_ylim(bottom=0)
     whole.legend(fontsize=8)
     for axes in (whole, above):

@@ -500,9 +500,9 @@ def test_summary_and_picture_of_anything_there_is(tmp_path):
     assert "MiniLM, tweets, random, 3 skipped, seed 1" in text  # left out, and said so
     evidence.draw(rows, trainings.METHODS, tmp_path / "evidence.png")
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
-    evidence.draw(rows, evidence.SETS, tmp_path / "choices.png")  # LoRA and EAS are not among them
+    evidence.draw(rows, evidence.DRAWN["choices"], tmp_path / "choices.png")  # fewer than all
     assert (tmp_path / "choices.png").stat().st_size < (tmp_path / "evidence.png").stat().st_size
-    evidence.draw(rows, ["bandit"], tmp_path / "none.png")
+    evidence.draw(rows, ["EAS", "bandit"], tmp_path / "none.png")  # there is nothing to compare EAS with
     assert not (tmp_path / "none.png").exists()
     assert "##" not in evidence.summarise([])
 
