@@ -498,9 +498,10 @@ def test_summary_and_picture_of_anything_there_is(tmp_path):
     assert "## MiniLM, tweets" in text
     assert "**0.001**: 0.001, 0.002: 0.002, 0.004: 0.004" in text
     assert "MiniLM, tweets, random, 3 skipped, seed 1" in text  # left out, and said so
+    rows += [row("drop, LoRA", 2, 0)]
     evidence.draw(rows, trainings.METHODS, tmp_path / "evidence.png")
+    evidence.draw(rows, evidence.DRAWN["choices"], tmp_path / "choices.png")  # that is not among them
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
-    evidence.draw(rows, evidence.DRAWN["choices"], tmp_path / "choices.png")  # fewer than all
     assert (tmp_path / "choices.png").stat().st_size < (tmp_path / "evidence.png").stat().st_size
     evidence.draw(rows, ["EAS", "bandit"], tmp_path / "none.png")  # there is nothing to compare EAS with
     assert not (tmp_path / "none.png").exists()
