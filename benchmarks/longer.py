@@ -3,8 +3,8 @@
     python benchmarks/longer.py            # the runs that have no row yet, and the picture
     python benchmarks/longer.py --summary  # just the picture, from the rows there are
 
-As in `evidence.py`, whose rows are those of 60 steps and say the learning rates; with one seed. Both methods that skip
-have the same set from the first step, which was grown before the training.
+As in `evidence.py`, whose rows are those of 60 steps, with one seed, and with the rate that was chosen there or half of
+it, as validation prefers. Both methods that skip have the same set from the first step, grown before the training.
 """
 
 from __future__ import annotations
@@ -35,20 +35,29 @@ def longer(steps: int) -> Task:
 def wanted_runs(short: Sequence[dict]) -> list[Run]:
     """Those of more than 60 steps; `short` are the rows of `evidence.py`."""
     rates = {method: best_rate(Run(TASK, method, count), short) for method, count in METHODS.items()}
-    return [Run(longer(n), method, count, 0, rates[method]) for n in STEPS for method, count in METHODS.items()]
+    return [
+        Run(longer(steps), method, count, 0, rates[method] / part)
+        for steps in STEPS
+        for part in (1, 2)
+        for method, count in METHODS.items()
+    ]
 
 
 def losses(method: str, rows: Iterable[dict]) -> dict[int, float]:
     """Test losses of a method, by the number of steps; the rows may be of other runs, too."""
     keys = ("model", "task", "kind", "method", "skipped", "seed")
     about = {TASK.steps: (TASK.name, "run")} | {steps: (longer(steps).name, "rate") for steps in STEPS}
-    steps_of = {(TASK.model, *which, method, METHODS[method], 0): steps for steps, which in about.items()}
-    found = {steps_of.get(tuple(row[key] for key in keys)): row["loss"] for row in rows}
-    return {steps: found[steps] for steps in about if steps in found}
+    found = {}
+    for steps, which in about.items():
+        wanted = (TASK.model, *which, method, METHODS[method], 0)
+        tried = [row for row in rows if tuple(row[key] for key in keys) == wanted and row["loss"] is not None]
+        if tried:
+            found[steps] = min(tried, key=lambda row: row["validation_loss"])["loss"]
+    return found
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:
-    """Losses, and how far they are above LoRA's with nothing skipped, by the number of tokens trained on."""
+    """Losses, and how far they are above LoRA's with nothing skipped, by the number of steps."""
     figure, (whole, above) = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
     reference = losses("LoRA", rows)
     for method, count in METHODS.items():
