@@ -102,7 +102,7 @@ def model_card(
         _how_to_load(auto, repo_id, type(model).__bases__[1]),
         _costs(model, count(base_of(model)), count(on_meta(model)), measured),
         _results(eval_results),
-        _how_made(record.config),
+        _how_made(record),
         _limits(model, record),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, text)) + "\n")
@@ -224,9 +224,14 @@ def _summary(record: Record, base_model: str | None) -> str:
     picture = "\n".join(lines)
     total = len(record.present)
     has_others = "  - no attention" * any("-" in line for line in lines)
+    method = "[Effective Attention Skipping](https://arxiv.org/abs/2403.15226) (EAS)"
+    if record.is_skipped_first:
+        how = f"without {len(skip)} of its {total} attentions, which {method} took out before any training"
+    else:
+        how = f"fine-tuned with {method}: {len(skip)} of its {total} attentions are gone, and the adapters of the "
+        how += "training are folded into the weights"
     return (
-        f"{base}, fine-tuned with [Effective Attention Skipping](https://arxiv.org/abs/2403.15226) (EAS): {len(skip)} "
-        f"of its {total} attentions are gone, and the adapters of the training are folded into the weights.\n\n"
+        f"{base}, {how}.\n\n"
         f"```\nlayers  # attention kept  . skipped{has_others}\n{picture}\n```\n\n"
         f"Skipped: {', '.join(map(escaped, skip)) or 'none'}."
     )
@@ -287,26 +292,31 @@ def _results(eval_results: list[EvalResult] | None) -> str:
     return "\n".join(lines)
 
 
-def _how_made(made: dict) -> str:
+def _how_made(record: Record) -> str:
     from . import __version__
 
-    text = f"## Training\n\nFine-tuned and merged with peft_eas {__version__}"
-    settings = {key: made[key] for key in RECORDED if key in made}
+    settings: dict[str, Any] = {key: record.config[key] for key in RECORDED if key in record.config}
     try:
         EASConfig(**settings)
     except ValueError:  # somebody changed the file
         settings = {}
-    if not settings:
-        return f"{text}."
     listed = ", ".join(f"`{key}={value!r}`" for key, value in settings.items())
-    return f"{text}: `EASConfig` with {listed}."
+    if record.is_skipped_first:
+        text = f"The attentions were taken out by `skip_attentions` of peft_eas {__version__}"
+        text += f" with {listed}." if listed else "."
+        text += "\nWhether the model was trained since then, and how, is not known here."
+    else:
+        text = f"Fine-tuned and merged with peft_eas {__version__}"
+        text += f": `EASConfig` with {listed}." if listed else "."
+    return f"## Training\n\n{text}"
 
 
 def _limits(model: PreTrainedModel, record: Record) -> str:
+    made = "measured" if record.is_skipped_first else "trained"
     lines = [
         "## Limits",
         "",
-        "- The attentions to skip were chosen, and their stand-ins trained, for one task. Others may have suffered.",
+        f"- The attentions to skip were chosen, and their stand-ins {made}, for one task. Others may have suffered.",
         f"- It is a model of a class of its own (`model_type: {escaped(model.config.model_type)}`), for transformers "
         "5.15 or later. Other engines don't load it as it is.",
     ]

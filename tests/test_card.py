@@ -9,9 +9,10 @@ from peft import get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 from zoo import families, tiny
 
-from peft_eas import EASConfig, card, model_card, work
+from peft_eas import EASConfig, card, model_card, skip_attentions, work
 from peft_eas.card import layer_picture, write_card
 from peft_eas.checks import shown
+from peft_eas.runtime.eas_record import Record
 from peft_eas.work import base_of, count, on_meta
 
 SKIP = [0, 3]
@@ -123,6 +124,21 @@ def test_numbers_in_the_text(merged):
 def test_picture_of_layers():
     assert layer_picture({0, 41}, range(42)) == ["  0 ." + 39 * "#" + " 39", " 40 #. 41"]
     assert layer_picture({3}, [1, 3, 4]) == ["  0 -#-.# 4"]
+
+
+def test_a_model_that_skips_first_does_not_claim_a_training():
+    data = [tiny.inputs("llama")]
+    smaller = skip_attentions(tiny.model("llama"), data, skip_layers=[1, 4], stand_in="mean")
+    text = model_card(smaller).text
+    assert "without 2 of its 6 attentions, which" in text
+    assert "`skip_attentions` of peft_eas" in text
+    assert "`stand_in='mean'`" in text
+    assert "their stand-ins measured" in text
+    assert "ine-tuned" not in text
+    assert "`r=" not in text
+    smaller.config.eas["config"]["stand_in"] = "[x](http://x)"
+    smaller.config.eas = Record.parse(smaller.config.eas).written()
+    assert "http://x" not in model_card(smaller).text  # what a file says is no Markdown here
 
 
 # Metadata -------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from transformers import (
 )
 from zoo import tiny
 
-from peft_eas import EASConfig, cli, model_card, score_attentions
+from peft_eas import EASConfig, cli, model_card, score_attentions, skip_attentions
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,31 @@ def test_score(base, data, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
     assert lines[0].split()[:2] == ["layer", "growth"]
+
+
+def test_skip(base, data, tmp_path, capsys):
+    out = tmp_path / "smaller"
+    assert cli.main(["skip", str(base), str(data), str(out), "--num-skip", "3", "--r-pia", "4", "--examples", "8"]) == 0
+    said = capsys.readouterr().out
+    rows = [json.loads(line) for line in data.read_text().splitlines()[:8]]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = torch.tensor([tokenizer(r["prompt"]).input_ids + tokenizer(r["completion"]).input_ids + [2] for r in rows])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = skip_attentions(tiny.model("llama"), [batch], num_skip=3, r_pia=4)
+    saved = AutoModelForCausalLM.from_pretrained(out)
+    assert saved.config.eas["attentions"] == expected.config.eas["attentions"]
+    torch.testing.assert_close(saved(**batch).logits, expected(**batch).logits)
+    assert f"without the attentions of {saved.config.eas['attentions'][0]['skip']}" in said
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    assert "taken out by `skip_attentions`" in ModelCard.load(out / "README.md").text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["smaller"]
+    assert "is not an empty folder" in fails(capsys, "skip", base, data, out)
+    others = ["--skip-layers", "0", "3", "--stand-in", "zero"]
+    assert cli.main(["skip", str(base), str(data), str(tmp_path / "other"), *others]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "other").config.eas["attentions"][0]["skip"] == [0, 3]
+    for wrong, message in (("--num-skip=auto", "needs a search"), ("--num-skip=7", "more than the 6 attentions")):
+        assert message in fails(capsys, "skip", base, data, tmp_path / "none", wrong)
+    assert not (tmp_path / "none").exists()
 
 
 def test_train_searches_and_saves_an_adapter(base, adapter):
@@ -380,7 +405,7 @@ def test_rows_that_are_left_out_are_counted(base, tmp_path, capsys):
 
 
 def test_help_has_examples(capsys):
-    for command in ("score", "train", "merge", "export", "inspect"):
+    for command in ("score", "skip", "train", "merge", "export", "inspect"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
         assert stopped.value.code == 0

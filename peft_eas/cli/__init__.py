@@ -1,4 +1,4 @@
-"""The command line: `peft-eas score`, `train`, `merge`, `export`, `inspect` and `inspect-family`."""
+"""The command line: `peft-eas score`, `skip`, `train`, `merge`, `export`, `inspect` and `inspect-family`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import export, inspect, inspect_family, merge, score, train
+from . import export, inspect, inspect_family, merge, score, skip, train
 from .shared import UsageError, say
 
 COMMANDS = {
     "score": score,
+    "skip": skip,
     "train": train,
     "merge": merge,
     "export": export,

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from ..checks import shown
 from .shared import UsageError, reading
@@ -29,6 +30,15 @@ def read_examples(
     """Tokenised examples, with labels that are -100 for the prompt; the longest are cut at the end."""
     with reading(data):
         return _tokenised(data, _rows(data), tokenizer, max_length, count)
+
+
+def read_batches(
+    data: str, tokenizer: PreTrainedTokenizerBase, max_length: int, count: int, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """The first `count` of these examples in batches `{input_ids, attention_mask, labels}`, padded."""
+    examples = read_examples(data, tokenizer, max_length, count)
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    return [dict(collate(examples[i : i + batch_size])) for i in range(0, len(examples), batch_size)]
 
 
 def _rows(data: str) -> Sequence[dict[str, Any]] | Dataset:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoProcessor, DataCollatorForSeq2Seq, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from ..card import read_card, write_card
 from ..checkpoint import CheckpointPlan, plan_checkpoint
 from ..config import EASConfig
 from ..folders import new_folder
-from .data import read_examples
-from .shared import UsageError, adapter_config, device, load_model, reading, say, tokenizers, with_padding
+from .data import read_batches
+from .shared import (
+    UsageError,
+    adapter_config,
+    device,
+    load_model,
+    reading,
+    save_tokenizer,
+    summary,
+    tokenizers,
+    with_padding,
+)
 
 HELP = "fold an adapter into its base model, a tensor at a time, and save the merged model and its tokenizer"
 EXAMPLES = """\
@@ -57,8 +65,7 @@ def run(args: argparse.Namespace) -> None:
             return
         plan.write(args.out, lambda folder: _add_to(folder, plan.model, (args.adapter, base)))
         merged, skipped = plan.model, plan.skipped
-    size = sum(parameter.numel() for parameter in merged.parameters())
-    print(f"{args.out}: {type(merged).__name__}, {size / 1e6:.1f} M parameters, without the attentions of {skipped}")
+    print(summary(args.out, merged, skipped))
 
 
 def _told(plan: CheckpointPlan) -> str:
@@ -91,7 +98,7 @@ def _merge_frozen(args: argparse.Namespace, config: EASConfig, base: str) -> tup
 
 def _add_to(folder: Path, merged: PreTrainedModel, sources: Sequence[str]) -> None:
     """What there is beside a model: its tokenizer, and a card that knows what the adapter's says."""
-    _save_tokenizer(sources, folder)
+    save_tokenizer(sources, folder)
     if hasattr(merged.config, "eas"):
         about = read_card(sources[0])
         write_card(merged, folder, **{key: about.get(key) for key in ("datasets", "language", "eval_results")})
@@ -101,23 +108,5 @@ def _freeze_context(model: PeftModel, data: str, sources: Sequence[str]) -> None
     tokenizer = next(tokenizers(sources), None)
     if tokenizer is None:
         raise UsageError(f"--freeze-context needs a tokenizer, and there is none beside {' or '.join(sources)}.")
-    examples = read_examples(data, tokenizer, max_length=512, count=256)
-    collate = DataCollatorForSeq2Seq(with_padding(tokenizer, sources[-1]))
-    model.to(device()).freeze_context([collate(examples[i : i + 8]) for i in range(0, len(examples), 8)])
-
-
-def _save_tokenizer(sources: Sequence[str], folder: Path) -> None:
-    """Save the tokenizer of the first source that has one; or the processor, which has a tokenizer and more."""
-    found = next(_processors(sources), None) or next(tokenizers(sources), None)
-    if found is None:
-        say(f"There is no tokenizer beside {' or '.join(sources)}; none was saved.", file=sys.stderr)
-    else:
-        found.save_pretrained(folder)
-
-
-def _processors(sources: Sequence[str]) -> Iterator[ProcessorMixin]:
-    for source in sources:
-        with contextlib.suppress(OSError, ValueError), reading(source):
-            found = AutoProcessor.from_pretrained(source)
-            if isinstance(found, ProcessorMixin):  # of a language model it is the tokenizer
-                yield found
+    tokenizer = with_padding(tokenizer, sources[-1])
+    model.to(device()).freeze_context(read_batches(data, tokenizer, max_length=512, count=256, batch_size=8))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from transformers import DataCollatorForSeq2Seq
-
 from ..search import score_attentions
 from ..search.scores import METHODS
-from .data import DATA_HELP, read_examples
+from .data import DATA_HELP, read_batches
 from .shared import device, load_model, load_tokenizer, positive
 
 HELP = "score the attentions of a model, the most redundant first"
@@ -30,15 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model)
-    examples = read_examples(args.data, tokenizer, args.max_length, args.examples)
-    collate = DataCollatorForSeq2Seq(tokenizer)
-    batches = (collate(examples[i : i + args.batch_size]) for i in range(0, len(examples), args.batch_size))
+    batches = read_batches(args.data, tokenizer, args.max_length, args.examples, args.batch_size)
     scores = score_attentions(load_model(args.model).to(device()), batches, method=args.method)
     ranked = sorted(scores, key=scores.__getitem__)
     if args.json:
         print(json.dumps({index: scores[index] for index in ranked}))
         return
-    print(f"{'layer':>5}  {args.method}  ({len(examples)} examples; the most redundant first)")
+    count = sum(len(batch["input_ids"]) for batch in batches)
+    print(f"{'layer':>5}  {args.method}  ({count} examples; the most redundant first)")
     largest = max(max(scores.values()), 1e-12)
     for index in ranked:
         print(f"{index:>5}  {scores[index]:.5f}  {'#' * round(40 * max(0.0, scores[index]) / largest)}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from peft import PeftConfig
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..checkpoint import model_class_of
 from ..checks import one_line
@@ -46,6 +47,19 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def num_skip(text: str) -> int | float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a count, a fraction, or auto, got {text}") from None
+
+
+def layer(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
 def device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
@@ -74,6 +88,29 @@ def tokenizers(sources: Sequence[str]) -> Iterator[PreTrainedTokenizerBase]:
     for source in sources:
         with contextlib.suppress(OSError, ValueError), reading(source):
             yield AutoTokenizer.from_pretrained(source)
+
+
+def save_tokenizer(sources: Sequence[str], folder: Path) -> None:
+    """Save the tokenizer of the first source that has one; or the processor, which has a tokenizer and more."""
+    found = next(_processors(sources), None) or next(tokenizers(sources), None)
+    if found is None:
+        say(f"There is no tokenizer beside {' or '.join(sources)}; none was saved.", file=sys.stderr)
+    else:
+        found.save_pretrained(folder)
+
+
+def _processors(sources: Sequence[str]) -> Iterator[ProcessorMixin]:
+    for source in sources:
+        with contextlib.suppress(OSError, ValueError), reading(source):
+            found = AutoProcessor.from_pretrained(source)
+            if isinstance(found, ProcessorMixin):  # of a language model it is the tokenizer
+                yield found
+
+
+def summary(out: Path, model: PreTrainedModel, skipped: Sequence[int | str]) -> str:
+    """What was saved, in a line."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return f"{out}: {type(model).__name__}, {size / 1e6:.1f} M parameters, without the attentions of {skipped}"
 
 
 def adapter_config(name: str) -> EASConfig:

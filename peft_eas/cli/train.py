@@ -16,7 +16,7 @@ from ..config import EASConfig
 from ..search import EASCallback
 from ..search.callback import WARM_STARTS
 from .data import DATA_HELP, read_examples
-from .shared import UsageError, load_model, load_tokenizer, positive
+from .shared import UsageError, layer, load_model, load_tokenizer, num_skip, positive
 
 HELP = "fine-tune a model with EAS: search, train, and save the adapter"
 EXAMPLES = """\
@@ -91,19 +91,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"Merge it with: peft-eas merge {training.output_dir} {training.output_dir}-merged")
 
 
-def _layer(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
-
-
-def _num_skip(text: str) -> int | float | str:
-    if text == "auto":
-        return text
-    try:
-        return float(text) if "." in text or "e" in text.lower() else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a count, a fraction, or auto, got {text}") from None
-
-
 class _Modules(argparse.Action):
     """Names of modules, or one regular expression."""
 
@@ -127,10 +114,10 @@ _OPTIONS: dict[Any, dict[str, Any]] = {
     str: {},
     bool: {"action": argparse.BooleanOptionalAction},
     float | None: {"type": float},
-    int | float | str | None: {"type": _num_skip},
+    int | float | str | None: {"type": num_skip},
     list[str] | None: {"nargs": "+", "metavar": "MODULE"},
     list[int] | int | None: {"nargs": "+", "metavar": "LAYER", "type": int},
-    list[int | str] | None: {"nargs": "+", "metavar": "LAYER", "type": _layer},
+    list[int | str] | None: {"nargs": "+", "metavar": "LAYER", "type": layer},
     list[str] | str | None: {"nargs": "+", "metavar": "MODULE", "action": _Modules},
 }
 """How a field of a type is given as an option."""

@@ -110,7 +110,7 @@ class Record:
         decoder: Name of a vision-language model's language model.
         attentions: By kind.
         by_name: Whether attentions go by names, such as `"decoder.3.cross"`, since indices are not enough.
-        config: For people: what the adapter was configured with.
+        config: For people: what the adapter was configured with, or `skip_attentions` called with.
     """
 
     model_type: str
@@ -164,6 +164,11 @@ class Record:
         """As JSON has it."""
         eas = json.loads(json.dumps({"format": FORMAT} | dataclasses.asdict(self)))
         return eas | {"checksum": _checksum(eas)}
+
+    @property
+    def is_skipped_first(self) -> bool:
+        """Whether its attentions were taken out before anything was trained, by `skip_attentions`."""
+        return self.config.get("skipped") == "first"
 
     @property
     def skipped(self) -> list[int | str]:

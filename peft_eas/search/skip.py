@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +13,7 @@ from ..batches import batches_of
 from ..config import EASConfig
 from ..families import find_layers
 from ..prove import learn_family
+from ..runtime.eas_record import Record
 from ..stand_in import initialize_eas_weights
 from ..targets import Targets
 from .scores import score_attentions
@@ -67,6 +69,7 @@ def skip_attentions(
         if config.skip_layers and config.stand_in != "zero":
             initialize_eas_weights(adapted, batches)
         model = adapted.merge_and_unload()
+        _say_how(model, config)
     except BaseException:
         adapted.unload()
         raise
@@ -74,3 +77,12 @@ def skip_attentions(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable.get(name, True))
     return model
+
+
+def _say_how(model: PreTrainedModel, config: EASConfig) -> None:
+    """Record that nothing was trained, where `merge_and_unload` has recorded an adapter."""
+    if not hasattr(model.config, "eas"):  # nothing is skipped
+        return
+    called = {key: value for key, value in config.record().items() if key in ("base_model", "stand_in", "r_pia")}
+    record = dataclasses.replace(Record.read(model.config.eas), config={"skipped": "first"} | called)
+    model.config.eas = record.written()
