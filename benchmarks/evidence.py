@@ -6,8 +6,9 @@
     python benchmarks/evidence.py --summary                # just the tables and pictures, from the rows there are
 
 Every run of a task trains with the same batches in the same order for its seed, for as many steps, and is tested with
-the same examples. The learning rate of each kind of adapter is chosen from three on validation data first. A row is
-written when its run is done, and a run that has one is not repeated; several processes share the work.
+the same examples. The learning rate of each kind of adapter is chosen on validation data first: from three, and further
+ones as long as the lowest or the highest is the best. A row is written when its run is done, and a run that has one is
+not repeated; several processes share the work.
 
 Rows of an older version of the package are made with it: PYTHONPATH=FOLDER python benchmarks/evidence.py --only 0.1.0
 """

@@ -49,6 +49,12 @@ SCORED = 64  # of them, for scores
 GIVEN = "EAS, given set"  # by score, and skipped from the first step
 
 
+def rates(further: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    """Those that are tried with each kind of adapter."""
+    three = {"LoRA": (1e-3, 2e-3, 4e-3), GIVEN: (1e-3, 2e-3, 4e-3), "0.1.0": (5e-4, 1e-3, 2e-3)}
+    return {kind: (*tried, *further.get(kind, ())) for kind, tried in three.items()}
+
+
 class Splits(NamedTuple):
     """Examples of a task: to train on, to choose attentions with, to choose the rate with, and to test with."""
 
@@ -72,7 +78,8 @@ class Task:
         validation: Examples to choose the rate with.
         test: Examples to test with.
         seeds: How many seeds the methods that matter most are run with.
-        rates: Learning rates to choose from, for each kind of adapter.
+        rates: Learning rates to choose from, for each kind of adapter: three, and further ones as long as the lowest
+            or the highest is the best.
     """
 
     model: str
@@ -84,9 +91,7 @@ class Task:
     validation: int
     test: int
     seeds: int = 3
-    rates: dict[str, tuple[float, ...]] = field(
-        default_factory=lambda: dict.fromkeys(("LoRA", GIVEN), (1e-3, 2e-3, 4e-3)) | {"0.1.0": (5e-4, 1e-3, 2e-3)}
-    )
+    rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: rates({}))
 
     has_prompts = True
     has_fresh_head = False
@@ -348,23 +353,27 @@ def in_batches(examples: Sequence, size: int, collate: Callable[[list], dict]) -
         yield collate(list(examples[start : start + size]))
 
 
-def _mini_lm(name: str, kind: str, test: int, validation: int = 300) -> Task:
+def _mini_lm(name: str, kind: str, test: int, further: dict[str, tuple[float, ...]], validation: int = 300) -> Task:
     return Classification(
         model="MiniLM", name=name, kind=kind, layers=6, counts=(2, 3), steps=150, batch_size=16, validation=validation,
-        test=test, seeds=5,
+        test=test, seeds=5, rates=rates(further),
         adapted={"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "pooler"]},
     )  # fmt: skip
 
 
 SMOL = dict(model="SmolLM2", layers=30, counts=(8, 12))
 TASKS = [
-    _mini_lm("movie reviews", "movie", 4000, validation=1000),
-    _mini_lm("tweets", "tweets", 1440),
-    _mini_lm("product reviews", "amazon", 1040),
-    _mini_lm("editorials", "editorial", 1000),
-    Source(**SMOL, name="Python source", steps=60, batch_size=4, validation=40, test=200),
+    _mini_lm("movie reviews", "movie", 4000, {"0.1.0": (4e-3,)}, validation=1000),
+    _mini_lm("tweets", "tweets", 1440, {"LoRA": (8e-3,), GIVEN: (5e-4,), "0.1.0": (4e-3, 8e-3)}),
+    _mini_lm("product reviews", "amazon", 1040, {"LoRA": (8e-3,)}),
+    _mini_lm("editorials", "editorial", 1000, {GIVEN: (5e-4,)}),
+    Source(
+        **SMOL, name="Python source", steps=60, batch_size=4, validation=40, test=200,
+        rates=rates({"LoRA": (8e-3,), GIVEN: (8e-3,)}),
+    ),
     Answers(
-        **SMOL, name="movie reviews", kind="movie", word="Review", steps=100, batch_size=8, validation=200, test=1000
+        **SMOL, name="movie reviews", kind="movie", word="Review", steps=100, batch_size=8, validation=200, test=1000,
+        rates=rates({GIVEN: (5e-4,)}),
     ),
     Answers(
         **SMOL, name="tweets", kind="tweets", word="Tweet", max_length=100, steps=100, batch_size=8, validation=200,
@@ -375,6 +384,7 @@ TASKS = [
         counts=(5, 7), steps=60, batch_size=8, validation=200, test=600,
     ),
     Pictures(
-        model="LLaVA", name="easy-VQA", layers=30, counts=(8, 12), steps=90, batch_size=8, validation=300, test=600
+        model="LLaVA", name="easy-VQA", layers=30, counts=(8, 12), steps=90, batch_size=8, validation=300, test=600,
+        rates=rates({GIVEN: (5e-4,)}),
     ),
 ]  # fmt: skip

@@ -225,9 +225,22 @@ def test_names_of_runs_are_those_of_their_rows_and_none_is_twice():
 def test_only_picks_runs_whose_name_contains_all_and_those_they_need():
     runs = trainings.wanted_runs(["tweets", "drop, means, LoRA", "3 skipped", "seed 4"])
     assert [run.key.split(", ", 1)[1] for run in runs] == [
-        *(f"tweets, LoRA, 0 skipped, seed 0, rate {rate}" for rate in ("0.001", "0.002", "0.004")),
+        *(f"tweets, LoRA, 0 skipped, seed 0, rate {rate}" for rate in ("0.001", "0.002", "0.004", "0.008")),
         "tweets, drop, means, LoRA, 3 skipped, seed 4",
     ]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", tasks.GIVEN, "0.1.0"])
+@pytest.mark.parametrize("task", tasks.TASKS, ids=lambda task: task.title)
+def test_the_rate_that_was_chosen_has_worse_ones_on_either_side(task, kind):
+    """Else a baseline, or EAS, might be better than it seems."""
+    found = json.loads((evidence.RESULTS / "evidence.json").read_text())
+    keys = {needed.key for needed in trainings.Run(task, kind, 0 if kind == "LoRA" else task.counts[0]).needed()}
+    made = [row for row in found if row["kind"] == "rate" and trainings.key_of(row) in keys]
+    if len(made) < len(keys):
+        pytest.skip("not all of them were tried yet")
+    best = trainings.best_rate(trainings.Run(task, kind, 0 if kind == "LoRA" else task.counts[0]), made)
+    assert min(task.rates[kind]) < best < max(task.rates[kind])
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -531,4 +544,4 @@ def test_arguments_of_the_command(monkeypatch, tmp_path, capsys):
     Rows(tmp_path / "evidence.json").add(row(kind="rate"))
     evidence.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["done", "missing", "missing", "missing"]
+    assert [line.split()[0] for line in lines] == ["done", *["missing"] * 4]
