@@ -129,8 +129,8 @@ class Table:
             drops = [self.of(method, count) for method in ("drop, LoRA", "drop, means, LoRA")]
             ahead = [e for e in (paired(rows, drop) for drop in drops) if e is not None]
             closest = max(ahead, key=lambda e: e.mean, default=None)
-            if above.count == 1:
-                verdict = "one seed"
+            if above.count < 3:  # whose error says little
+                verdict = f"{above.count} seed{'s' * (above.count > 1)}"
             elif is_quarter:
                 verdict = "yes" if above.mean <= above.error else f"no, by {above.mean - above.error:.3f}"
             else:

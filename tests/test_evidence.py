@@ -430,10 +430,17 @@ def test_a_table_on_rows_made_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("added", "verdict"), [((-0.1, 0.0), "yes"), ((-0.01, 0.05), "yes"), ((0.05, 0.06), "no, by 0.050")]
+    ("added", "verdict"),
+    [
+        ((-0.1, 0.0, 0.0), "yes"),
+        ((-0.01, 0.05, 0.0), "yes"),
+        ((0.05, 0.06, 0.07), "no, by 0.054"),
+        ((-0.1, 0.0), "2 seeds"),
+        ((-0.1,), "1 seed"),
+    ],
 )
 def test_the_goal_at_a_quarter(added, verdict):
-    rows = [row(seed=seed) for seed in (0, 1)] + [row("EAS", 2, seed, 0.5 + a) for seed, a in enumerate(added)]
+    rows = [row(seed=seed) for seed in range(3)] + [row("EAS", 2, seed, 0.5 + a) for seed, a in enumerate(added)]
     (line,) = Table(TWEETS, rows).verdicts()
     assert line.endswith(f"| {verdict} |")
 
@@ -449,8 +456,8 @@ def test_the_goal_at_a_quarter(added, verdict):
     ],
 )
 def test_the_goal_at_forty_percent(loss, accuracy, verdict):
-    rows = [row(seed=seed) for seed in (0, 1)]
-    for seed in (0, 1):
+    rows = [row(seed=seed) for seed in range(3)]
+    for seed in range(3):
         rows += [row("drop, LoRA", 3, seed, 0.7), row("drop, means, LoRA", 3, seed, 0.6)]
         rows.append(row("EAS", 3, seed, loss, accuracy=accuracy))
     (line,) = Table(TWEETS, rows).verdicts()
