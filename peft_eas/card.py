@@ -215,6 +215,11 @@ def escaped(text: object) -> str:
     return re.sub(r"([\\`<>|\[\]])", r"\\\1", one_line(" ".join(str(text).split())))
 
 
+def _is_skipped_first(record: Record) -> bool:
+    """Whether the attentions were taken out before anything was trained, by `skip_attentions`."""
+    return record.config.get("skipped") == "first"
+
+
 def _summary(record: Record, base_model: str | None) -> str:
     base = f"[{base_model}]({constants.ENDPOINT}/{base_model})" if base_model else f"A `{record.model_type}` model"
     skip, lines = record.skipped, []
@@ -225,7 +230,7 @@ def _summary(record: Record, base_model: str | None) -> str:
     total = len(record.present)
     has_others = "  - no attention" * any("-" in line for line in lines)
     method = "[Effective Attention Skipping](https://arxiv.org/abs/2403.15226) (EAS)"
-    if record.is_skipped_first:
+    if _is_skipped_first(record):
         how = f"without {len(skip)} of its {total} attentions, which {method} took out before any training"
     else:
         how = f"fine-tuned with {method}: {len(skip)} of its {total} attentions are gone, and the adapters of the "
@@ -301,7 +306,7 @@ def _how_made(record: Record) -> str:
     except ValueError:  # somebody changed the file
         settings = {}
     listed = ", ".join(f"`{key}={value!r}`" for key, value in settings.items())
-    if record.is_skipped_first:
+    if _is_skipped_first(record):
         text = f"The attentions were taken out by `skip_attentions` of peft_eas {__version__}"
         text += f" with {listed}." if listed else "."
         text += "\nWhether the model was trained since then, and how, is not known here."
@@ -312,7 +317,7 @@ def _how_made(record: Record) -> str:
 
 
 def _limits(model: PreTrainedModel, record: Record) -> str:
-    made = "measured" if record.is_skipped_first else "trained"
+    made = "measured" if _is_skipped_first(record) else "trained"
     lines = [
         "## Limits",
         "",

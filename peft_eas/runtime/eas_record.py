@@ -166,11 +166,6 @@ class Record:
         return eas | {"checksum": _checksum(eas)}
 
     @property
-    def is_skipped_first(self) -> bool:
-        """Whether its attentions were taken out before anything was trained, by `skip_attentions`."""
-        return self.config.get("skipped") == "first"
-
-    @property
     def skipped(self) -> list[int | str]:
         """The attentions that the model has lost: indices of layers, or names (`by_name`)."""
         return self._listed("skip")
