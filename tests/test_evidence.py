@@ -235,12 +235,12 @@ def test_only_picks_runs_whose_name_contains_all_and_those_they_need():
 def test_the_rate_that_was_chosen_has_worse_ones_on_either_side(task, kind):
     """Else a baseline, or EAS, might be better than it seems."""
     found = json.loads((evidence.RESULTS / "evidence.json").read_text())
-    keys = {needed.key for needed in trainings.Run(task, kind, 0 if kind == "LoRA" else task.counts[0]).needed()}
+    run = Run(task, kind, 0 if kind == "LoRA" else task.counts[0])
+    keys = {needed.key for needed in run.needed()}
     made = [row for row in found if row["kind"] == "rate" and trainings.key_of(row) in keys]
     if len(made) < len(keys):
         pytest.skip("not all of them were tried yet")
-    best = trainings.best_rate(trainings.Run(task, kind, 0 if kind == "LoRA" else task.counts[0]), made)
-    assert min(task.rates[kind]) < best < max(task.rates[kind])
+    assert min(task.rates[kind]) < trainings.best_rate(run, made) < max(task.rates[kind])
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
