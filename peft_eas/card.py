@@ -254,6 +254,7 @@ def _how_to_load(auto: str, repo_id: str | None, base_class: type) -> str:
     reader = "AutoProcessor" if auto == "AutoModelForImageTextToText" else "AutoTokenizer"
     is_stock = base_class.__module__.startswith("transformers.")
     first = "" if is_stock else f"import {base_class.__module__}\n"
+    trust = ", trust_remote_code=True" if is_stock else ""  # else the tokenizer asks for it, too
     return f"""\
 ## Loading
 
@@ -261,8 +262,8 @@ def _how_to_load(auto: str, repo_id: str | None, base_class: type) -> str:
 {first}from transformers import {auto}, {reader}
 
 name = "{repo_id or "..."}"{"" if repo_id else "  # this repository, or a folder with its files"}
-model = {auto}.from_pretrained(name{", trust_remote_code=True" if is_stock else ""})
-{"processor" if reader == "AutoProcessor" else "tokenizer"} = {reader}.from_pretrained(name)
+model = {auto}.from_pretrained(name{trust})
+{"processor" if reader == "AutoProcessor" else "tokenizer"} = {reader}.from_pretrained(name{trust})
 ```
 
 {TRUSTED if is_stock else OUTSIDE.format(base_class.__name__)}"""

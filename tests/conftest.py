@@ -5,11 +5,19 @@ import os
 from pathlib import Path
 
 import pytest
+import transformers
 from engine import LlamaCpp
 
 pytest.register_assert_rewrite("checks", "damage", "searches")
 # processes that tests start find the helpers, too
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def progress_bars():
+    """Scripts turn them off for their whole process, in which other tests run after those of the script."""
+    yield
+    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture

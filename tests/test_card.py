@@ -1,5 +1,9 @@
 """The model card: its numbers against what models have and do, its metadata, and whose text is never touched."""
 
+import os
+import subprocess
+import sys
+
 import attacks
 import damage
 import pytest
@@ -246,6 +250,21 @@ def test_a_model_that_is_saved_has_its_card(merged, tmp_path):
     written(tmp_path, "Mine.")
     again.save_pretrained(tmp_path)
     assert written(tmp_path) == "Mine."
+
+
+@pytest.mark.parametrize("given", ["", "import peft_eas\n"])
+def test_what_it_says_of_loading_asks_for_nothing(merged, tmp_path, given):
+    """Where `peft_eas` is installed and where it is not imported, on a terminal that nobody answers at."""
+    merged.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    code = written(tmp_path).split("## Loading")[1].split("```")[1].removeprefix("python\n")
+    code = given + code.replace('"..."', repr(str(tmp_path))) + "print(type(model).__name__, tokenizer('a').input_ids)"
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("EASLlamaForCausalLM ["), done.stdout  # no question in front of it
 
 
 # Whose text it is -----------------------------------------------------------------------------------------------------
