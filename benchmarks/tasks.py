@@ -124,6 +124,9 @@ class Task:
     def lora(self) -> LoraConfig:
         return LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", **self.adapted)
 
+    def optimizer(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer | None:
+        """What the Trainer is to use instead of its own, if anything."""
+
     def drawn(self, seed: int) -> list:
         """Examples to train on, batch by batch: those of a seed are the same for all methods."""
         rng = random.Random(seed)
@@ -300,7 +303,7 @@ def _windows(ids: list[int], length: int, most: int, rng: random.Random) -> list
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pictures(Task):
-    """A small LLaVA answers questions about images; its projector is trained, too."""
+    """A small LLaVA answers questions about images; its projector is trained, too, at a tenth of the rate."""
 
     adapted: dict[str, Any] = field(
         default_factory=lambda: {"task_type": "CAUSAL_LM", "modules_to_save": [vqa.PROJECTOR]}
@@ -347,6 +350,9 @@ class Pictures(Task):
     def lora(self) -> LoraConfig:
         return LoraConfig(r=8, lora_alpha=8, target_modules=r".*language_model.*_proj", **self.adapted)
 
+    def optimizer(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer | None:
+        return vqa.slow_projector(model, learning_rate)
+
 
 def in_batches(examples: Sequence, size: int, collate: Callable[[list], dict]) -> Iterator[dict]:
     for start in range(0, len(examples), size):
@@ -385,6 +391,5 @@ TASKS = [
     ),
     Pictures(
         model="LLaVA", name="easy-VQA", layers=30, counts=(8, 12), steps=90, batch_size=8, validation=300, test=600,
-        rates=rates({GIVEN: (5e-4,)}),
     ),
 ]  # fmt: skip

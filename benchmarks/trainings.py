@@ -272,7 +272,12 @@ def train(run: Run, model: PeftModel, callbacks: list[EASCallback], learning_rat
             use_cpu=True,
         )
         trainer = METHODS[run.method].trainer(
-            model, args, train_dataset=task.drawn(run.seed), data_collator=task.collate, callbacks=callbacks
+            model,
+            args,
+            train_dataset=task.drawn(run.seed),
+            data_collator=task.collate,
+            callbacks=callbacks,
+            optimizers=(task.optimizer(model, learning_rate), None),
         )
         start = time.process_time()
         trainer.train()

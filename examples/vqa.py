@@ -267,8 +267,9 @@ def fit(
     batch_size: int,
     epochs: float = 1,
     callbacks: Sequence[TrainerCallback] = (),
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Train what is trainable in `model` with the stock Trainer."""
+    """Train what is trainable in `model` with the stock Trainer, and its optimizer if no other is given."""
     training_args = TrainingArguments(
         output_dir=str(args.output),
         learning_rate=learning_rate,
@@ -284,8 +285,25 @@ def fit(
         disable_tqdm=False,
         seed=args.seed,
     )
-    Trainer(model, training_args, train_dataset=examples, data_collator=data_collator, callbacks=[*callbacks]).train()
+    Trainer(
+        model,
+        training_args,
+        train_dataset=examples,
+        data_collator=data_collator,
+        callbacks=[*callbacks],
+        optimizers=(optimizer, None),
+    ).train()
     model.eval()
+
+
+def slow_projector(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW, with a tenth of the rate for the projector: it is trained already. LLaVA-1.5's recipe for LoRA does so."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in trained if PROJECTOR not in name]},
+        {"params": [parameter for name, parameter in trained if PROJECTOR in name], "lr": learning_rate / 10},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
 
 
 def fine_tune(
@@ -301,7 +319,8 @@ def fine_tune(
     model = get_peft_model(AutoModelForImageTextToText.from_pretrained(start), config)
     model.print_trainable_parameters()
     collator = partial(collate, processor=processor)
-    fit(model, examples, collator, args, LEARNING_RATE, args.batch_size, callbacks=callbacks)
+    optimizer = slow_projector(model, LEARNING_RATE)
+    fit(model, examples, collator, args, LEARNING_RATE, args.batch_size, callbacks=callbacks, optimizer=optimizer)
     return model
 
 

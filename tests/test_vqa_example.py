@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vqa
+from peft import get_peft_model
 from PIL import Image, ImageDraw
 from real_data import COLORS, SHAPES, VisualQuestion
 from tokenizers import Tokenizer
@@ -24,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from peft_eas import EASConfig
 
 TEXTS = ("what color is the shape?", "what shape is in the image?", "is there a red shape?", "is there not a circle?")
 TOKENS = 16  # of an image
@@ -148,6 +151,22 @@ def test_the_whole_example(tiny_world, monkeypatch, tmp_path, capsys):
     # the second time, the start is there already
     monkeypatch.setattr(vqa, "make_llava", lambda *args: pytest.fail("made again"))
     assert vqa.starting_point(questions("train"), vqa.parse_args()) == start
+
+
+def test_the_projector_learns_at_a_tenth_of_the_rate(llava):
+    """As AdamW's first step is, which is the rate for each number that has a gradient."""
+    config = EASConfig(skip_layers=[1], modules_to_save=[vqa.PROJECTOR], task_type="CAUSAL_LM")
+    model = get_peft_model(llava[0], config)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {vqa.PROJECTOR in name for name in trained} == {True, False}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    optimizer = vqa.slow_projector(model, 1e-2)
+    for parameter in trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in trained.items():
+        rate = 1e-3 if vqa.PROJECTOR in name else 1e-2
+        torch.testing.assert_close(before[name] - parameter, torch.full_like(parameter, rate), atol=1e-6, rtol=1e-3)
 
 
 def test_batches_have_an_image_in_each_prompt_and_labels_for_the_answer_alone(llava):
