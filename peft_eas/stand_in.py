@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils.logging import tqdm
 
 from .batches import arguments_of, arguments_seen, batches_of, counted_tokens, evaluating, explaining, hooks
 from .families import Place, find_layers
@@ -28,6 +29,8 @@ from .runtime.eas_attention import StandIn
 from .runtime.eas_convention import BY_NAME
 from .shards import fill, wholes
 from .site import EASLayer
+
+MEASURING = "Measuring attentions"  # as bars of progress say
 
 ENOUGH = 16
 """Tokens to measure with, for each number that a token has: more make no difference in the end (docs/results.md)."""
@@ -155,7 +158,7 @@ def initialize_eas_weights(
         with explaining():
             model(**arguments_of(batch, tuner.model))
 
-    fill_stand_ins(tuner, adapter_name, batches_of(dataloader), forward)
+    fill_stand_ins(tuner, adapter_name, tqdm(batches_of(dataloader), desc=MEASURING, unit="batch"), forward)
 
 
 def fill_stand_ins(

@@ -65,7 +65,9 @@ def fails(capsys, *argv, code=1):
 
 def test_score(base, data, capsys):
     assert cli.main(["score", str(base), str(data), "--examples", "6", "--json", "--method", "loss"]) == 0
-    scores = {int(k): v for k, v in json.loads(capsys.readouterr().out).items()}
+    streams = capsys.readouterr()
+    assert "Trying attentions: 100%" in streams.err
+    scores = {int(k): v for k, v in json.loads(streams.out).items()}
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [json.loads(line) for line in data.read_text().splitlines()[:6]]
     ids = torch.tensor([tokenizer(r["prompt"]).input_ids + tokenizer(r["completion"]).input_ids + [2] for r in rows])
@@ -75,7 +77,10 @@ def test_score(base, data, capsys):
     assert scores == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert list(scores) == sorted(scores, key=scores.get)
     assert cli.main(["score", str(base), str(data)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    streams = capsys.readouterr()
+    assert "Measuring attentions: 100%" in streams.err
+    assert re.search(r"Trying sets: \d+set ", streams.err)
+    lines = streams.out.splitlines()
     assert len(lines) == 7
     assert lines[0].split()[:2] == ["layer", "growth"]
 
@@ -83,7 +88,8 @@ def test_score(base, data, capsys):
 def test_skip(base, data, tmp_path, capsys):
     out = tmp_path / "smaller"
     assert cli.main(["skip", str(base), str(data), str(out), "--num-skip", "3", "--r-pia", "4", "--examples", "8"]) == 0
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert re.search(r"Measuring attentions: \d+batch ", progress)  # of those that are skipped, after the scores
     rows = [json.loads(line) for line in data.read_text().splitlines()[:8]]
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = torch.tensor([tokenizer(r["prompt"]).input_ids + tokenizer(r["completion"]).input_ids + [2] for r in rows])

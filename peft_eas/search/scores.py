@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from ..batches import (
     arguments_of,
@@ -30,10 +31,12 @@ from ..merge import check_in_memory
 from ..model import EASModel
 from ..processes import gather_object
 from ..runtime.eas_attention import StandIn
-from ..stand_in import fill_stand_ins, moments, replaced, watching
+from ..stand_in import MEASURING, fill_stand_ins, moments, replaced, watching
 from ..targets import stream_size
 from .growth import Divergence, grow, predicts_words
 from .held_out import ENOUGH_TO_GROW, means_over_processes, token_count
+
+TRYING = "Trying attentions"  # as bars of progress say
 
 RANK = 32
 """Of the stand-ins that sets are grown with, as by default."""
@@ -176,11 +179,18 @@ def _by_growth(
     tuner = EASModel(model, EASConfig(r=1, r_pia=min(RANK, width)), "scores")
     try:
         with evaluating(tuner):
-            fill_stand_ins(tuner, "scores", inputs, forward)
+            fill_stand_ins(tuner, "scores", tqdm(inputs, desc=MEASURING, unit="batch"), forward)
             gates, divergence = tuner.skip_gates("scores"), Divergence(model, _enough_to_grow(inputs), forward)
             number = len(gates.layers)
             count = number // 2 if count is None else min(count, number)
-            scores = grow(cost_by_gates(gates, divergence), number, count)
+            cost_by = cost_by_gates(gates, divergence)
+            with tqdm(desc="Trying sets", unit="set") as progress:
+
+                def cost_of(numbers: list[int]) -> float:
+                    progress.update()
+                    return cost_by(numbers)
+
+                scores = grow(cost_of, number, count)
     finally:
         tuner.unload()
         for parameter, requires_grad in trainable:
@@ -230,7 +240,9 @@ def _by_kl(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> d
 
     means = _means(model, layers, batches)
     moved, tokens = dict.fromkeys(layers, 0.0), 0
-    for batch in inputs:  # one at a time: the predictions are as many numbers as there are words for each token
+    for batch in tqdm(
+        inputs, desc=TRYING, unit="batch"
+    ):  # one at a time: the predictions are as many numbers as there are words for each token
         before = predictions(batch)
         tokens += len(before)
         for key, mean in means.items():
@@ -250,7 +262,7 @@ def _by_loss(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) ->
         return total / sum(weights)
 
     whole, scores = loss(), {}
-    for key, mean in _means(model, layers, batches).items():
+    for key, mean in tqdm(_means(model, layers, batches).items(), desc=TRYING, unit="attention"):
         with replaced(model, layers[key], mean):
             scores[key] = loss() - whole
     return scores
