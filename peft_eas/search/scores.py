@@ -240,9 +240,8 @@ def _by_kl(model: PreTrainedModel, layers: Layers, batches: Sequence[dict]) -> d
 
     means = _means(model, layers, batches)
     moved, tokens = dict.fromkeys(layers, 0.0), 0
-    for batch in tqdm(
-        inputs, desc=TRYING, unit="batch"
-    ):  # one at a time: the predictions are as many numbers as there are words for each token
+    # one batch at a time: the predictions are as many numbers as there are words for each token
+    for batch in tqdm(inputs, desc=TRYING, unit="batch"):
         before = predictions(batch)
         tokens += len(before)
         for key, mean in means.items():
