@@ -23,7 +23,6 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
-    Trainer,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -65,19 +64,6 @@ class Splits(NamedTuple):
     test: list
 
 
-class AnswersOnly(Trainer):
-    """Trains with the logits that labels are for, and no others: with many words those are most of a step's work."""
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if model.training:
-            labelled = (inputs["labels"] != -100).any(dim=0)
-            kept = len(labelled) - int(labelled.nonzero()[0]) + 1  # a label is for the token before it
-            inputs = inputs | {"labels": inputs["labels"][:, -kept:], "logits_to_keep": kept}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Task:
     """A model and what it is to learn.
@@ -94,7 +80,6 @@ class Task:
         seeds: How many seeds the methods that matter most are run with.
         rates: Learning rates to choose from, for each kind of adapter: three, and further ones as long as the lowest
             or the highest is the best.
-        trainer: The Trainer, if the method has no other.
     """
 
     model: str
@@ -107,7 +92,6 @@ class Task:
     test: int
     seeds: int = 3
     rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: rates({}))
-    trainer: type[Trainer] = Trainer
 
     has_prompts = True
     has_fresh_head = False
@@ -403,7 +387,7 @@ TASKS = [
     ),
     Answers(
         model="Gemma3-270M", name="movie reviews", kind="movie", word="Review", pretrained=GEMMA, layers=18,
-        counts=(5, 7), steps=60, batch_size=8, validation=200, test=600, trainer=AnswersOnly,
+        counts=(5, 7), steps=60, batch_size=8, validation=200, test=600,
     ),
     Pictures(
         model="LLaVA", name="easy-VQA", layers=30, counts=(8, 12), steps=90, batch_size=8, validation=300, test=600,

@@ -67,7 +67,7 @@ class Method:
         adapter: The kind of adapter, which says whose learning rate it is: a method that the rate is chosen with.
             `"LoRA"` learns on a model whose chosen attentions are gone.
         settings: Of the `EASConfig`.
-        trainer: The Trainer, if not the task's.
+        trainer: The Trainer.
         reference: Name of what searches in place of `EASCallback`, in `references.py`, if anything.
         adapts_retained_ffns: Whether adapters in front of the FFNs of retained attentions are trained.
         version: The version of the package that it needs, as the beginning of it; any if `""`.
@@ -76,7 +76,7 @@ class Method:
     chosen: str
     adapter: str = GIVEN
     settings: dict[str, Any] = field(default_factory=dict)
-    trainer: type[Trainer] | None = None
+    trainer: type[Trainer] = Trainer
     reference: str = ""
     adapts_retained_ffns: bool = True
     version: str = "0.2."
@@ -271,9 +271,7 @@ def train(run: Run, model: PeftModel, callbacks: list[EASCallback], learning_rat
             seed=run.seed,
             use_cpu=True,
         )
-        # 0.1.0 tells from all labels what the prompt is
-        usual = Trainer if METHODS[run.method].adapter == "0.1.0" else task.trainer
-        trainer = (METHODS[run.method].trainer or usual)(
+        trainer = METHODS[run.method].trainer(
             model,
             args,
             train_dataset=task.drawn(run.seed),
