@@ -215,6 +215,10 @@ class Answers(Task):
         return load_tokenizer(self.pretrained)
 
     @functools.cached_property
+    def collator(self) -> Callable[[list], Any]:
+        return collator(self.tokenizer)  # once: it copies the tokenizer, which takes seconds
+
+    @functools.cached_property
     def splits(self) -> Splits:
         texts = [text._replace(kind=self.word) for text in shuffled_texts(self.kind, self.max_length)]
         train, search, validation, test = self.split(texts)
@@ -224,7 +228,7 @@ class Answers(Task):
         return load_model(self.pretrained)
 
     def collate(self, examples: list) -> dict[str, torch.Tensor]:
-        return dict(collator(self.tokenizer)(examples))
+        return dict(self.collator(examples))
 
     def losses(self, model: nn.Module, examples: Sequence) -> tuple[torch.Tensor, torch.Tensor | None]:
         examples = sorted(examples, key=lambda review: len(review.text))
