@@ -29,7 +29,7 @@ matplotlib.use("agg")
 import transformers
 from matplotlib import pyplot as plt
 from tasks import GIVEN, TASKS, Source, Task
-from trainings import MAIN, METHODS, SETS, Rows, Run, best_rate, key_of, wanted_runs, work
+from trainings import MAIN, METHODS, SETS, Rows, Run, best_rate, key_of, rate_losses, wanted_runs, work
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DRAWN = {"evidence": [method for method in MAIN if method != "LoRA"], "choices": ["EAS", *SETS]}
@@ -251,12 +251,14 @@ def summarise(rows: Sequence[dict]) -> str:
         task = table.task
         lines += ["", f"## {task.title}", "", _sizes(task), "", table.markdown()]
     chosen = _rates(rows)
+    several = " and ".join(task.title for task in TASKS if task.rate_seeds > 1)
     if chosen:
         lines += [
             "",
             "## Learning rates",
             "",
-            "Validation loss with each; the lowest is taken, whatever count and seed.",
+            "Validation loss with each, of the lower count; the lowest is taken, whatever count and seed. It is that",
+            f"of one seed, or of three, where runs of one rate differ by more than rates do: {several}.",
         ]
         lines += ["", "| model, task | adapter | rate: loss |", "|---|---|---|", *chosen]
     return "\n".join(lines) + "\n"
@@ -270,16 +272,17 @@ def _sizes(task: Task) -> str:
 def _rates(rows: Sequence[dict]) -> list[str]:
     lines = []
     for task in TASKS:
-        for kind, tried in task.rates.items():
-            found = [r for r in rows if r["kind"] == "rate" and (r["model"], r["task"], r["method"]) ==
-                     (task.model, task.name, kind)]  # fmt: skip
-            if len(found) < len(tried):
+        for kind in task.rates:
+            run = Run(task, kind, 0 if kind == "LoRA" else task.counts[0])
+            keys = {needed.key for needed in run.needed()}
+            found = [row for row in rows if row["kind"] == "rate" and key_of(row) in keys]
+            if len(found) < len(keys):
                 continue
-            best = best_rate(Run(task, kind, 0), found)
+            losses, best = rate_losses(found), best_rate(run, found)
             cells = (
-                f"{'**' * (r['learning_rate'] == best)}{r['learning_rate']:g}{'**' * (r['learning_rate'] == best)}: "
-                + ("not finite" if r["validation_loss"] is None else f"{r['validation_loss']:.3f}")
-                for r in sorted(found, key=lambda r: r["learning_rate"])
+                f"{'**' * (rate == best)}{rate:g}{'**' * (rate == best)}: "
+                + (f"{losses[rate]:.3f}" if math.isfinite(losses[rate]) else "not finite")
+                for rate in sorted(losses)
             )
             lines.append(f"| {task.title} | {kind} | {', '.join(cells)} |")
     return lines

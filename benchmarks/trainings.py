@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import statistics
 import tempfile
 import time
 import traceback
@@ -147,8 +148,9 @@ class Run:
             return []
         found = [replace(self, method="EAS")] if METHODS[self.method].chosen == "found" else []
         kind = METHODS[self.method].adapter
-        skipped = 0 if kind == "LoRA" else self.task.counts[0]
-        return [*(Run(self.task, kind, skipped, 0, rate) for rate in self.task.rates[kind]), *found]
+        skipped, seeds = 0 if kind == "LoRA" else self.task.counts[0], range(self.task.rate_seeds)
+        tried = [Run(self.task, kind, skipped, seed, rate) for seed in seeds for rate in self.task.rates[kind]]
+        return [*tried, *found]
 
 
 def key_of(row: dict) -> str:
@@ -287,10 +289,17 @@ def train(run: Run, model: PeftModel, callbacks: list[EASCallback], learning_rat
 def best_rate(run: Run, rows: Iterable[dict]) -> float:
     """The learning rate with the lowest validation loss, of those tried for this kind of adapter."""
     keys = {needed.key for needed in run.needed()}
-    tried = [row for row in rows if row["kind"] == "rate" and key_of(row) in keys]
-    return min(tried, key=lambda row: math.inf if row["validation_loss"] is None else row["validation_loss"])[
-        "learning_rate"
-    ]
+    tried = rate_losses(row for row in rows if row["kind"] == "rate" and key_of(row) in keys)
+    return min(tried, key=tried.__getitem__)
+
+
+def rate_losses(rows: Iterable[dict]) -> dict[float, float]:
+    """The validation loss with each learning rate, the mean over seeds; infinite if one of them diverged."""
+    losses: dict[float, list[float]] = {}
+    for row in rows:
+        loss = row["validation_loss"]
+        losses.setdefault(row["learning_rate"], []).append(math.inf if loss is None else loss)
+    return {rate: statistics.fmean(of_seeds) for rate, of_seeds in losses.items()}
 
 
 def is_alike(run: Run, row: dict, rows: Iterable[dict] = ()) -> bool:
@@ -312,10 +321,11 @@ def execute(run: Run, rows: Sequence[dict]) -> dict:
     """Do a run, and give its row; `rows` are those of the runs it needs, and others."""
     task = run.task
     learning_rate = best_rate(run, rows) if run.rate is None else run.rate
-    same = Run(task, run.method, run.skipped, run.seed, learning_rate)
+    kind = "run" if run.rate is None else "rate"
+    same = replace(run, rate=learning_rate).key
     for row in rows:
-        if run.rate is None and key_of(row) == same.key:
-            return row | {"kind": "run"}  # it was done when the rate was chosen
+        if key_of(row | {"kind": "rate"}) == same:
+            return row | {"kind": kind}  # whether a rate was tried with it or not, it is the same run
         if is_alike(run, row, rows):
             return row | {"method": run.method}
     model, callbacks = prepare(run, rows)
@@ -341,7 +351,7 @@ def execute(run: Run, rows: Sequence[dict]) -> dict:
         "test_se": _number(losses.std() / math.sqrt(len(losses))),
         "validation_loss": _number(validation.mean()),
         "date": time.strftime("%Y-%m-%d"),
-        "kind": "run" if run.rate is None else "rate",
+        "kind": kind,
         **exchanges(callbacks),
     }
 

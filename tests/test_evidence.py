@@ -142,6 +142,28 @@ def test_a_rate_that_diverged_is_not_chosen(task):
     assert trainings.best_rate(run, tried) == 1e-3
 
 
+def test_a_rate_is_chosen_by_the_mean_over_as_many_seeds_as_the_task_says(task):
+    """Seed 0 likes 0.001, by less than the other one likes 0.01."""
+    losses = {(1e-3, 0): 0.3, (1e-2, 0): 0.4, (1e-3, 1): 0.8, (1e-2, 1): 0.5, (1e-3, 2): 0.1, (1e-2, 2): 0.9}
+
+    def tried(run):
+        return [fake(n, []) | {"validation_loss": losses[n.rate, n.seed]} for n in run.needed()]
+
+    of_one, of_two = Run(task, "LoRA", 0, 4), Run(replace(task, rate_seeds=2), "LoRA", 0, 4)
+    assert [(n.seed, n.rate) for n in of_two.needed()] == [(0, 1e-3), (0, 1e-2), (1, 1e-3), (1, 1e-2)]
+    assert trainings.best_rate(of_one, tried(of_two)) == 1e-3
+    assert trainings.best_rate(of_two, tried(of_two)) == 1e-2
+    diverged = [made | {"validation_loss": None} if made["seed"] else made for made in tried(of_two)]
+    assert trainings.rate_losses(diverged) == {1e-3: math.inf, 1e-2: math.inf}
+
+
+def test_a_run_with_a_rate_that_is_tried_later_is_not_repeated(task):
+    run = Run(task, "LoRA", 0, 1, 1e-2)
+    made = fake(Run(task, "LoRA", 0, 1), [fake(n, []) for n in Run(task, "LoRA", 0, 1).needed()])
+    assert made["learning_rate"] == 1e-2
+    assert trainings.execute(run, [made]) == made | {"kind": "rate"}  # trains nothing
+
+
 def test_a_failure_keeps_only_what_needs_it_from_being_done(task, rows, capsys):
     runs = with_needed(Run(task, "LoRA", 0, 0), Run(task, "EAS", 2, 0))
 
