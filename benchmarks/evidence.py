@@ -29,7 +29,7 @@ matplotlib.use("agg")
 import transformers
 from matplotlib import pyplot as plt
 from tasks import GIVEN, TASKS, Source, Task
-from trainings import MAIN, METHODS, SETS, Rows, Run, best_rate, key_of, rate_losses, wanted_runs, work
+from trainings import MAIN, METHODS, SETS, Rows, Run, best_rate, current, key_of, rate_losses, wanted_runs, work
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DRAWN = {"evidence": [method for method in MAIN if method != "LoRA"], "choices": ["EAS", *SETS]}
@@ -359,14 +359,15 @@ def main() -> None:
     rows = Rows(RESULTS / "evidence.json")
     runs = wanted_runs(args.only)
     if args.list:
-        done = {key_of(row) for row in rows.read()}
+        done = {key_of(row) for row in current(rows.read())}
         for run in runs:
             print("done   " if run.key in done else "missing", run.key)
         return
     failed = [] if args.summary else work(runs, rows)
-    (RESULTS / "evidence.md").write_text(summarise(rows.read()))
+    made = current(rows.read())
+    (RESULTS / "evidence.md").write_text(summarise(made))
     for name, methods in DRAWN.items():
-        draw(rows.read(), methods, RESULTS / f"{name}.png")
+        draw(made, methods, RESULTS / f"{name}.png")
     if failed:
         raise SystemExit("error: these runs failed, or need one that did:\n" + "\n".join(failed))
 

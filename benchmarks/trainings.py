@@ -302,6 +302,25 @@ def rate_losses(rows: Iterable[dict]) -> dict[float, float]:
     return {rate: statistics.fmean(of_seeds) for rate, of_seeds in losses.items()}
 
 
+def current(rows: Sequence[dict], tasks: Iterable[Task] = TASKS) -> list[dict]:
+    """The rows without those of runs with another learning rate than the one that is chosen now."""
+    by_title = {task.title: task for task in tasks}
+
+    @functools.cache
+    def chosen(task: Task, adapter: str) -> float | None:
+        needed = {run.key for run in Run(task, adapter, 0).needed()}
+        tried = [row for row in rows if row["kind"] == "rate" and key_of(row) in needed]
+        return best_rate(Run(task, adapter, 0), tried) if len(tried) == len(needed) else None
+
+    def is_current(row: dict) -> bool:
+        task, method = by_title.get(f"{row['model']}, {row['task']}"), METHODS.get(row["method"])
+        if row["kind"] == "rate" or task is None or method is None:
+            return True
+        return chosen(task, method.adapter) in (None, row["learning_rate"])
+
+    return [row for row in rows if is_current(row)]
+
+
 def is_alike(run: Run, row: dict, rows: Iterable[dict] = ()) -> bool:
     """Whether the row is of a run that was the same but for how the set was chosen, and has the same set; a search is
     the same as its start alone if it has exchanged nothing."""
@@ -393,10 +412,10 @@ class Rows:
         return json.loads(self.path.read_text()) if self.path.exists() else []
 
     def add(self, row: dict) -> None:
-        """Write the row. An interruption leaves the rows as they were."""
+        """Write the row, in place of one of the same run. An interruption leaves the rows as they were."""
         fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)
         try:
-            rows = [*self.read(), row]
+            rows = [*(other for other in self.read() if key_of(other) != key_of(row)), row]
             scratch = self.path.with_suffix(".part")
             scratch.write_text("[\n" + ",\n".join(json.dumps(each, allow_nan=False) for each in rows) + "\n]\n")
             os.replace(scratch, self.path)
@@ -425,15 +444,16 @@ def wanted_runs(only: Sequence[str]) -> list[Run]:
 
 
 def work(runs: Sequence[Run], rows: Rows, execute: Callable[[Run, list[dict]], dict] = execute) -> list[str]:
-    """Do the runs that have no row and that this version of the package can; returns the names of those that failed."""
+    """Do the runs that have no `current` row and that this version of the package can; returns names of what failed."""
     here = [run for run in runs if peft_eas.__version__.startswith(METHODS[run.method].version)]
-    done = {key_of(row) for row in rows.read()}
+    tasks = {run.task for run in runs}
+    done = {key_of(row) for row in current(rows.read(), tasks)}
     others = sum(run not in here and run.key not in done for run in runs)
     if others:
         print(f"{others} runs are left for another version of peft_eas; this is {peft_eas.__version__}", flush=True)
     failed: list[str] = []
     while True:
-        done = {key_of(row) for row in rows.read()}
+        done = {key_of(row) for row in current(rows.read(), tasks)}
         missing = [run for run in here if run.key not in done and run.key not in failed]
         lost = [run for run in missing if any(needed.key in failed for needed in run.needed())]
         failed += [run.key for run in lost]
@@ -452,7 +472,7 @@ def _do(run: Run, rows: Rows, execute: Callable[[Run, list[dict]], dict], failed
     with rows.claim(run.key) as mine:
         if not mine:
             return False
-        present = rows.read()
+        present = current(rows.read(), [run.task])
         if any(key_of(row) == run.key for row in present):
             return True  # of another process, a moment ago
         print(f"== {run.key}", flush=True)

@@ -157,6 +157,23 @@ def test_a_rate_is_chosen_by_the_mean_over_as_many_seeds_as_the_task_says(task):
     assert trainings.rate_losses(diverged) == {1e-3: math.inf, 1e-2: math.inf}
 
 
+def test_runs_with_a_rate_that_is_not_chosen_any_more_are_done_again(task, rows):
+    run = Run(task, "LoRA", 0, 1)
+    trainings.work(with_needed(run), rows, fake)
+    assert [r["learning_rate"] for r in trainings.current(rows.read(), [task])] == [1e-3, 1e-2, 1e-2]
+    more = replace(task, rate_seeds=2)  # and the second likes the other rate
+
+    def execute(run, present):
+        made = fake(run, present)
+        return made | {"validation_loss": 1.0} if (run.rate, run.seed) == (1e-2, 1) else made
+
+    assert len(trainings.current(rows.read(), [more])) == 3  # as long as not all are tried
+    trainings.work(with_needed(Run(more, "LoRA", 0, 1)), rows, execute)
+    of_run = [r for r in rows.read() if trainings.key_of(r) == run.key]
+    assert [r["learning_rate"] for r in of_run] == [1e-3]
+    assert trainings.current(rows.read(), [more]) == rows.read()
+
+
 def test_a_run_with_a_rate_that_is_tried_later_is_not_repeated(task):
     run = Run(task, "LoRA", 0, 1, 1e-2)
     made = fake(Run(task, "LoRA", 0, 1), [fake(n, []) for n in Run(task, "LoRA", 0, 1).needed()])
