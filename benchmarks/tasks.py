@@ -366,12 +366,10 @@ def in_batches(examples: Sequence, size: int, collate: Callable[[list], dict]) -
         yield collate(list(examples[start : start + size]))
 
 
-def _mini_lm(
-    name: str, kind: str, test: int, further: dict[str, tuple[float, ...]], validation: int = 300, rate_seeds: int = 1
-) -> Task:
+def _mini_lm(name: str, kind: str, test: int, further: dict[str, tuple[float, ...]], validation: int = 300) -> Task:
     return Classification(
         model="MiniLM", name=name, kind=kind, layers=6, counts=(2, 3), steps=150, batch_size=16, validation=validation,
-        test=test, seeds=5, rates=rates(further), rate_seeds=rate_seeds,
+        test=test, seeds=5, rates=rates(further),
         adapted={"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "pooler"]},
     )  # fmt: skip
 
@@ -380,7 +378,7 @@ SMOL = dict(model="SmolLM2", layers=30, counts=(8, 12))
 TASKS = [
     _mini_lm("movie reviews", "movie", 4000, {"0.1.0": (4e-3,)}, validation=1000),
     _mini_lm("tweets", "tweets", 1440, {"LoRA": (8e-3,), GIVEN: (5e-4,), "0.1.0": (4e-3, 8e-3)}),
-    _mini_lm("product reviews", "amazon", 1040, {"LoRA": (8e-3,)}, rate_seeds=3),
+    _mini_lm("product reviews", "amazon", 1040, {"LoRA": (8e-3,)}),
     _mini_lm("editorials", "editorial", 1000, {GIVEN: (5e-4,)}),
     Source(
         **SMOL, name="Python source", steps=60, batch_size=4, validation=40, test=200,
