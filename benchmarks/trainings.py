@@ -411,11 +411,11 @@ class Rows:
     def read(self) -> list[dict]:
         return json.loads(self.path.read_text()) if self.path.exists() else []
 
-    def add(self, row: dict) -> None:
-        """Write the row, in place of one of the same run. An interruption leaves the rows as they were."""
+    def add(self, row: dict, replaces: Callable[[dict], bool] = lambda other: False) -> None:
+        """Write the row, in place of those that it replaces. An interruption leaves the rows as they were."""
         fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)
         try:
-            rows = [*(other for other in self.read() if key_of(other) != key_of(row)), row]
+            rows = [*(other for other in self.read() if not replaces(other)), row]
             scratch = self.path.with_suffix(".part")
             scratch.write_text("[\n" + ",\n".join(json.dumps(each, allow_nan=False) for each in rows) + "\n]\n")
             os.replace(scratch, self.path)
@@ -482,6 +482,6 @@ def _do(run: Run, rows: Rows, execute: Callable[[Run, list[dict]], dict], failed
             traceback.print_exc()  # one method that can't be run must not keep the others from it
             failed.append(run.key)
             return True
-        rows.add(row)
+        rows.add(row, replaces=lambda other: key_of(other) == run.key)
         print(json.dumps(row), flush=True)
         return True
