@@ -29,7 +29,7 @@ matplotlib.use("agg")
 import transformers
 from matplotlib import pyplot as plt
 from tasks import GIVEN, TASKS, Source, Task
-from trainings import MAIN, METHODS, SETS, Rows, Run, best_rate, current, key_of, rate_losses, wanted_runs, work
+from trainings import MAIN, METHODS, SETS, Rows, Run, current, key_of, rate_losses, rate_rows, wanted_runs, work
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DRAWN = {"evidence": [method for method in MAIN if method != "LoRA"], "choices": ["EAS", *SETS]}
@@ -274,11 +274,10 @@ def _rates(rows: Sequence[dict]) -> list[str]:
     for task in TASKS:
         for kind in task.rates:
             run = Run(task, kind, 0 if kind == "LoRA" else task.counts[0])
-            keys = {needed.key for needed in run.needed()}
-            found = [row for row in rows if row["kind"] == "rate" and key_of(row) in keys]
-            if len(found) < len(keys):
+            losses = rate_losses(rate_rows(run, rows))
+            if not losses:
                 continue
-            losses, best = rate_losses(found), best_rate(run, found)
+            best = min(losses, key=losses.__getitem__)
             cells = (
                 f"{'**' * (rate == best)}{rate:g}{'**' * (rate == best)}: "
                 + (f"{losses[rate]:.3f}" if math.isfinite(losses[rate]) else "not finite")

@@ -288,9 +288,15 @@ def train(run: Run, model: PeftModel, callbacks: list[EASCallback], learning_rat
 
 def best_rate(run: Run, rows: Iterable[dict]) -> float:
     """The learning rate with the lowest validation loss, of those tried for this kind of adapter."""
-    keys = {needed.key for needed in run.needed()}
-    tried = rate_losses(row for row in rows if row["kind"] == "rate" and key_of(row) in keys)
+    tried = rate_losses(rate_rows(run, rows))
     return min(tried, key=tried.__getitem__)
+
+
+def rate_rows(run: Run, rows: Iterable[dict]) -> list[dict]:
+    """The rows of the runs that its learning rate is chosen by; none as long as one is missing."""
+    keys = {needed.key for needed in run.needed() if needed.rate is not None}
+    found = [row for row in rows if row["kind"] == "rate" and key_of(row) in keys]
+    return found if len(found) == len(keys) else []
 
 
 def rate_losses(rows: Iterable[dict]) -> dict[float, float]:
@@ -308,9 +314,8 @@ def current(rows: Sequence[dict], tasks: Iterable[Task] = TASKS) -> list[dict]:
 
     @functools.cache
     def chosen(task: Task, adapter: str) -> float | None:
-        needed = {run.key for run in Run(task, adapter, 0).needed()}
-        tried = [row for row in rows if row["kind"] == "rate" and key_of(row) in needed]
-        return best_rate(Run(task, adapter, 0), tried) if len(tried) == len(needed) else None
+        run = Run(task, adapter, 0)
+        return best_rate(run, rows) if rate_rows(run, rows) else None
 
     def is_current(row: dict) -> bool:
         task, method = by_title.get(f"{row['model']}, {row['task']}"), METHODS.get(row["method"])
