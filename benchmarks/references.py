@@ -32,8 +32,8 @@ class Bandit(Search):
         scores = [math.inf if score is None else score for score in self.state.scores]
         self.preferences = bandit.preferences_from_scores(scores, self.state.count)
 
-    def before_step(self, step: int) -> None:
-        super().before_step(step)
+    def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        super().before_step(step, optimizer)
         if self.state.start and self.state.settled is None:
             arms = bandit.draw(self.preferences, self.state.count, random.Random(f"{self.args.seed} step {step}"))
             self.gates.set(self.state.to_layers(arms))

@@ -160,3 +160,25 @@ def test_what_fails_while_training_leaves_nothing_on_the_model(tmp_path):
     with pytest.raises(OSError, match="disk"):
         made.train()
     assert not model._forward_pre_hooks
+
+
+def test_what_fails_where_the_rate_rises_gives_the_rate_back(tmp_path):
+    """A forward of a step, with an optimizer of the user's, which goes on in the next training."""
+    model, is_wrong = fresh(), [True]
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+    def fail(module, args, output):
+        if is_wrong and module.training and made.state.global_step == 4:
+            raise OSError("device")
+
+    model.register_forward_hook(fail)
+    made = trainer(
+        tmp_path, model, callbacks=[EASCallback(**SEARCH)], max_steps=STEPS, save_strategy="no",
+        optimizers=(optimizer, constant),
+    )  # fmt: skip
+    with pytest.raises(OSError, match="device"):
+        made.train()
+    is_wrong.clear()
+    made.train()
+    assert optimizer.param_groups[0]["lr"] == 1e-3

@@ -57,6 +57,59 @@ def test_each_optimizer_step_skips_the_best_set_so_far_and_the_chosen_one_in_the
     assert model.peft_config["default"].skip_layers == model.skip_layers
 
 
+class Rates(TrainerCallback):
+    """Writes down each optimizer step's learning rates, one for each group of parameters, and those that are logged."""
+
+    def __init__(self):
+        self.rates, self.logged = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "learning_rate" in logs:
+            self.logged.append(logs["learning_rate"])
+
+
+def exponential(model):
+    """An optimizer of two groups, and a scheduler that goes by the rates that it finds."""
+    first, *others = (p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW([{"params": [first], "lr": 1e-2}, {"params": others, "lr": 1e-3}])
+    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+def stepping(model):
+    """An optimizer whose step is the scheduler's, too, as with DeepSpeed."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    step, scheduler.step = scheduler.step, lambda *args: None
+    optimizer.register_step_post_hook(lambda *args: step())
+    return optimizer, scheduler
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+@pytest.mark.parametrize(
+    "optimizers", [lambda model: (None, None), exponential, stepping], ids=["linear", "exponential", "stepping"]
+)
+def test_the_rate_rises_again_when_attentions_go(tmp_path, optimizers, warmup_steps):
+    """And each step is the Trainer's own otherwise: next to a training without a search."""
+    seen = {}
+    for name, settings in (("given", dict(skip_layers=[4, 5])), ("search", {})):
+        model, seen[name] = fresh(**settings), Rates()
+        search = EASCallback(**SEARCH | dict(warmup_steps=warmup_steps))
+        made = trainer(
+            tmp_path, model, [search, seen[name]], optimizers(model), max_steps=20, gradient_accumulation_steps=2,
+            save_strategy="no", logging_strategy="steps", logging_steps=1,
+        )  # fmt: skip
+        made.train()
+    factors = [1.0] * 3 + [1 / 4, 2 / 4, 3 / 4] + [1.0] * 14 if warmup_steps else [1.0] * 20
+    assert len(seen["given"].rates) == 20
+    expected = [[rate * factor for rate in rates] for rates, factor in zip(seen["given"].rates, factors, strict=True)]
+    assert seen["search"].rates == [pytest.approx(rates) for rates in expected]
+    assert seen["search"].logged == seen["given"].logged
+    assert search.report["is_settled"]
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_costs_are_differences_of_the_loss_with_one_attention_turned(tmp_path, family, monkeypatch):
     """Against a copy of the model, made when the round begins, with the set put in place by `set_skip_layers`."""

@@ -36,7 +36,8 @@ class EASCallback(TrainerCallback):
 
     The warm-up skips nothing: which attentions a task needs shows once the model has begun to learn it. When it ends,
     the stand-ins of all attentions are measured in the model as it is then, and the first set is chosen with them. From
-    then on all optimizer steps skip the best set so far, so that what is learned serves it. Every `interval` steps some
+    then on all optimizer steps skip the best set so far, so that what is learned serves it; over as many steps as the
+    warm-up had, the learning rate rises once more, from nothing to what the scheduler says. Every `interval` steps some
     attentions are tried on held-out batches: how does the Trainer's own loss change if this one is skipped, too, or is
     not? One that costs clearly less than one in the set takes its place (see `peft_eas.search.exchange`). At the end of
     the search what was found and the start are compared on all of the held-out examples; the better one is skipped for
@@ -50,7 +51,8 @@ class EASCallback(TrainerCallback):
     Args:
         search_dataset: Examples to score with, as the Trainer's collator takes them; a few hundred that are not trained
             on. By default examples of the training set that are not in the batch just trained on.
-        warmup_steps: Optimizer steps, or fraction of all of them, in which nothing is skipped.
+        warmup_steps: Optimizer steps, or fraction of all of them, in which nothing is skipped; in as many that follow,
+            the learning rate rises again.
         search_steps: Optimizer steps, or fraction of all of them, from the end of the warm-up to the choice.
         interval: Optimizer steps from one round to the next.
         num_candidates: Attentions that are tried in a round.
@@ -149,10 +151,15 @@ class EASCallback(TrainerCallback):
         state.stateful_callbacks[STATE_KEY] = vars(self._search.state)
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
     ) -> None:
         if self._search is not None:
-            self._search.before_step(state.global_step)
+            self._search.before_step(state.global_step, optimizer)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,6 +176,7 @@ class EASCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._search is not None:
+            self._search.restore_rate()
             self._search.rewind_idle_state(state.global_step, optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

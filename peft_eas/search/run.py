@@ -76,6 +76,7 @@ class Search:
         self.written: dict[str, Any] = {}  # the last report
         self.seen: set[int] = set()
         self.hook: RemovableHandle | None = None
+        self.lowered: list[tuple[dict[str, Any], Any, Any]] = []  # groups of the optimizer, their rates, and lower ones
         if saved is None:
             count, about = self._count()
             schedule = Schedule.of(settings.warmup_steps, settings.search_steps, settings.interval, max_steps)
@@ -101,9 +102,10 @@ class Search:
 
     # What the Trainer's events ask for -------------------------------------------------------------------------------
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Look, in this step alone, at what is trained on: between steps nothing is left on the model."""
         self.release()
+        self.lower_rate(self.state.schedule.rate(step), optimizer)
         self.seen.clear()
         if self.settings.search_dataset is None and self.state.settled is None:
             self.hook = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
@@ -130,6 +132,20 @@ class Search:
             if "step" in state:
                 state["step"] = state["step"] * 0
         self.idle_before = []
+
+    def lower_rate(self, factor: float, optimizer: torch.optim.Optimizer) -> None:
+        """Multiply the learning rate for one step; before it begins, as DeepSpeed's optimizer steps in the backward."""
+        for group in optimizer.param_groups if factor < 1 else ():
+            rate = group["lr"]
+            group["lr"] = rate * factor
+            self.lowered.append((group, rate, group["lr"]))
+
+    def restore_rate(self) -> None:
+        """Before the scheduler steps: some go by the rate they find. DeepSpeed's has stepped, and its rate stays."""
+        for group, rate, lower in self.lowered:
+            if group["lr"] is lower:
+                group["lr"] = rate
+        self.lowered = []
 
     def after_step(self, step: int) -> None:
         self.release()
@@ -175,7 +191,8 @@ class Search:
         self._write_report()
 
     def release(self) -> None:
-        """Let go of the model's training forwards."""
+        """Let go of the model's training forwards and, after an exception in a step, of the learning rate."""
+        self.restore_rate()
         if self.hook is not None:
             self.hook.remove()
             self.hook = None

@@ -35,6 +35,14 @@ class Schedule:
             return "settled"
         return "warm-up" if step < self.warmup else "search"
 
+    def rate(self, step: int) -> float:
+        """By what the learning rate is multiplied in the optimizer step that follows `step` others.
+
+        Once attentions are skipped it rises from nothing again, over as many steps as the warm-up had.
+        """
+        done = step - self.warmup
+        return (done + 1) / (self.warmup + 1) if 0 <= done < self.warmup else 1.0
+
     def scores_after(self, step: int) -> bool:
         """Whether candidates are scored after `step` optimizer steps: every `interval`, and last where it settles."""
         return self.warmup < step <= self.settle and (self.settle - step) % self.interval == 0

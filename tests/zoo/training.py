@@ -36,7 +36,7 @@ def collate(examples):
     return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": padded("labels", -100)}
 
 
-def trainer(path, model, callbacks=None, **kwargs):
+def trainer(path, model, callbacks=None, optimizers=(None, None), **kwargs):
     settings = dict(
         output_dir=str(path),
         per_device_train_batch_size=4,
@@ -57,6 +57,7 @@ def trainer(path, model, callbacks=None, **kwargs):
         eval_dataset=dataset(8),
         data_collator=collate,
         callbacks=callbacks,
+        optimizers=optimizers,
     )
 
 
