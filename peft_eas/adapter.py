@@ -14,23 +14,22 @@ from .config import EASConfig
 
 
 class Dense(NamedTuple):
-    """An adapter as `z + (z down^T + down_bias) up^T + up_bias`: groups are block-diagonal matrices here, the branches
-    are added up, and the scaling is in."""
+    """An adapter as `z + z down^T up^T + bias`: groups are block-diagonal matrices here, the branches are added up, and
+    the scaling is in."""
 
     down: torch.Tensor  # (r, d)
-    down_bias: torch.Tensor | None  # (r,)
     up: torch.Tensor  # (d, r)
-    up_bias: torch.Tensor | None  # (d,)
+    bias: torch.Tensor | None  # (d,)
 
 
 class Adapter(nn.Module):
     """A low-rank adapter in front of the linears that read `z (B, T, d)`:
 
-        adapt(z) = z + s * sum_j alpha_j * ((z A^T + a) B_j^T + b_j)                    (1)
+        adapt(z) = z + s * sum_j alpha_j * (z A^T B_j^T + b_j)                          (1)
 
-    Its parameters are `down`, `A (r, d)`; `up`, `B (branches, g, d/g, r/g)` in `g` groups; with `use_bias`,
-    `down_bias`, `a (r,)`, and `up_bias`, `b (branches, d)`; with `router="static"`, which makes two branches, `router
-    (2,)`, whose softmax is `alpha`. A fresh one is an identity if `config.init_weights`.
+    Its parameters are `down`, `A (r, d)`; `up`, `B (branches, g, d/g, r/g)` in `g` groups; with `use_bias`, `bias`,
+    `b (branches, d)`; with `router="static"`, which makes two branches, `router (2,)`, whose softmax is `alpha`. A
+    fresh one is an identity if `config.init_weights`.
 
     Args:
         config: Says groups, branches, biases, scaling and dropout.
@@ -41,9 +40,8 @@ class Adapter(nn.Module):
     """
 
     down: nn.Parameter
-    down_bias: nn.Parameter | None
     up: nn.Parameter
-    up_bias: nn.Parameter | None
+    bias: nn.Parameter | None
     router: nn.Parameter | None
 
     def __init__(
@@ -64,9 +62,8 @@ class Adapter(nn.Module):
             blocks[1] = -blocks[0]
         values = {
             "down": kaiming(rank, size),
-            "down_bias": torch.zeros(rank) if config.use_bias else None,
             "up": blocks,
-            "up_bias": torch.zeros(branches, size) if config.use_bias else None,
+            "bias": torch.zeros(branches, size) if config.use_bias else None,
             "router": torch.zeros(2) if config.router == "static" else None,
         }
         for name, value in values.items():
@@ -76,13 +73,8 @@ class Adapter(nn.Module):
 
     def dense(self) -> Dense:
         """The adapter in the form that the mathematics has it."""
-        up, up_bias = self._unscaled_up()
-        return Dense(
-            down=self.down,
-            down_bias=self.down_bias,
-            up=up * self.scaling,
-            up_bias=None if up_bias is None else up_bias * self.scaling,
-        )
+        up, bias = self._unscaled()
+        return Dense(self.down, up * self.scaling, None if bias is None else bias * self.scaling)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Equation (1): `(B, T, d) -> (B, T, d)`, of the dtype of `z`."""
@@ -91,17 +83,17 @@ class Adapter(nn.Module):
         if self.dropout:
             read = F.dropout(read, self.dropout, self.training)
         # not `dense()`, which scales matrices: this adds the scaled tokens up in one step
-        added = F.linear(F.linear(read, down, self.down_bias), *self._unscaled_up())
+        added = F.linear(F.linear(read, down), *self._unscaled())
         mapped = torch.add(z, added, alpha=self.scaling)
         return mapped if mapped.dtype == z.dtype else mapped.to(z.dtype)
 
-    def _unscaled_up(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _unscaled(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The matrix `(d, r)` and the bias `(d,)` that the branches come to."""
-        up, up_bias, router = self.up, self.up_bias, self.router
+        up, bias, router = self.up, self.bias, self.router
         if router is None and up.shape[1] == 1:  # one matrix: the default, and what decoding asks for once a token
-            return up.flatten(0, 2), None if up_bias is None else up_bias.flatten()
+            return up.flatten(0, 2), None if bias is None else bias.flatten()
         alpha = None if router is None else torch.softmax(router, dim=-1)
-        return pia.mix(pia.dense_up(up), alpha), None if up_bias is None else pia.mix(up_bias, alpha)
+        return pia.mix(pia.dense_up(up), alpha), None if bias is None else pia.mix(bias, alpha)
 
 
 def kaiming(rows: int, columns: int) -> torch.Tensor:

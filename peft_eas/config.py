@@ -63,7 +63,7 @@ class EASConfig(PeftConfig):
         dropout (`float`): Dropout probability of the adapters' inputs while training.
         scaling (`float`): Factor `s` of the adapters' output, from 1e-4 to 1e4, or from -1e4 to -1e-4; as LoRA's
             `lora_alpha / r`, so learning rates are about those of LoRA.
-        use_bias (`bool`): Whether down- and up-projections have biases. Merged linears then have one, too.
+        use_bias (`bool`): Whether adapters add a bias. Merged linears then have one, too.
         init_weights (`bool`): `True` makes a fresh adapter an identity; `False` draws the up-projections at random.
         target_modules (`list[str]` or `str`, *optional*): Restricts the attention and FFN modules that get adapters, by
             suffix or regular expression. Defaults to those of every decoder layer that has an attention.
@@ -101,7 +101,7 @@ class EASConfig(PeftConfig):
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapters' inputs."})
     scaling: float = field(default=0.25, metadata={"help": "Factor of the adapters' output."})
-    use_bias: bool = field(default=True, metadata={"help": "Whether the adapters' projections have biases."})
+    use_bias: bool = field(default=True, metadata={"help": "Whether adapters add a bias."})
     init_weights: bool = field(default=True, metadata={"help": "True: a fresh adapter changes nothing."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Attention and FFN modules that get adapters. Default: all of the decoder's."}

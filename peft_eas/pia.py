@@ -4,7 +4,7 @@ Shapes: hidden size `d`, rank `r`, `g` groups, linear outputs `o`. All branches 
 With the scaling `s` and the weights `alpha` of the branches (1 if there is one), an adapter in front of an attention or
 of a FFN is (numbers of equations are those of docs/method.md)
 
-    adapt(z) = z + s * sum_j alpha_j * ((z A^T + a) B_j^T + b_j)                    (1)
+    adapt(z) = z + s * sum_j alpha_j * (z A^T B_j^T + b_j)                          (1)
 """
 
 from __future__ import annotations
@@ -34,29 +34,26 @@ def fold(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     down: torch.Tensor,
-    down_bias: torch.Tensor | None,
     up: torch.Tensor,
-    up_bias: torch.Tensor | None,
+    added: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Fold `z -> z + (z down^T + down_bias) up^T + up_bias` into the linear `y = z weight^T + bias` that reads it.
+    """Fold `z -> z + z down^T up^T + added` into the linear `y = z weight^T + bias` that reads it.
 
-    With `R = I + up down` and `t = up down_bias + up_bias` this is `weight R` and `bias + weight t` (from the weight as
-    it was, not the folded one).
+    With `R = I + up down` this is `weight R` and `bias + weight added` (from the weight as it was, not the folded one).
 
     Args:
         weight: `(o, d)`, or `(n, o, d)` of `n` experts, which have no bias here.
         bias: `(o,)` or `None`.
         down: `(r, d)`.
-        down_bias: `(r,)` or `None`.
         up: `(d, r)`, scaling and branch weights included.
-        up_bias: `(d,)` or `None`, likewise.
+        added: `(d,)` or `None`, likewise.
 
     Returns:
         `(o, d)` folded weight and `(o,)` folded bias, or `None` if there is none; computed in float32 or wider and
         rounded once, to the dtype of `weight`.
     """
     if has_torch_function((weight,)):
-        return handle_torch_function(fold, (weight,), weight, bias, down, down_bias, up, up_bias)
+        return handle_torch_function(fold, (weight,), weight, bias, down, up, added)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     down, up = down.to(dtype), up.to(dtype)
     folded, shifts = torch.empty_like(weight), []
@@ -65,13 +62,11 @@ def fold(
     for start in range(0, weight.shape[-2], count):
         rows = slice(start, start + count)
         wide = weight[..., rows, :].to(dtype)
-        projected = wide @ up
         shift = None if bias is None else bias[rows].to(dtype)
-        if down_bias is not None:
-            shift = _add(shift, projected @ down_bias.to(dtype))
-        if up_bias is not None:
-            shift = _add(shift, wide @ up_bias.to(dtype))
-        folded[..., rows, :] = (projected @ down).add_(wide)
+        if added is not None:
+            moved = wide @ added.to(dtype)
+            shift = moved if shift is None else shift + moved
+        folded[..., rows, :] = (wide @ up @ down).add_(wide)
         if shift is not None:
             shifts.append(shift.to(weight.dtype))
     return folded, torch.cat(shifts, -1) if shifts else None
@@ -81,22 +76,16 @@ def largest(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     down: torch.Tensor,
-    down_bias: torch.Tensor | None,
     up: torch.Tensor,
-    up_bias: torch.Tensor | None,
+    added: torch.Tensor | None,
 ) -> float:
     """What no number that `fold` makes of these exceeds, on the way or in the end, found without folding.
 
     Not a number, or infinite, if one of these is.
     """
     sums = up.double().abs().sum(dim=0)  # (r,), by which the largest of `weight up` exceed those of `weight`
-    shift = sums.new_zeros(())
-    if down_bias is not None:
-        shift = shift + sums @ down_bias.double().abs()
-    if up_bias is not None:
-        shift = shift + up_bias.double().abs().sum()
-    added = sums @ down.double().abs().amax(dim=1)
-    factors = torch.stack([1 + added, sums.amax(), shift])
+    shift = sums.new_zeros(()) if added is None else added.double().abs().sum()
+    factors = torch.stack([1 + sums @ down.double().abs().amax(dim=1), sums.amax(), shift])
     return float((_size(weight) * factors + (0 if bias is None else _size(bias))).amax())
 
 
@@ -112,47 +101,34 @@ def workspace(weight: torch.Tensor) -> int:
     return min(a_number * weight.numel(), max(WORKSPACE, a_number * weight[..., :1, :].numel()))
 
 
-def input_shift(
-    down: torch.Tensor, down_bias: torch.Tensor | None, up: torch.Tensor, up_bias: torch.Tensor | None
-) -> torch.Tensor:
+def input_shift(down: torch.Tensor, up: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
     """What a linear with the folded weight `weight R`, and no bias, has to be given on top of `z`, equation (10).
 
-    `z -> z + (z down^T + down_bias) up^T + up_bias` is `R z + t` with `R = I + up down` and `t = up down_bias +
-    up_bias`; that is `R (z + R^-1 t)`, where `R^-1 t = t - up (I + down up)^-1 down t` takes the inverse of an `r x r`
-    matrix only.
+    `z -> z + z down^T up^T + u` is `R z + u` with `R = I + up down`; that is `R (z + R^-1 u)`, where
+    `R^-1 u = u - up (I + down up)^-1 down u` takes the inverse of an `r x r` matrix only.
 
     Args:
         down: `(r, d)`.
-        down_bias: `(r,)` or `None`.
         up: `(d, r)`, scaling and branch weights included.
-        up_bias: `(d,)` or `None`, likewise.
+        added: `u`, `(d,)`, likewise.
 
     Returns:
-        `R^-1 t`, `(d,)`, in float64.
+        `R^-1 u`, `(d,)`, in float64.
 
     Raises:
         ValueError: if `R` all but erases a direction that the shift needs, so that rounding would show.
     """
-    down, up = down.double(), up.double()
-    t = up.new_zeros(len(up))
-    if down_bias is not None:
-        t = t + up @ down_bias.double()
-    if up_bias is not None:
-        t = t + up_bias.double()
+    down, up, added = down.double(), up.double(), added.double()
     inner = torch.eye(len(down), dtype=down.dtype, device=down.device) + down @ up
     try:
-        shift = t - up @ torch.linalg.solve(inner, down @ t)
+        shift = added - up @ torch.linalg.solve(inner, down @ added)
     except torch.linalg.LinAlgError:
-        shift = torch.full_like(t, torch.inf)
-    if not shift.norm() <= LARGEST_AMPLIFICATION * t.norm():
+        shift = torch.full_like(added, torch.inf)
+    if not shift.norm() <= LARGEST_AMPLIFICATION * added.norm():
         raise ValueError(
-            "An adapter erases a direction of its input (it turns it into zero, or nearly), so its biases can't be "
-            f"added in front of it: {shift.norm() / t.norm():.1e} times their size would be needed, and up to "
+            "An adapter erases a direction of its input (it turns it into zero, or nearly), so its bias can't be added "
+            f"in front of it: {shift.norm() / added.norm():.1e} times its size would be needed, and up to "
             f"{LARGEST_AMPLIFICATION:.0e} is allowed. Ways out: train further, with a lower learning rate or weight "
             "decay; or train with `use_bias=False`."
         )
     return shift
-
-
-def _add(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
-    return term if total is None else total + term

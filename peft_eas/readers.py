@@ -77,7 +77,7 @@ def _in_features(linear: Linear, stacked_axis: int) -> int:
 
 
 def folded(
-    linear: Linear, stacked_axis: int, adapter: Dense, has_biases: bool, unquantised: Dequantiser
+    linear: Linear, stacked_axis: int, adapter: Dense, has_bias: bool, unquantised: Dequantiser
 ) -> nn.Module | nn.Parameter:
     """A linear, or the stacked weights of experts, with an adapter folded in; of the same class, if not quantised.
 
@@ -85,15 +85,15 @@ def folded(
         linear: What reads what the adapter gives.
         stacked_axis: Which axis of stacked weights is the input's.
         adapter: The adapter.
-        has_biases: Whether its biases are folded in, too.
+        has_bias: Whether its bias is folded in, too.
         unquantised: Makes what takes the place of a quantised linear.
     """
     is_stacked = isinstance(linear, nn.Parameter)
     is_transposed = stacked_axis == -2 if is_stacked else _is_transposed(linear)
     weight, bias = _weight_and_bias(linear)
-    biases = (adapter.down_bias, adapter.up_bias) if has_biases else (None, None)
+    added = adapter.bias if has_bias else None
     matrix = weight.mT if is_transposed else weight
-    new_matrix, new_bias = pia.fold(matrix, bias, adapter.down, biases[0], adapter.up, biases[1])
+    new_matrix, new_bias = pia.fold(matrix, bias, adapter.down, adapter.up, added)
     if not is_stacked and is_quantised(linear.weight):
         return unquantised(linear, new_matrix, new_bias)
     new_weight = nn.Parameter(
@@ -108,17 +108,15 @@ def folded(
     return new
 
 
-def folds_finitely(
-    linear: Linear, stacked_axis: int, adapter: Dense, has_biases: bool, unquantised: Dequantiser
-) -> bool:
+def folds_finitely(linear: Linear, stacked_axis: int, adapter: Dense, has_bias: bool, unquantised: Dequantiser) -> bool:
     """Whether all that `folded` returns of these is finite; folds only where sizes don't tell."""
     weight, bias = _weight_and_bias(linear)
-    biases = (adapter.down_bias, adapter.up_bias) if has_biases else (None, None)
+    added = adapter.bias if has_bias else None
     dtype = unquantised.dtype if is_quantised(getattr(linear, "weight", None)) else weight.dtype
     # half of what there is room for, as sums are rounded
-    if pia.largest(weight, bias, adapter.down, biases[0], adapter.up, biases[1]) < torch.finfo(dtype).max / 2:
+    if pia.largest(weight, bias, adapter.down, adapter.up, added) < torch.finfo(dtype).max / 2:
         return True
-    made = folded(linear, stacked_axis, adapter, has_biases, unquantised)
+    made = folded(linear, stacked_axis, adapter, has_bias, unquantised)
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(made))
 
 

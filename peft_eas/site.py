@@ -2,12 +2,12 @@
 
 Unmerged, a site holds an adapter, which changes what the module reads (numbers are those of docs/method.md):
 
-    adapt(z) = z + s sum_j alpha_j ((z A^T + a) B_j^T + b_j) = R z + t                  (1), an `Adapter`
+    adapt(z) = z + s sum_j alpha_j (z A^T B_j^T + b_j) = R z + u                        (1), an `Adapter`
 
 Folded (`merge_adapter`) or merged (`merge_and_unload`), it holds what folding has left. That is nothing where the
 linears `y = W z + w` that read the input have biases, and a shift where they have none:
 
-    y = (W R) z + (w + W t),    or    y = (W R) (z + v) + w  with  v = R^-1 t          (10), a `Shift`
+    y = (W R) z + (w + W u),    or    y = (W R) (z + v) + w  with  v = R^-1 u          (10), a `Shift`
 
 Where an attention is skipped, the same module adds the same to the residual stream in all three cases:
 
@@ -213,11 +213,11 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
     def _to_fold(self, adapter_name: str) -> Iterator[tuple[str, tuple[Linear, int, Dense, bool, Dequantiser]]]:
         """What reads this module's input, one by one, each with the arguments of `folded`."""
-        adapter, has_biases = self.adapter(adapter_name).dense(), not self.is_shifted(adapter_name)
+        adapter, has_bias = self.adapter(adapter_name).dense(), not self.is_shifted(adapter_name)
         for name in self.readers:
             linear = reader(self.base_layer, name)
             check_foldable(linear)
-            yield name, (linear, self.place.row.stacked_axis, adapter, has_biases, self.unquantised)
+            yield name, (linear, self.place.row.stacked_axis, adapter, has_bias, self.unquantised)
 
     def check_foldable(self) -> None:
         """Refuse linears that nothing can be folded into, see `quantized.check_foldable`."""
@@ -225,7 +225,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
             check_foldable(reader(self.base_layer, name))
 
     def is_shifted(self, adapter_name: str) -> bool:
-        """Whether folding leaves something to be added to the input: biases that there is no place for."""
+        """Whether folding leaves something to be added to the input: a bias that there is no place for."""
         return self.eas_config[adapter_name].use_bias and not all(
             isinstance(linear, nn.Module) and "bias" in linear._parameters
             for linear in (reader(self.base_layer, name) for name in self.readers)

@@ -22,16 +22,14 @@ def branches(h: torch.Tensor, p: dict, alpha: torch.Tensor, scaling: float) -> t
             parts.append(torch.einsum("bti,oi->bto", part, blocks[j, g]))
         branch = torch.cat(parts, dim=-1)
         assert branch.shape[-1] == groups * out_size
-        if "up_bias" in p:
-            branch = branch + p["up_bias"][j]
+        if "bias" in p:
+            branch = branch + p["bias"][j]
         total = total + alpha[j] * branch
     return scaling * total
 
 
 def adapt(z: torch.Tensor, p: dict, config) -> torch.Tensor:
     h = torch.einsum("btd,rd->btr", z, p["down"])
-    if "down_bias" in p:
-        h = h + p["down_bias"]
     alpha = torch.softmax(p["router"], dim=0) if "router" in p else torch.ones(1, dtype=z.dtype)
     return z + branches(h, p, alpha, config.scaling)
 

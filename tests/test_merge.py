@@ -333,7 +333,7 @@ def test_safe_merge_folds_where_sizes_do_not_tell(method, is_finite):
     model = adapted().half()
     adapter = next(m for n, m in model.named_modules() if n.endswith("layers.3.mlp.eas_adapter.default"))
     with torch.no_grad():
-        adapter.up_bias.zero_(), adapter.down_bias.zero_()
+        adapter.bias.zero_()
         adapter.down[:2] = 1e4
         adapter.up[..., 0], adapter.up[..., 1] = 1e4, -1e4 if is_finite else 1e4
     weights = {n: p.clone() for n, p in model.named_parameters()}

@@ -288,10 +288,9 @@ NEEDED = {
     "model.layers.0.self_attn.eas_stand_in.constant": dict(),
     "model.layers.3.self_attn.eas_stand_in.mean_up": dict(propagation="mean"),
     "model.layers.1.self_attn.eas_adapter.down": dict(),
-    "model.layers.2.self_attn.eas_adapter.up_bias": dict(),
+    "model.layers.2.self_attn.eas_adapter.bias": dict(),
     "model.layers.5.self_attn.eas_adapter.router": dict(router="static"),
     "model.layers.0.mlp.eas_adapter.up": dict(),
-    "model.layers.4.mlp.eas_adapter.down_bias": dict(),
 }
 
 
@@ -314,7 +313,7 @@ def test_missing_parameters_are_refused(tmp_path, name, settings, is_chosen):
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        (dict(), r"has model\.layers\.0\.mlp\.eas_adapter\.down_bias, .* and 16 more:"),
+        (dict(), r"has model\.layers\.0\.mlp\.eas_adapter\.bias, .* and 6 more:"),
         (dict(use_bias=False, router="static"), r"has model\.layers\.0\.mlp\.eas_adapter\.router, "),
         (
             dict(use_bias=False, propagation="mean"),
