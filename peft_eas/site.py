@@ -240,7 +240,8 @@ class EASLayer(nn.Module, BaseTunerLayer):
     def shift(self, adapter_name: str) -> torch.Tensor:
         """What a folded adapter leaves to be added to the input, `(d,)`, equation (10)."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
-        return pia.input_shift(*self.adapter(adapter_name).dense()).to(device, dtype)
+        down, up, bias = self.adapter(adapter_name).dense()
+        return pia.input_shift(down, up, cast(torch.Tensor, bias)).to(device, dtype)  # what is shifted has one
 
     def unmerge(self) -> None:
         """Put the original linears back: the very tensors, so nothing is lost to rounding."""
